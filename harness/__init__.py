@@ -1,0 +1,67 @@
+"""Golden fingerprints of checkpoints: record once, verify ever after, without the reference.
+
+The public names below load on first use: `import harness` costs nothing and never imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.api import (
+        diff,
+        fingerprint,
+        open_checkpoint,
+        read_golden,
+        record,
+        verify,
+    )
+    from harness.compare import Comparison, Policy
+    from harness.errors import (
+        CheckpointError,
+        GoldenError,
+        GoldenMismatch,
+        HarnessError,
+        ModelError,
+        UsageError,
+    )
+
+_HOMES = {
+    "harness.api": ("diff", "fingerprint", "open_checkpoint", "read_golden", "record", "verify"),
+    "harness.compare": ("Comparison", "Policy"),
+    "harness.errors": (
+        "CheckpointError",
+        "GoldenError",
+        "GoldenMismatch",
+        "HarnessError",
+        "ModelError",
+        "UsageError",
+    ),
+}
+
+__all__ = [
+    "CheckpointError",
+    "Comparison",
+    "GoldenError",
+    "GoldenMismatch",
+    "HarnessError",
+    "ModelError",
+    "Policy",
+    "UsageError",
+    "diff",
+    "fingerprint",
+    "open_checkpoint",
+    "read_golden",
+    "record",
+    "verify",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'harness' has no attribute {name!r}")

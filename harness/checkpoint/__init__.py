@@ -1,0 +1,256 @@
+"""Open any checkpoint without executing it: `open_checkpoint(path)` decides by content.
+
+In: a path. Out: a `Checkpoint`, whose tensors read their bytes from where they are. Refused, each
+with what, where and what to do: everything that is damaged, that is no checkpoint, or that would
+cost more memory or time than its size warrants. Nothing is executed, imported, or written but
+unlinked temporary files for what is compressed.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint.nemo import is_tar, read_nemo
+from harness.checkpoint.pickles import Record
+from harness.checkpoint.safetensors import is_safetensors, read_safetensors
+from harness.checkpoint.sections import find_tensors, plain_config
+from harness.checkpoint.sharded import join_shards, read_index
+from harness.checkpoint.sources import FileSource, InflatedSource, Source, read
+from harness.checkpoint.tensors import Checkpoint, DType, Tensor, tensor_table
+from harness.checkpoint.torchfile import TorchFile, read_torch_legacy, read_torch_zip
+from harness.errors import CheckpointError
+
+__all__ = ["Checkpoint", "DType", "Tensor", "open_checkpoint"]
+
+_HEAD_NBYTES = 512
+# In the order in which a folder is searched for its one checkpoint.
+_FOLDER_NAMES = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+_FOREIGN = (
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a numpy array"),
+    (b"<!DOCTYPE", "an HTML page, perhaps of a failed download"),
+    (b"<html", "an HTML page, perhaps of a failed download"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd"),
+    (b"\xfd7zXZ", "compressed by xz"),
+    (b"BZh", "compressed by bzip2"),
+)
+
+
+def open_checkpoint(path: str | Path, *, section: str | None = None) -> Checkpoint:
+    """Open a checkpoint: structure only, the values stay in the file until they are read.
+
+    `section` names another part than the state dict (`optimizer_states.0`), or every tensor of
+    the file ("."). Raises CheckpointError. Memory: about 4 KB per tensor.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {(error.strerror or 'cannot be read').lower()}",
+            hint=_did_you_mean(path),
+        ) from error
+    if stat.S_ISDIR(mode):
+        path = _checkpoint_in(path)
+    elif not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: not a regular file", hint="give a file or a folder")
+    source = FileSource(path)
+    try:
+        return _open(path, source, section)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _open(path: Path, source: Source, section: str | None) -> Checkpoint:
+    head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
+    if head.startswith(b"\x1f\x8b"):
+        source = InflatedSource(source, 0, source.nbytes, str(path), wbits=31)
+        head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
+        if not is_tar(head):
+            raise CheckpointError(
+                f"{path}: compressed by gzip, and no .nemo archive inside",
+                hint="decompress it first (gunzip)",
+            )
+    if is_tar(head):
+        weights, config = read_nemo(source)
+        return _torch_checkpoint(
+            path, source, _torch_file(weights), section, container="nemo", config_text=config
+        )
+    if head.startswith(b"PK") or head[:1] == b"\x80":
+        return _torch_checkpoint(path, source, _torch_file(source), section)
+    if is_safetensors(head, source.nbytes):
+        _no_section(path, section)
+        tensors, _ = read_safetensors(path, source)
+        return Checkpoint(
+            name=str(path),
+            container="safetensors",
+            section="",
+            tensors=_nonempty(path, tensor_table(str(path), tensors)),
+            sources=(source,),
+            keeps_aliases=False,
+        )
+    if head.lstrip()[:1] == b"{":
+        _no_section(path, section)
+        return _sharded(path, source)
+    raise _not_a_checkpoint(path, head)
+
+
+def _torch_file(source: Source) -> TorchFile:
+    head = read(source, 0, min(2, source.nbytes))
+    if head == b"PK":
+        return read_torch_zip(source)
+    if head[:1] == b"\x80":
+        return read_torch_legacy(source)
+    raise CheckpointError(
+        f"{source.name}: neither a zip archive nor a pickle, the two that torch writes",
+        hint="the file is damaged: copy or download it again",
+    )
+
+
+def _torch_checkpoint(
+    path: Path,
+    source: Source,
+    file: TorchFile,
+    section: str | None,
+    *,
+    container: str | None = None,
+    config_text: bytes | None = None,
+) -> Checkpoint:
+    found, tensors = find_tensors(file, str(path), section)
+    lightning = isinstance(file.root, dict) and "pytorch-lightning_version" in file.root
+    if container is None:
+        container = "Lightning checkpoint" if lightning else file.container
+    return Checkpoint(
+        name=str(path),
+        container=container,
+        section=found,
+        tensors=_nonempty(path, tensor_table(str(path), tensors)),
+        sources=(source,),
+        read_config=partial(_yaml, path, config_text)
+        if config_text is not None
+        else partial(_hparams, file.root),
+        checksums=file.checksums,
+    )
+
+
+def _sharded(path: Path, source: Source) -> Checkpoint:
+    table = read_index(path, read(source, 0, min(source.nbytes, (32 << 20) + 1)))
+
+    def open_shard(shard: Path) -> Checkpoint:
+        checkpoint = open_checkpoint(shard)
+        if checkpoint.container.startswith("sharded"):
+            checkpoint.close()
+            raise CheckpointError(f"{path}: places tensors in {shard.name}, an index itself")
+        return checkpoint
+
+    tensors, shards = join_shards(path, table, open_shard)
+    sources = [source, *(one for shard in shards for one in shard.sources)]
+    containers = sorted({shard.container for shard in shards})
+    return Checkpoint(
+        name=str(path),
+        container=f"sharded {' and '.join(containers)}",
+        section="",
+        tensors=tensor_table(str(path), tensors),
+        sources=tuple(sources),
+        # A tie across two shards is lost in the format.
+        keeps_aliases=False,
+        checksums=tuple(one for shard in shards for one in shard.checksums),
+    )
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    for name in _FOLDER_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    if (folder / ".metadata").is_file():
+        raise CheckpointError(
+            f"{folder}: a torch.distributed.checkpoint folder, which this version cannot read",
+            hint="convert it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch",
+        )
+    raise CheckpointError(
+        f"{folder}: a folder without a checkpoint ({', '.join(_FOLDER_NAMES)})",
+        hint="give the file, or the .index.json of a sharded checkpoint",
+    )
+
+
+def _no_section(path: Path, section: str | None) -> None:
+    if section not in (None, "", "."):
+        raise CheckpointError(
+            f"{path}: safetensors files have no sections, so no {section!r}",
+            hint="leave out --section",
+        )
+
+
+def _nonempty(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors", hint="is it the right file?")
+    return tensors
+
+
+def _yaml(path: Path, text: bytes) -> Mapping[str, Any] | None:
+    import yaml
+
+    try:
+        # Anchors would let a page of text expand without bound; NeMo never writes any.
+        config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        plain = plain_config(config)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: its model_config.yaml is no plain YAML: {str(error).splitlines()[0]}",
+            hint="get the archive again from where it came",
+        ) from error
+    return plain if isinstance(plain, dict) else None
+
+
+def _hparams(root: Any) -> Mapping[str, Any] | None:
+    value = root.get("hyper_parameters") if isinstance(root, dict) else None
+    if not isinstance(value, (dict, Record)):
+        return None
+    try:
+        plain = plain_config(value)
+    except ValueError:
+        return None
+    return plain if isinstance(plain, dict) else None
+
+
+def _did_you_mean(path: Path) -> str:
+    if path.parent.is_dir():
+        from difflib import get_close_matches
+
+        names = [child.name for child in sorted(path.parent.iterdir())[:1000]]
+        close = get_close_matches(path.name, names, n=1)
+        if close:
+            return f"did you mean {path.parent / close[0]}?"
+    return "check the path"
+
+
+def _not_a_checkpoint(path: Path, head: bytes) -> CheckpointError:
+    if not head:
+        return CheckpointError(f"{path}: the file is empty", hint="save or copy it again")
+    if head.startswith(b"version https://git-lfs"):
+        return CheckpointError(
+            f"{path}: a Git LFS pointer, not the checkpoint itself", hint="run: git lfs pull"
+        )
+    for magic, what in _FOREIGN:
+        if head.startswith(magic):
+            return CheckpointError(
+                f"{path}: {what}, not a checkpoint of torch",
+                hint="give a .pt, .ckpt, .nemo, .safetensors, or an .index.json of one",
+            )
+    printable = sum(32 <= byte < 127 or byte in b"\n\r\t" for byte in head)
+    what = "text" if printable > 0.95 * len(head) else "of an unknown format"
+    return CheckpointError(
+        f"{path}: {what}, not a checkpoint (it starts with {head[:16]!r})",
+        hint="give a .pt, .ckpt, .nemo, .safetensors, or an .index.json of one",
+    )

@@ -1,0 +1,523 @@
+"""The inert unpickler: reads the structure of a pickle and executes nothing.
+
+In: the bytes of a pickle (protocols 0 to 5), a closed table of constructors of our own, and what
+to make of persistent ids. Out: dicts, lists, tuples, strings, numbers, and for everything else
+`Global` (a name, never imported) and `Record` (what would have been called with what, as data).
+Refused: malformed opcodes, extension registry codes, out-of-band buffers, and more objects or text
+than a checkpoint's structure needs.
+
+This is a machine of its own, not a subclass of `pickle.Unpickler`, because the standard ones give
+the file more than a checkpoint needs: `PUT` with a large index allocates gigabytes, `BUILD` sets
+attributes on whatever is on the stack, nested tuples as dictionary keys overflow the C stack.
+Opcodes as documented in the standard library's `pickletools`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from harness.errors import CheckpointError
+
+# What the objects of a pickle may cost in memory: a tensor's structure costs about 2 KB, so this
+# is enough for 50,000 tensors, and within the promise of 200 MB whatever the file says.
+MAX_STRUCTURE_NBYTES = 120 << 20
+_SMALL_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name that the pickle refers to: a class or function that is not imported."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False, slots=True)
+class Record:
+    """An object that the pickle would have made: what was to be called, and what followed."""
+
+    callee: Any
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[Any, Any] = field(default_factory=dict)
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
+    pairs: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class OpaqueKey:
+    """A dictionary key that is neither text nor a number: kept, but equal to itself only."""
+
+    value: Any
+
+
+Constructors = Mapping[tuple[str, str], Callable[..., Any]]
+
+
+def unpickle(
+    data: memoryview,
+    *,
+    name: str,
+    constructors: Constructors,
+    persistent: Callable[[Any], Any] | None = None,
+) -> tuple[Any, int]:
+    """Read one pickle from the start of `data`; returns the object and where the pickle ends.
+
+    `constructors` maps (module, name) to functions that take the pickled arguments and return
+    plain values; they must check their arguments and may raise CheckpointError, TypeError or
+    ValueError. Raises CheckpointError, with the offset, for everything malformed.
+    """
+    machine = _Machine(data, name, constructors, persistent)
+    return machine.run(), machine.position
+
+
+_MARK = object()
+
+
+class _Stop(Exception):  # noqa: N818 - ends the loop, not an error
+    pass
+
+
+class _Machine:
+    def __init__(
+        self,
+        data: memoryview,
+        name: str,
+        constructors: Constructors,
+        persistent: Callable[[Any], Any] | None,
+    ) -> None:
+        self.data = data
+        self.name = name
+        self.position = 0
+        self.constructors = constructors
+        self.persistent = persistent
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.globals: dict[tuple[str, str], Global] = {}
+        self.cost = 0
+
+    def run(self) -> Any:
+        data, size, table, costs = self.data, len(self.data), _OPCODES, _COSTS
+        try:
+            while True:
+                position = self.position
+                if position >= size:
+                    self.fail("ends before its STOP")
+                self.position = position + 1
+                operation = table[data[position]]
+                if operation is None:
+                    self.fail(f"holds the byte 0x{data[position]:02x}, which is no opcode")
+                self.spend(costs[data[position]])
+                operation(self)
+        except _Stop:
+            return self.pop()
+        except CheckpointError:
+            raise
+        except (
+            IndexError,
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            AttributeError,
+            struct.error,
+        ) as error:
+            self.fail(f"is malformed ({type(error).__name__}: {error})")
+
+    def fail(self, why: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self.name}: its pickle {why}, at byte {self.position}",
+            hint="the file is damaged, or no checkpoint: copy it again, or save it again by torch",
+        )
+
+    # What the opcodes share
+
+    def spend(self, nbytes: int) -> None:
+        """Count what the objects cost; nothing is refunded for those that are dropped."""
+        self.cost += nbytes
+        if self.cost > MAX_STRUCTURE_NBYTES:
+            self.fail(f"describes a structure of more than {MAX_STRUCTURE_NBYTES >> 20} MiB")
+
+    def take(self, count: int) -> memoryview:
+        end = self.position + count
+        if count < 0 or end > len(self.data):
+            self.fail(f"announces {count} bytes, but {len(self.data) - self.position} are left")
+        taken = self.data[self.position : end]
+        self.position = end
+        return taken
+
+    def number(self, form: str) -> Any:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def line(self) -> str:
+        window = 4096
+        while True:
+            chunk = bytes(self.data[self.position : self.position + window])
+            end = chunk.find(b"\n")
+            if end >= 0:
+                self.position += end + 1
+                return self.text(memoryview(chunk)[:end], "latin-1")
+            if len(chunk) < window or window > MAX_STRUCTURE_NBYTES:
+                self.fail("has a line without an end")
+            window *= 2
+
+    def text(self, raw: memoryview, encoding: str = "utf-8") -> str:
+        self.spend(2 * len(raw))
+        return str(raw, encoding, "surrogatepass" if encoding == "utf-8" else "strict")
+
+    def python2_text(self, raw: memoryview) -> Any:
+        """A string of Python 2 may be text or bytes; long ones are array data."""
+        if len(raw) > _SMALL_BYTES:
+            return raw
+        try:
+            return str(raw, "utf-8")
+        except UnicodeDecodeError:
+            return str(raw, "latin-1")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        value = self.stack.pop()
+        if value is _MARK:
+            self.fail("takes a value where a mark is")
+        return value
+
+    def pop_to_mark(self) -> list[Any]:
+        stack = self.stack
+        index = len(stack) - 1
+        while stack[index] is not _MARK:
+            index -= 1
+            if index < 0:
+                self.fail("looks for a mark that was never set")
+        items = stack[index + 1 :]
+        del stack[index:]
+        return items
+
+    def top(self) -> Any:
+        value = self.stack[-1]
+        if value is _MARK:
+            self.fail("takes a value where a mark is")
+        return value
+
+    def find_global(self, module: Any, name: Any) -> Global:
+        if not isinstance(module, str) or not isinstance(name, str):
+            self.fail("names a global by something that is not text")
+        known = self.globals.get((module, name))
+        if known is None:
+            known = self.globals[module, name] = Global(module, name)
+        return known
+
+    def call(self, callee: Any, args: Any, kwargs: Mapping[Any, Any] | None = None) -> Any:
+        if not isinstance(args, tuple):
+            self.fail(f"calls {callee} with {type(args).__name__} instead of a tuple")
+        if isinstance(callee, Global) and not kwargs:
+            constructor = self.constructors.get((callee.module, callee.name))
+            if constructor is not None:
+                try:
+                    return constructor(*args)
+                except (TypeError, ValueError, OverflowError) as error:
+                    self.fail(f"gives {callee} arguments that do not fit ({error})")
+        return Record(callee, args, kwargs or {})
+
+    def append(self, target: Any, items: list[Any]) -> None:
+        if isinstance(target, list):
+            target.extend(items)
+        elif isinstance(target, Record):
+            target.items.extend(items)
+        else:
+            self.fail(f"appends to a {type(target).__name__}")
+
+    def store(self, target: Any, items: list[Any]) -> None:
+        if len(items) % 2:
+            self.fail("sets a key without a value")
+        self.spend(50 * len(items))
+        if isinstance(target, Record):
+            target = target.pairs
+        if not isinstance(target, dict):
+            self.fail(f"sets items of a {type(target).__name__}")
+        for index in range(0, len(items), 2):
+            target[_as_key(items[index])] = items[index + 1]
+
+    def build(self, target: Any, state: Any) -> None:
+        # What a constructor of ours made (an OrderedDict with its _metadata) needs no state.
+        if isinstance(target, Record):
+            target.state = state
+
+
+def _as_key(key: Any) -> Any:
+    """Keys that hash in constant time and stack; anything else is kept apart by identity."""
+    if key is None or isinstance(key, (str, bool, float, Global)):
+        return key
+    if isinstance(key, int):
+        # CPython hashes integers modulo 2**61-1: larger ones can be made to collide at will.
+        return key if -(1 << 63) <= key < 1 << 64 else OpaqueKey(key)
+    if isinstance(key, bytes):
+        return key
+    if isinstance(key, tuple) and len(key) <= 16:
+        plain = all(item is None or isinstance(item, (str, bool, float, int)) for item in key)
+        if plain and all(_as_key(item) is item for item in key):
+            return key
+    return OpaqueKey(key)
+
+
+Operation = Callable[[_Machine], None]
+_OPCODES: list[Operation | None] = [None] * 256
+_COSTS = [16] * 256
+for _code in b"}]\x8f)tlR\x81\x85\x86\x87\x91\x92diobcUTX\x8c\x8dCB\x8e\x96LVSG\x8a\x8b":
+    _COSTS[_code] = 64  # makes an object
+for _code in b"qrp\x94":
+    _COSTS[_code] = 48  # an entry of the memo
+for _code in b"R\x81\x92ob":
+    _COSTS[_code] = 160  # a record
+
+
+def _opcode(code: bytes) -> Callable[[Operation], Operation]:
+    def register(operation: Operation) -> Operation:
+        _OPCODES[code[0]] = operation
+        return operation
+
+    return register
+
+
+def _constant(code: bytes, value: Any) -> None:
+    _OPCODES[code[0]] = lambda m: m.stack.append(value)
+
+
+def _value(code: bytes, read: Callable[[_Machine], Any]) -> None:
+    _OPCODES[code[0]] = lambda m: m.stack.append(read(m))
+
+
+def _sized(code: bytes, size: str, make: Callable[[_Machine, memoryview], Any]) -> None:
+    form = struct.Struct(size)
+
+    def operation(m: _Machine) -> None:
+        (count,) = form.unpack(m.take(form.size))
+        m.stack.append(make(m, m.take(count)))
+
+    _OPCODES[code[0]] = operation
+
+
+def _bytes(_: _Machine, raw: memoryview) -> Any:
+    return bytes(raw) if len(raw) <= _SMALL_BYTES else raw
+
+
+def _long(m: _Machine, raw: memoryview) -> int:
+    if len(raw) > 1024:
+        m.fail(f"holds an integer of {len(raw)} bytes")
+    return int.from_bytes(raw, "little", signed=True)
+
+
+def _text_integer(m: _Machine) -> int | bool:
+    line = m.line()
+    return {"00": False, "01": True}[line] if line in ("00", "01") else int(line)
+
+
+def _quoted(m: _Machine) -> Any:
+    line = m.line()
+    if len(line) < 2 or line[0] != line[-1] or line[0] not in "\"'":
+        m.fail("holds a string without its quotes")
+    return line[1:-1].encode("latin-1").decode("unicode_escape")
+
+
+_constant(b"N", None)
+_constant(b"\x88", True)
+_constant(b"\x89", False)
+_constant(b")", ())
+_constant(b"(", _MARK)
+_value(b"}", lambda m: {})
+_value(b"]", lambda m: [])
+_value(b"\x8f", lambda m: [])  # EMPTY_SET: order and duplicates do not matter to us
+_value(b"K", lambda m: m.take(1)[0])
+_value(b"M", lambda m: m.number("<H"))
+_value(b"J", lambda m: m.number("<i"))
+_value(b"G", lambda m: m.number(">d"))
+_value(b"I", _text_integer)
+_value(b"L", lambda m: int(m.line().rstrip("L")))
+_value(b"F", lambda m: float(m.line()))
+_value(b"S", _quoted)
+_value(b"V", lambda m: m.line().encode("latin-1").decode("raw_unicode_escape"))
+_sized(b"\x8a", "<B", _long)
+_sized(b"\x8b", "<I", _long)
+_sized(b"U", "<B", _Machine.python2_text)
+_sized(b"T", "<I", _Machine.python2_text)
+_sized(b"\x8c", "<B", _Machine.text)
+_sized(b"X", "<I", _Machine.text)
+_sized(b"\x8d", "<Q", _Machine.text)
+_sized(b"C", "<B", _bytes)
+_sized(b"B", "<I", _bytes)
+_sized(b"\x8e", "<Q", _bytes)
+_sized(b"\x96", "<Q", _bytes)
+_value(b"l", lambda m: m.pop_to_mark())
+_value(b"t", lambda m: tuple(m.pop_to_mark()))
+_value(b"\x91", lambda m: m.pop_to_mark())  # FROZENSET
+_value(b"\x85", lambda m: (m.pop(),))
+_value(b"c", lambda m: m.find_global(m.line(), m.line()))
+_value(b"P", lambda m: _persist(m, m.line()))
+_value(b"Q", lambda m: _persist(m, m.pop()))
+
+
+def _persist(m: _Machine, persistent_id: Any) -> Any:
+    if m.persistent is None:
+        m.fail("refers to a storage outside of it")
+    return m.persistent(persistent_id)
+
+
+@_opcode(b"\x80")
+def _proto(m: _Machine) -> None:
+    version = m.take(1)[0]
+    if version > 5:
+        m.fail(f"is of protocol {version}, newer than 5")
+
+
+@_opcode(b"\x95")
+def _frame(m: _Machine) -> None:
+    m.take(8)
+
+
+@_opcode(b".")
+def _stop(m: _Machine) -> None:
+    raise _Stop
+
+
+@_opcode(b"0")
+def _pop(m: _Machine) -> None:
+    m.stack.pop()
+
+
+@_opcode(b"1")
+def _pop_mark(m: _Machine) -> None:
+    m.pop_to_mark()
+
+
+@_opcode(b"2")
+def _dup(m: _Machine) -> None:
+    m.push(m.top())
+
+
+@_opcode(b"\x86")
+def _tuple2(m: _Machine) -> None:
+    second, first = m.pop(), m.pop()
+    m.push((first, second))
+
+
+@_opcode(b"\x87")
+def _tuple3(m: _Machine) -> None:
+    third, second, first = m.pop(), m.pop(), m.pop()
+    m.push((first, second, third))
+
+
+@_opcode(b"d")
+def _dict(m: _Machine) -> None:
+    items = m.pop_to_mark()
+    m.push({})
+    m.store(m.top(), items)
+
+
+@_opcode(b"a")
+def _append(m: _Machine) -> None:
+    item = m.pop()
+    m.append(m.top(), [item])
+
+
+@_opcode(b"e")
+def _appends(m: _Machine) -> None:
+    items = m.pop_to_mark()
+    m.append(m.top(), items)
+
+
+_OPCODES[0x90] = _appends  # ADDITEMS: sets are lists here
+
+
+@_opcode(b"s")
+def _setitem(m: _Machine) -> None:
+    value, key = m.pop(), m.pop()
+    m.store(m.top(), [key, value])
+
+
+@_opcode(b"u")
+def _setitems(m: _Machine) -> None:
+    items = m.pop_to_mark()
+    m.store(m.top(), items)
+
+
+@_opcode(b"h")
+def _binget(m: _Machine) -> None:
+    m.push(m.memo[m.take(1)[0]])
+
+
+@_opcode(b"j")
+def _long_binget(m: _Machine) -> None:
+    m.push(m.memo[m.number("<I")])
+
+
+@_opcode(b"g")
+def _get(m: _Machine) -> None:
+    m.push(m.memo[int(m.line())])
+
+
+@_opcode(b"q")
+def _binput(m: _Machine) -> None:
+    m.memo[m.take(1)[0]] = m.top()
+
+
+@_opcode(b"r")
+def _long_binput(m: _Machine) -> None:
+    m.memo[m.number("<I")] = m.top()
+
+
+@_opcode(b"p")
+def _put(m: _Machine) -> None:
+    m.memo[int(m.line())] = m.top()
+
+
+@_opcode(b"\x94")
+def _memoize(m: _Machine) -> None:
+    m.memo[len(m.memo)] = m.top()
+
+
+@_opcode(b"\x93")
+def _stack_global(m: _Machine) -> None:
+    name, module = m.pop(), m.pop()
+    m.push(m.find_global(module, name))
+
+
+@_opcode(b"R")
+def _reduce(m: _Machine) -> None:
+    args, callee = m.pop(), m.pop()
+    m.push(m.call(callee, args))
+
+
+_OPCODES[0x81] = _reduce  # NEWOBJ: cls.__new__(cls, *args), the same to us
+
+
+@_opcode(b"\x92")
+def _newobj_ex(m: _Machine) -> None:
+    kwargs, args, callee = m.pop(), m.pop(), m.pop()
+    if not isinstance(kwargs, dict):
+        m.fail("gives keyword arguments that are no dict")
+    m.push(m.call(callee, args, kwargs))
+
+
+@_opcode(b"i")
+def _inst(m: _Machine) -> None:
+    callee = m.find_global(m.line(), m.line())
+    m.push(m.call(callee, tuple(m.pop_to_mark())))
+
+
+@_opcode(b"o")
+def _obj(m: _Machine) -> None:
+    callee, *args = m.pop_to_mark()
+    m.push(m.call(callee, tuple(args)))
+
+
+@_opcode(b"b")
+def _build(m: _Machine) -> None:
+    state = m.pop()
+    m.build(m.top(), state)

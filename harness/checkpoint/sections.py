@@ -1,0 +1,258 @@
+"""Which tensors of a file are its state dict, and under which keys.
+
+In: the object tree of a torch file. Out: the path of the state dict and its tensors in order, as
+`state_dict()` would list them. Refused: files without tensors, sections that do not exist, and
+trees deeper than any model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from harness.checkpoint.pickles import Global, OpaqueKey, Record
+from harness.checkpoint.tensors import Component, Tensor, format_key
+from harness.checkpoint.torchfile import Composite, TorchFile, is_module
+from harness.errors import CheckpointError
+
+# Where training code puts the weights, the most specific first.
+KNOWN_SECTIONS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "module",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "ema",
+)
+_MAX_DEPTH = 128
+
+Path = tuple[object, ...]
+
+
+def find_tensors(file: TorchFile, name: str, section: str | None) -> tuple[str, list[Tensor]]:
+    """Return the section's path ("" for the root) and its tensors, keys filled in.
+
+    `section` None looks for the state dict; "." takes every tensor in the file; anything else is
+    a dotted path into the file (`optimizer_states.0`).
+    """
+    tree = _Tree(file, name)
+    if section == ".":
+        return ".", tree.named(file.root)
+    if section is not None:
+        target = tree.resolve(section)
+        tensors = tree.named(target)
+        if not tensors:
+            raise CheckpointError(
+                f"{name}: its section {section!r} holds no tensors", hint=tree.hint()
+            )
+        return section, tensors
+    found = tree.state_dict()
+    if found is None:
+        raise CheckpointError(f"{name}: no state dict found in it", hint=tree.hint())
+    path, target = found
+    return ".".join(path), tree.named(target)
+
+
+class _Tree:
+    def __init__(self, file: TorchFile, name: str) -> None:
+        self.file = file
+        self.name = name
+
+    def state_dict(self) -> tuple[tuple[str, ...], Any] | None:
+        """Find the state dict: the root if it maps names to tensors, else a known section."""
+        pending: list[tuple[tuple[str, ...], Any]] = [((), self.file.root)]
+        for path, value in pending:  # breadth first, two levels of known names
+            if not isinstance(value, dict):
+                if self._is_weights(value):
+                    return path, value
+                continue
+            known = [(key, value[key]) for key in KNOWN_SECTIONS if key in value]
+            nested = [(key, child) for key, child in known if isinstance(child, (dict, Record))]
+            if self._is_weights(value) and not any(self._is_weights(c) for _, c in nested):
+                return path, value
+            if len(path) < 3:
+                pending.extend(((*path, key), child) for key, child in nested)
+        return None
+
+    def _is_weights(self, value: Any) -> bool:
+        if isinstance(value, (Tensor, Composite)) or is_module(value) or self._is_script(value):
+            return True
+        children = value.values() if isinstance(value, dict) else value
+        if isinstance(children, (list, tuple)) or isinstance(value, dict):
+            return any(isinstance(child, (Tensor, Composite)) for child in children)
+        return False
+
+    def _is_script(self, value: Any) -> bool:
+        return isinstance(value, Record) and value.callee in self.file.script_classes
+
+    def named(self, target: Any) -> list[Tensor]:
+        """List the tensors below `target` in order, each under its key."""
+        if isinstance(target, Tensor):
+            return [replace(target, key="tensor")]
+        tensors = []
+        for path, tensor in self._walk(target):
+            tensors.append(replace(tensor, key=format_key(path)))
+        return tensors
+
+    def _walk(self, target: Any) -> Iterator[tuple[Path, Tensor]]:
+        """Depth first, without recursion; an object inside of itself is not entered again."""
+        stack: list[tuple[Path, Any, frozenset[int]]] = [((), target, frozenset())]
+        while stack:
+            path, value, above = stack.pop()
+            if isinstance(value, Tensor):
+                yield path or ("tensor",), value
+                continue
+            if id(value) in above:
+                continue
+            if len(above) > _MAX_DEPTH:
+                raise CheckpointError(
+                    f"{self.name}: its objects are nested deeper than {_MAX_DEPTH} levels, at "
+                    f"{format_key(path)[:200]}",
+                    hint="the file is malformed, or made to exhaust its reader: do not trust it",
+                )
+            inside = above | {id(value)}
+            children = list(self._children(value))
+            for step, child in reversed(children):
+                if isinstance(child, (Tensor, Composite, Record, dict, list, tuple)):
+                    stack.append((_joined(path, step), child, inside))
+
+    def _children(self, value: Any) -> Iterator[tuple[Any, Any]]:
+        if isinstance(value, Composite):
+            yield from ((Component(name), part) for name, part in value.parts.items())
+        elif is_module(value):
+            yield from self._module_children(value.state)
+        elif self._is_script(value):
+            yield from self._script_children(value)
+        elif isinstance(value, Record):
+            yield from ((_step(key), child) for key, child in value.pairs.items())
+            yield from enumerate(value.items)
+            if isinstance(value.state, (dict, list, tuple, Record)):
+                yield Component("state"), value.state
+            if value.args:
+                yield Component("args"), value.args
+        elif isinstance(value, dict):
+            yield from ((_step(key), child) for key, child in value.items())
+        elif isinstance(value, (list, tuple)):
+            yield from enumerate(value)
+
+    def _module_children(self, state: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+        """A module's state dict: its parameters, its persistent buffers, its children."""
+        skipped = state.get("_non_persistent_buffers_set")
+        transient = (
+            {item for item in skipped if isinstance(item, str)}
+            if isinstance(skipped, list)
+            else set()
+        )
+        for key, parameter in state["_parameters"].items():
+            yield _Dotted(key), parameter
+        for key, buffer in state["_buffers"].items():
+            if key not in transient:
+                yield _Dotted(key), buffer
+        for key, module in state["_modules"].items():
+            if is_module(module):
+                yield _Dotted(key), module
+
+    def _script_children(self, value: Record) -> Iterator[tuple[Any, Any]]:
+        parameters, buffers = self.file.script_classes[value.callee]
+        state = value.state if isinstance(value.state, dict) else {}
+        for key in (*parameters, *buffers):
+            if isinstance(state.get(key), Tensor):
+                yield _Dotted(key), state[key]
+        for key, child in state.items():
+            if self._is_script(child):
+                yield _Dotted(key), child
+
+    def resolve(self, section: str) -> Any:
+        """Follow a dotted path; keys that hold dots themselves are matched whole."""
+        value, rest = self.file.root, section
+        while rest:
+            children = {_spelled(step): child for step, child in self._children(value)}
+            fitting = [key for key in children if rest == key or rest.startswith(key + ".")]
+            if not fitting:
+                raise CheckpointError(
+                    f"{self.name}: has no section {section!r}: {rest!r} is not among "
+                    f"{', '.join(sorted(children)[:8]) or 'nothing'}",
+                    hint=self.hint(),
+                )
+            key = max(fitting, key=len)
+            value, rest = children[key], rest[len(key) + 1 :]
+        return value
+
+    def hint(self) -> str:
+        """Name the sections that hold tensors, for an error's next step."""
+        found = []
+        for step, child in self._children(self.file.root):
+            if isinstance(child, (dict, list, tuple, Record, Composite)):
+                count = sum(1 for _ in self._walk(child))
+                if count:
+                    found.append(f"{_spelled(step)} ({count} tensors)")
+        if not found:
+            return "the file holds no tensors: is it the right one?"
+        return f"choose one with --section: {', '.join(found[:8])}; or . for every tensor"
+
+
+class _Dotted(str):
+    """A step of a module's path: joined with dots, as `state_dict()` does."""
+
+    __slots__ = ()
+
+
+def _joined(path: Path, step: Any) -> Path:
+    if isinstance(step, _Dotted):
+        if path and isinstance(path[-1], _Dotted):
+            return (*path[:-1], _Dotted(f"{path[-1]}.{step}"))
+        return (*path, step)
+    return (*path, step)
+
+
+def _step(key: Any) -> Any:
+    if isinstance(key, OpaqueKey):
+        return Component(f"key {type(key.value).__name__}")
+    return Component(str(key)) if isinstance(key, Global) else key
+
+
+def _spelled(step: Any) -> str:
+    return step.name if isinstance(step, Component) else str(step)
+
+
+_MAX_CONFIG_VALUES = 100_000
+
+
+def plain_config(value: Any) -> Any:
+    """Turn a pickled configuration (dicts, omegaconf containers and nodes) into plain data.
+
+    omegaconf containers keep their children in the state `_content`, its leaves in `_val`.
+    Anything that is not data becomes its type's name. Raises ValueError if it is too large.
+    """
+    budget = [_MAX_CONFIG_VALUES]
+
+    def convert(item: Any, depth: int) -> Any:
+        budget[0] -= 1
+        if budget[0] < 0 or depth > 64:
+            raise ValueError("the configuration is too large")
+        if item is None or isinstance(item, (str, bool, int, float)):
+            return item
+        if isinstance(item, dict):
+            return {
+                str(key.value if isinstance(key, OpaqueKey) else key): convert(child, depth + 1)
+                for key, child in item.items()
+            }
+        if isinstance(item, (list, tuple)):
+            return [convert(child, depth + 1) for child in item]
+        if isinstance(item, Record):
+            state = item.state if isinstance(item.state, dict) else {}
+            if "_content" in state:
+                return convert(state["_content"], depth + 1)
+            if "_val" in state:
+                return convert(state["_val"], depth + 1)
+            if item.pairs:
+                return convert(item.pairs, depth + 1)
+            return f"<{item.callee}>" if isinstance(item.callee, Global) else "<object>"
+        return f"<{item}>" if isinstance(item, Global) else f"<{type(item).__name__}>"
+
+    return convert(value, 0)

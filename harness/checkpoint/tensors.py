@@ -1,0 +1,363 @@
+"""What a checkpoint is once it is open: named tensors, each a view of a storage in a file.
+
+In: what the container readers found (storages, offsets, shapes, strides). Out: `Checkpoint`, an
+ordered table of `Tensor`s that read their *logical* bytes: C order, little-endian, conjugation and
+negation applied, whatever the strides. Refused: views that reach outside of their storage, shapes
+and strides that overflow, and expansions out of all proportion to the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from harness.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from harness.checkpoint.sources import Source
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+Kind = Literal["float", "complex", "int", "bool", "packed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DType:
+    """One element type under torch's name, and what it is called elsewhere.
+
+    `raw` is the numpy type that holds an element's bits; `real` is the numpy type of its values
+    (of each of the two components where `kind` is complex), or the name of an ml_dtypes type.
+    `packed` elements are compared as bytes: several values in one, or bits without a meaning.
+    """
+
+    name: str
+    itemsize: int
+    kind: Kind
+    raw: str
+    real: str
+    safetensors: str | None = None
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether values are compared within a tolerance (all others must be equal)."""
+        return self.kind in ("float", "complex")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _dtypes() -> Iterator[DType]:
+    rows: list[tuple[str, int, Kind, str, str, str | None]] = [
+        ("float64", 8, "float", "<u8", "<f8", "F64"),
+        ("float32", 4, "float", "<u4", "<f4", "F32"),
+        ("float16", 2, "float", "<u2", "<f2", "F16"),
+        ("bfloat16", 2, "float", "<u2", "bfloat16", "BF16"),
+        ("float8_e4m3fn", 1, "float", "|u1", "float8_e4m3fn", "F8_E4M3"),
+        ("float8_e5m2", 1, "float", "|u1", "float8_e5m2", "F8_E5M2"),
+        ("float8_e4m3fnuz", 1, "float", "|u1", "float8_e4m3fnuz", "F8_E4M3FNUZ"),
+        ("float8_e5m2fnuz", 1, "float", "|u1", "float8_e5m2fnuz", "F8_E5M2FNUZ"),
+        ("float8_e8m0fnu", 1, "float", "|u1", "float8_e8m0fnu", "F8_E8M0"),
+        ("complex32", 4, "complex", "<u4", "<f2", None),
+        ("complex64", 8, "complex", "<u8", "<f4", "C64"),
+        ("complex128", 16, "complex", "V16", "<f8", None),
+        ("int64", 8, "int", "<u8", "<i8", "I64"),
+        ("int32", 4, "int", "<u4", "<i4", "I32"),
+        ("int16", 2, "int", "<u2", "<i2", "I16"),
+        ("int8", 1, "int", "|u1", "|i1", "I8"),
+        ("uint64", 8, "int", "<u8", "<u8", "U64"),
+        ("uint32", 4, "int", "<u4", "<u4", "U32"),
+        ("uint16", 2, "int", "<u2", "<u2", "U16"),
+        ("uint8", 1, "int", "|u1", "|u1", "U8"),
+        ("bool", 1, "bool", "|u1", "|u1", "BOOL"),
+        ("qint8", 1, "int", "|u1", "|i1", None),
+        ("quint8", 1, "int", "|u1", "|u1", None),
+        ("qint32", 4, "int", "<u4", "<i4", None),
+    ]
+    for name, itemsize, kind, raw, real, safetensors in rows:
+        yield DType(
+            name=name, itemsize=itemsize, kind=kind, raw=raw, real=real, safetensors=safetensors
+        )
+    one_byte = ["quint4x2", "quint2x4", "bits8", "bits1x8", "bits2x4", "bits4x2"]
+    one_byte += [f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)]
+    for name in one_byte:
+        yield DType(name=name, itemsize=1, kind="packed", raw="|u1", real="|u1")
+    yield DType(
+        name="float4_e2m1fn_x2", itemsize=1, kind="packed", raw="|u1", real="|u1", safetensors="F4"
+    )
+    yield DType(name="bits16", itemsize=2, kind="packed", raw="<u2", real="<u2")
+
+
+DTYPES: Mapping[str, DType] = MappingProxyType({dtype.name: dtype for dtype in _dtypes()})
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A step of a key's path that the file does not spell: one part of a composite tensor."""
+
+    name: str
+
+
+def format_key(path: Sequence[object]) -> str:
+    """Render the place of a tensor in nested containers as one unambiguous string.
+
+    A plain string key stays as it is (`encoder.weight`); further steps follow in brackets as
+    Python would write them (`state[0]["exp.avg"]`), parts of composite tensors without quotes
+    (`weight[int_repr]`). A first key that holds a bracket is quoted, so no two paths collide.
+    """
+    first, *rest = path
+    plain = isinstance(first, str) and "[" not in first and first != ""
+    head = str(first) if plain else _bracketed(first)
+    return head + "".join(_bracketed(step) for step in rest)
+
+
+def _bracketed(step: object) -> str:
+    if isinstance(step, Component):
+        return f"[{step.name}]"
+    if isinstance(step, str):
+        return f"[{json.dumps(step, ensure_ascii=not _encodes(step))}]"
+    return f"[{step!r}]"
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Storage:
+    """A run of bytes that tensors are views of; `source` is None for meta tensors."""
+
+    source: Source | None
+    offset: int
+    nbytes: int
+    big_endian: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """A named view of a storage. Offsets and strides count elements, as in torch."""
+
+    key: str
+    dtype: DType
+    shape: tuple[int, ...]
+    storage: Storage = field(repr=False)
+    offset: int = 0
+    strides: tuple[int, ...] | None = None
+    conjugate: bool = False
+    negative: bool = False
+    alias_of: str | None = None
+
+    @cached_property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Logical bytes: numel times itemsize."""
+        return self.numel * self.dtype.itemsize
+
+    @cached_property
+    def is_contiguous(self) -> bool:
+        """Whether the logical bytes are one run of the storage."""
+        if self.strides is None or self.numel == 0:
+            return True
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for two tensors of one checkpoint only if they are the same view: tied."""
+        return (
+            id(self.storage),
+            self.offset,
+            self.dtype.name,
+            self.shape,
+            None if self.is_contiguous else self.strides,
+            self.conjugate,
+            self.negative,
+        )
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with logical bytes from `start` (a multiple of the itemsize).
+
+        Memory: none beyond the buffer for contiguous tensors; strided ones are gathered from
+        mapped file pages, twice the buffer. Raises CheckpointError for meta tensors.
+        """
+        source = self.storage.source
+        if source is None:
+            raise CheckpointError(
+                f"{self.key}: a meta tensor: the file holds its dtype and shape, but no values",
+                hint="save the model after its weights were materialised",
+            )
+        if not len(buffer):
+            return
+        itemsize = self.dtype.itemsize
+        if self.is_contiguous:
+            source.read_into(self.storage.offset + self.offset * itemsize + start, buffer)
+        else:
+            span = self.storage.nbytes - self.offset * itemsize
+            elements = np.ndarray(
+                self.shape,
+                dtype=self.dtype.raw,
+                buffer=source.view(self.storage.offset + self.offset * itemsize, span),
+                strides=[stride * itemsize for stride in self.strides or ()],
+            )
+            first = start // itemsize
+            gathered = elements.flat[first : first + len(buffer) // itemsize]
+            buffer[:] = memoryview(gathered.view("|u1"))
+        if self.storage.big_endian or self.conjugate or self.negative:
+            self._normalise(np.frombuffer(buffer, dtype="|u1"))
+
+    def array(self) -> Array:
+        """Read the whole tensor as a numpy array of its values (bits where numpy has no type)."""
+        data = bytearray(self.nbytes)
+        self.read_into(0, memoryview(data))
+        return decode(np.frombuffer(data, dtype="|u1"), self.dtype).reshape(self.shape)
+
+    def _normalise(self, data: Array) -> None:
+        component = self.dtype.itemsize // (2 if self.dtype.kind == "complex" else 1)
+        by_component = data.reshape(-1, component)
+        if self.storage.big_endian:
+            by_component[:] = by_component[:, ::-1].copy()
+        sign = by_component[:, -1]
+        if self.negative:
+            sign ^= 0x80
+        if self.conjugate:
+            sign[1::2] ^= 0x80
+
+
+def decode(data: Array, dtype: DType) -> Array:
+    """View logical bytes as values; complex32 and packed types, unknown to numpy, stay bits."""
+    if dtype.kind == "complex":
+        return data.view({"complex64": "<c8", "complex128": "<c16"}.get(dtype.name, dtype.raw))
+    if dtype.kind == "bool":
+        return data.view("?") if dtype.name == "bool" else data
+    return data.view(numpy_dtype(dtype))
+
+
+def numpy_dtype(dtype: DType) -> np.dtype[Any]:
+    """The numpy type of a dtype's values (of one component where it is complex)."""
+    if dtype.kind == "float" and dtype.real[0] not in "<|":
+        import ml_dtypes  # 30 ms that only bfloat16 and float8 should cost
+
+        return np.dtype(getattr(ml_dtypes, dtype.real))
+    return np.dtype(dtype.real)
+
+
+# What a checkpoint may expand to: tied and expanded views are normal, terabytes from a page are not.
+_EXPANSION_LIMIT = 16
+_EXPANSION_FREE_NBYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """An open checkpoint: its tensors in the order of the file. Close it, or use it as a context.
+
+        `container` is the format's name; `section` the path of the state dict inside ("" for the
+    root); `keeps_aliases` tells whether the format can say that two tensors are tied;
+        `checksums` are the container's own, as (source, offset, nbytes, crc32).
+    """
+
+    name: str
+    container: str
+    section: str
+    tensors: Mapping[str, Tensor]
+    sources: tuple[Source, ...] = ()
+    keeps_aliases: bool = True
+    checksums: tuple[tuple[Source, int, int, int], ...] = ()
+    read_config: Callable[[], Mapping[str, Any] | None] = lambda: None
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """The model's configuration as the file carries it, as plain data; read on first use."""
+        return self.read_config()
+
+    @property
+    def nbytes(self) -> int:
+        """Logical bytes of all tensors, tied ones once."""
+        return sum(tensor.nbytes for tensor in self.tensors.values() if tensor.alias_of is None)
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def tensor_table(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Check the tensors of one checkpoint and name the tied ones as aliases of the first.
+
+    Raises CheckpointError for duplicate keys, views outside of their storage, and expansions.
+    """
+    table: dict[str, Tensor] = {}
+    first: dict[tuple[object, ...], str] = {}
+    stored: dict[int, int] = {}
+    logical = 0
+    for tensor in tensors:
+        _check_view(name, tensor)
+        if tensor.key in table:
+            raise CheckpointError(
+                f"{name}: two tensors have the key {tensor.key!r}",
+                hint="the file is malformed: save it again",
+            )
+        original = first.setdefault(tensor.identity, tensor.key) if tensor.numel else tensor.key
+        if original != tensor.key and tensor.storage.source is not None:
+            tensor = replace(tensor, alias_of=original)
+        elif tensor.storage.source is not None:
+            logical += tensor.nbytes
+            stored[id(tensor.storage)] = tensor.storage.nbytes
+        table[tensor.key] = tensor
+    if logical > _EXPANSION_FREE_NBYTES + _EXPANSION_LIMIT * sum(stored.values()):
+        raise CheckpointError(
+            f"{name}: its views expand {sum(stored.values())} stored bytes to {logical}",
+            hint="the file is malformed, or made to exhaust its reader: do not trust it",
+        )
+    return table
+
+
+def _check_view(name: str, tensor: Tensor) -> None:
+    shape, strides = tensor.shape, tensor.strides
+    bad = None
+    if len(shape) > 64:  # numpy's limit; torch prints no more either
+        bad = f"has {len(shape)} dimensions"
+    elif any(size < 0 or size >= 1 << 62 for size in shape):
+        bad = "has an impossible shape"
+    elif strides is not None and (len(strides) != len(shape) or any(s < 0 for s in strides)):
+        bad = f"has strides {list(strides)[:8]}, which do not fit its shape"
+    elif tensor.offset < 0:
+        bad = f"starts at element {tensor.offset} of its storage"
+    elif tensor.conjugate and tensor.dtype.kind != "complex":
+        bad = f"is conjugated, but {tensor.dtype}"
+    elif tensor.negative and not tensor.dtype.is_floating:
+        bad = f"is negated by its sign bit, but {tensor.dtype}"
+    elif tensor.numel and tensor.storage.source is not None:
+        if strides is None:
+            last = tensor.numel - 1
+        else:
+            last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        needed = (tensor.offset + last + 1) * tensor.dtype.itemsize
+        if needed > tensor.storage.nbytes:
+            bad = f"needs {needed} bytes of a storage that has {tensor.storage.nbytes}"
+    if bad:
+        raise CheckpointError(
+            f"{name}: tensor {tensor.key!r} (shape {list(shape)[:8]}) {bad}",
+            hint="the file is truncated or damaged: copy or download it again",
+        )

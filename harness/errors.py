@@ -1,0 +1,53 @@
+"""The errors of the harness: every one says what, where, both sides, and the one next step.
+
+    HarnessError
+    ├── CheckpointError    a checkpoint cannot be read, or is not what it claims to be
+    ├── GoldenError        a golden is missing, exists already, or cannot be read
+    ├── ModelError         the code under test cannot be built, loaded or run
+    ├── UsageError         options that do not fit together or fit no tensor
+    └── GoldenMismatch     a comparison failed (also an AssertionError); only raised on request
+
+`str(error)` is the message; `error.hint` is the next step, one command or sentence.
+"""
+
+from __future__ import annotations
+
+
+class HarnessError(Exception):
+    """Base of all errors that the harness raises on purpose."""
+
+    kind = "error"
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class CheckpointError(HarnessError):
+    """A checkpoint cannot be read, or is not what it claims to be."""
+
+    kind = "checkpoint"
+
+
+class GoldenError(HarnessError):
+    """A golden is missing, exists already, or cannot be read."""
+
+    kind = "golden"
+
+
+class ModelError(HarnessError):
+    """The code under test cannot be built, loaded or run."""
+
+    kind = "model"
+
+
+class UsageError(HarnessError):
+    """Options that do not fit together, or that fit no tensor."""
+
+    kind = "usage"
+
+
+class GoldenMismatch(HarnessError, AssertionError):  # noqa: N818 - reads as what happened
+    """A comparison found differences, or could not decide; `str()` is the text report."""
+
+    kind = "mismatch"

@@ -1,0 +1,360 @@
+"""Fingerprint a checkpoint: a digest per tensor, and stats, values or a sketch where asked for.
+
+In: an open `Checkpoint`. Out: a frozen `Fingerprint`. Refused: tensors without values (meta), and,
+with `check_integrity`, bytes that contradict the container's own checksums.
+
+digest = BLAKE3 over dtype, shape and the BLAKE3 digests of the 4 MiB chunks of logical bytes;
+root = BLAKE3 over the sorted (key, digest) rows. Neither depends on container, order or threads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from harness.checkpoint.sources import Source
+from harness.checkpoint.tensors import Checkpoint, DType, Tensor, numpy_dtype
+from harness.errors import CheckpointError
+from harness.sketch import DEFAULT_BLOCK_NBYTES, Sketch, sketch_values
+from harness.streaming import Chunk, Progress, buffers, chunks, map_chunks, parallel
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MAX_KEPT_NUMEL = 4096
+# Small enough that the float64 copy of a part stays in the cache between its passes.
+_PART_NBYTES = 512 << 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stats:
+    """float64 statistics over the finite elements (both components of complex ones), and counts.
+
+    int64 beyond 2**53 is rounded; packed types count their bytes.
+    """
+
+    min: float
+    max: float
+    mean: float
+    std: float
+    l2: float
+    num_zero: int
+    num_nan: int
+    num_posinf: int
+    num_neginf: int
+
+    @property
+    def num_nonfinite(self) -> int:
+        return self.num_nan + self.num_posinf + self.num_neginf
+
+    @property
+    def absmax(self) -> float:
+        """The greatest magnitude among the finite elements."""
+        return max(abs(self.min), abs(self.max))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPrint:
+    """The fingerprint of one tensor; `values` are its logical bytes where they are kept."""
+
+    key: str
+    dtype: DType
+    shape: tuple[int, ...]
+    digest: bytes | None
+    alias_of: str | None = None
+    stats: Stats | None = None
+    values: bytes | None = None
+    sketch: Sketch | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with logical bytes from `start`, if the values are kept."""
+        if self.values is None:
+            raise ValueError(f"the values of {self.key!r} are not kept")
+        buffer[:] = self.values[start : start + len(buffer)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """What is known of a checkpoint; `name` says where it came from."""
+
+    name: str
+    container: str
+    section: str
+    tensors: Mapping[str, TensorPrint]
+    keeps_aliases: bool = True
+    block_nbytes: int = DEFAULT_BLOCK_NBYTES
+    config: Mapping[str, Any] | None = None
+
+    @cached_property
+    def root(self) -> bytes:
+        """One name of 32 bytes for the whole model, the same in every container."""
+        hasher = blake3(b"checkpoint-harness root 1\n")
+        rows = ((key.encode("utf-8", "surrogatepass"), t.digest) for key, t in self.tensors.items())
+        for key, digest in sorted(rows, key=lambda row: row[0]):
+            if digest is None:
+                raise ValueError("a fingerprint without digests has no root")
+            hasher.update(len(key).to_bytes(8, "little") + key + digest)
+        return hasher.digest()
+
+
+Wanted = Callable[[Tensor], bool]
+
+
+def fingerprint(
+    checkpoint: Checkpoint,
+    *,
+    details: Wanted = lambda tensor: True,
+    keep_values: Wanted = lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,
+    block_nbytes: int = DEFAULT_BLOCK_NBYTES,
+    check_integrity: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Fingerprint:
+    """Fingerprint every tensor: digests of all, stats and values or sketch where `details` says.
+
+    Memory: 20 MB a thread, plus what is kept. Raises CheckpointError.
+    """
+    originals = [t for t in checkpoint.tensors.values() if t.alias_of is None]
+    if check_integrity:
+        _check_integrity(checkpoint, jobs)
+
+    def scan(tensor: Tensor, chunk: Chunk) -> _ChunkPrint:
+        wants = details(tensor)
+        sketched = wants and tensor.dtype.is_floating and not keep_values(tensor)
+        return _scan_chunk(tensor, chunk, wants, block_nbytes if sketched else None)
+
+    scanned = map_chunks(originals, scan, jobs=jobs, progress=progress)
+    prints: dict[str, TensorPrint] = {}
+    for tensor, parts in zip(originals, scanned, strict=True):
+        if details(tensor) and keep_values(tensor):
+            kept = bytearray(tensor.nbytes)
+            tensor.read_into(0, memoryview(kept))
+            prints[tensor.key] = _join(tensor, parts, details=True, values=bytes(kept))
+        else:
+            prints[tensor.key] = _join(tensor, parts, details=details(tensor), values=None)
+    table = {}
+    for key, tensor in checkpoint.tensors.items():
+        if tensor.alias_of is None:
+            table[key] = prints[key]
+        else:
+            table[key] = replace(prints[tensor.alias_of], key=key, alias_of=tensor.alias_of)
+    return Fingerprint(
+        name=checkpoint.name,
+        container=checkpoint.container,
+        section=checkpoint.section,
+        tensors=table,
+        keeps_aliases=checkpoint.keeps_aliases,
+        block_nbytes=block_nbytes,
+    )
+
+
+def outline(checkpoint: Checkpoint) -> Fingerprint:
+    """The keys, dtypes and shapes alone: nothing is read but the structure."""
+    return Fingerprint(
+        name=checkpoint.name,
+        container=checkpoint.container,
+        section=checkpoint.section,
+        keeps_aliases=checkpoint.keeps_aliases,
+        tensors={
+            key: TensorPrint(
+                key=key, dtype=t.dtype, shape=t.shape, digest=None, alias_of=t.alias_of
+            )
+            for key, t in checkpoint.tensors.items()
+        },
+    )
+
+
+def block_numel(dtype: DType, block_nbytes: int) -> int:
+    """Elements of one sketch block; complex elements count as two."""
+    component = dtype.itemsize // (2 if dtype.kind == "complex" else 1)
+    return max(1, block_nbytes // component)
+
+
+def digest_of(dtype: DType, shape: tuple[int, ...], chunk_digests: list[bytes]) -> bytes:
+    """Join the digests of a tensor's chunks into the tensor's."""
+    header = json.dumps(["checkpoint-harness tensor 1", dtype.name, list(shape)])
+    return blake3(header.encode() + b"\n" + b"".join(chunk_digests)).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """Statistics of a part, to be joined (Chan, Golub & LeVeque 1979)."""
+
+    count: int
+    min: float
+    max: float
+    mean: float
+    m2: float
+    sum_squares: float
+    num_zero: int
+    num_nan: int
+    num_posinf: int
+    num_neginf: int
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunkPrint:
+    digest: bytes
+    moments: tuple[_Moments, ...]
+    sketches: tuple[Sketch, ...]
+
+
+def _scan_chunk(
+    tensor: Tensor, chunk: Chunk, wants_stats: bool, block_nbytes: int | None
+) -> _ChunkPrint:
+    data = buffers.get("chunk", chunk.nbytes)
+    tensor.read_into(chunk.start, data.data)
+    digest = blake3(data.data).digest()
+    if not wants_stats:
+        return _ChunkPrint(digest, (), ())
+    moments, sketches = [], []
+    step = _PART_NBYTES if block_nbytes is None else _part_nbytes(tensor.dtype, block_nbytes)
+    for start in range(0, chunk.nbytes, step):
+        values = widen(data[start : start + step], tensor.dtype)
+        moments.append(_moments(values))
+        if block_nbytes is not None:
+            sketches.append(sketch_values(values, block_numel(tensor.dtype, block_nbytes)))
+    return _ChunkPrint(digest, tuple(moments), tuple(sketches))
+
+
+def _part_nbytes(dtype: DType, block_nbytes: int) -> int:
+    """A whole number of blocks, near _PART_NBYTES, that never straddles two chunks."""
+    component = dtype.itemsize // (2 if dtype.kind == "complex" else 1)
+    block = block_numel(dtype, block_nbytes) * component
+    return max(1, _PART_NBYTES // block) * block
+
+
+def widen(data: Array, dtype: DType) -> Array:
+    """Logical bytes as float64 values, components side by side for complex, in thread scratch."""
+    count = data.size // (dtype.itemsize // (2 if dtype.kind == "complex" else 1))
+    values = buffers.get("widened", count, "<f8")
+    if dtype.name == "bfloat16":
+        bits = buffers.get("bits", count, "<u4")
+        np.left_shift(data.view("<u2"), np.uint32(16), out=bits, casting="unsafe")
+        np.copyto(values, bits.view("<f4"))
+    elif dtype.name.startswith("float8"):
+        np.take(_float8_values(dtype), data, out=values)
+    else:
+        with np.errstate(invalid="ignore"):
+            np.copyto(values, data.view(numpy_dtype(dtype)), casting="unsafe")
+    return values
+
+
+_FLOAT8: dict[str, Array] = {}
+
+
+def _float8_values(dtype: DType) -> Array:
+    table = _FLOAT8.get(dtype.name)
+    if table is None:
+        codes = np.arange(256, dtype="|u1").view(numpy_dtype(dtype))
+        table = _FLOAT8[dtype.name] = codes.astype("<f8")
+    return table
+
+
+def _moments(values: Array) -> _Moments:
+    """Statistics of float64 values; sets the non-finite ones to 0 in place, as sketches want."""
+    num_nan = num_posinf = num_neginf = 0
+    finite: Array = values
+    with np.errstate(invalid="ignore", over="ignore"):
+        sum_squares = float(values @ values)
+        if not math.isfinite(sum_squares):
+            is_finite = np.isfinite(values)
+            num_nan = int(np.count_nonzero(np.isnan(values)))
+            num_posinf = int(np.count_nonzero(values == np.inf))
+            num_neginf = values.size - int(np.count_nonzero(is_finite)) - num_nan - num_posinf
+            if not is_finite.all():
+                finite = values[is_finite]
+                values[~is_finite] = 0.0
+                sum_squares = float(finite @ finite)
+        count = finite.size
+        if count == 0:
+            return _Moments(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, num_nan, num_posinf, num_neginf)
+        mean = float(finite.sum()) / count
+        centred = np.subtract(finite, mean, out=buffers.get("centred", count, "<f8"))
+        return _Moments(
+            count=count,
+            min=float(finite.min()),
+            max=float(finite.max()),
+            mean=mean,
+            m2=float(centred @ centred),
+            sum_squares=sum_squares,
+            num_zero=count - int(np.count_nonzero(finite)),
+            num_nan=num_nan,
+            num_posinf=num_posinf,
+            num_neginf=num_neginf,
+        )
+
+
+def _join(
+    tensor: Tensor, parts: list[_ChunkPrint], *, details: bool, values: bytes | None
+) -> TensorPrint:
+    sketches = [sketch for part in parts for sketch in part.sketches]
+    return TensorPrint(
+        key=tensor.key,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        digest=digest_of(tensor.dtype, tensor.shape, [part.digest for part in parts]),
+        stats=_stats([m for part in parts for m in part.moments]) if details else None,
+        values=values,
+        sketch=Sketch(
+            projections=np.concatenate([sketch.projections for sketch in sketches]),
+            norms=np.concatenate([sketch.norms for sketch in sketches]),
+        )
+        if sketches
+        else None,
+    )
+
+
+def _stats(parts: list[_Moments]) -> Stats:
+    finite = [part for part in parts if part.count]
+    count, mean, m2 = 0, 0.0, 0.0
+    for part in finite:
+        total = count + part.count
+        delta = part.mean - mean
+        mean += delta * part.count / total
+        m2 += part.m2 + delta * delta * count * part.count / total
+        count = total
+    return Stats(
+        min=min((part.min for part in finite), default=0.0),
+        max=max((part.max for part in finite), default=0.0),
+        mean=mean,
+        std=math.sqrt(m2 / count) if count else 0.0,
+        l2=math.sqrt(math.fsum(part.sum_squares for part in finite)),
+        num_zero=sum(part.num_zero for part in parts),
+        num_nan=sum(part.num_nan for part in parts),
+        num_posinf=sum(part.num_posinf for part in parts),
+        num_neginf=sum(part.num_neginf for part in parts),
+    )
+
+
+def _check_integrity(checkpoint: Checkpoint, jobs: int | None) -> None:
+    def check(entry: tuple[Source, int, int, int]) -> None:
+        source, offset, nbytes, expected = entry
+        actual = 0
+        for chunk in chunks(nbytes):
+            data = buffers.get("chunk", chunk.nbytes)
+            source.read_into(offset + chunk.start, data.data)
+            actual = zlib.crc32(data.data, actual)
+        if actual != expected:
+            raise CheckpointError(
+                f"{source.name}: its CRC-32 is {actual:08x}, but the archive says {expected:08x}",
+                hint="the bytes have changed since they were saved: get the file again",
+            )
+
+    for _ in parallel(check, checkpoint.checksums, jobs=jobs):
+        pass

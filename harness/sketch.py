@@ -1,0 +1,183 @@
+"""Random projections of tensors, what they prove, and which single changes they reveal.
+
+In: the values of a tensor in blocks of m. Out: 16 numbers and a norm per block; from two such
+sketches, bounds on how far the tensors are apart, and the elements that changed if they are few.
+
+For d = actual - expected on one block and P an m x k matrix of independent N(0, 1), z = P'd is the
+difference of the two sketches, and |z|^2 / |d|^2 is chi-square with k degrees of freedom for every
+d that does not depend on P (Johnson & Lindenstrauss 1984; Indyk & Motwani 1998). Its quantiles at
+1e-12 turn |z| into bounds of |d|, and max|d_i| <= |d|. When d has few non-zeros, orthogonal
+matching pursuit (Pati, Rezaiifar & Krishnaprasad 1993) finds them exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+NUM_PROJECTIONS = 16
+SEED = 20240607
+DEFAULT_BLOCK_NBYTES = 32768
+# Quantiles of chi-square with 16 degrees of freedom: the roots of P(8, x/2) = CHANCE and 1 - CHANCE.
+CHANCE = 1e-12
+_CHI2_LOW = 0.241289  # rounded down
+_CHI2_HIGH = 92.15756  # rounded up
+
+
+@lru_cache(maxsize=8)
+def projection(block_numel: int) -> Array:
+    """The matrix P, float64 (block_numel, 16): the first rows of one fixed stream.
+
+    numpy guarantees the stream of RandomState for ever (NEP 19).
+    """
+    matrix = np.random.RandomState(SEED).standard_normal((block_numel, NUM_PROJECTIONS))
+    matrix.setflags(write=False)
+    return matrix
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sketch:
+    """`projections` float64 (num_blocks, 16) and `norms` float64 (num_blocks,): |x| per block."""
+
+    projections: Array
+    norms: Array
+
+
+def sketch_values(values: Array, block_numel: int) -> Sketch:
+    """Sketch finite float64 values (n,); the last block counts as padded with zeros."""
+    matrix = projection(block_numel)
+    whole = values.size // block_numel * block_numel
+    blocks = values[:whole].reshape(-1, block_numel)
+    projections, norms = [blocks @ matrix], [np.einsum("ij,ij->i", blocks, blocks)]
+    rest = values[whole:]
+    if rest.size:
+        projections.append((rest @ matrix[: rest.size])[None])
+        norms.append(np.array([rest @ rest]))
+    return Sketch(projections=np.concatenate(projections), norms=np.sqrt(np.concatenate(norms)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gap:
+    """What two sketches say of d = actual - expected, per block.
+
+    `difference` float64 (num_blocks, 16) is z; `lower` and `upper` (num_blocks,) bound |d| in the
+    2-norm, each failing with chance 1e-12; `numels` (num_blocks,) counts each block's elements.
+    """
+
+    difference: Array
+    lower: Array
+    upper: Array
+    numels: Array
+    rounding: Array
+
+    @property
+    def changed(self) -> Array:
+        """Indices of the blocks that differ by more than rounding of the sketches can explain."""
+        size = np.linalg.norm(self.difference, axis=1)
+        # The rigorous rounding bound is far above what happens; errors grow with its root.
+        return np.flatnonzero(~(size <= self.rounding * 1e-3))
+
+    @property
+    def rms(self) -> float:
+        """Estimate of the root mean square of d over all elements."""
+        total = float(np.square(self.difference).sum()) / NUM_PROJECTIONS
+        return float(np.sqrt(total / max(1, int(self.numels.sum()))))
+
+
+def compare_sketches(expected: Sketch, actual: Sketch, block_numel: int, numel: int) -> Gap:
+    """Bound the distance of two tensors of `numel` elements from their sketches."""
+    difference = actual.projections - expected.projections
+    size = np.linalg.norm(difference, axis=1)
+    numels = np.full(len(difference), block_numel)
+    if len(numels):
+        numels[-1] = numel - block_numel * (len(numels) - 1)
+    # Summing m products in floating point errs by at most gamma_m |x| |P| (Higham 2002, 3.5).
+    gamma = numels * 2.0**-53 * 1.01
+    rounding = gamma * (expected.norms + actual.norms) * np.sqrt(numels * NUM_PROJECTIONS * 2.0)
+    upper = (size + rounding) / np.sqrt(_CHI2_LOW)
+    lower = np.maximum(0.0, size - rounding) / np.sqrt(_CHI2_HIGH)
+    return Gap(
+        difference=difference,
+        lower=np.where(np.isfinite(lower), lower, 0.0),
+        upper=np.where(np.isfinite(upper), upper, np.inf),
+        numels=numels,
+        rounding=np.where(np.isfinite(rounding), rounding, np.inf),
+    )
+
+
+MAX_RECOVERED_PER_BLOCK = 6
+_MAX_BLOCKS_TO_RECOVER = 64
+_BEAM = 48
+
+
+def recover(gap: Gap, block_numel: int, *, thorough: bool = True) -> list[tuple[int, float]] | None:
+    """Find the changed elements as (index in the tensor, actual - expected), if they are few.
+
+    None when some block changed in more elements than 16 equations can tell apart. The result
+    explains the sketches to rounding; that it is the truth is for a digest to prove.
+    """
+    blocks = gap.changed
+    if not 0 < len(blocks) <= _MAX_BLOCKS_TO_RECOVER:
+        return None
+    found: list[tuple[int, float]] = []
+    for block in blocks:
+        changes = _recover_block(
+            gap.difference[block],
+            projection(block_numel)[: gap.numels[block]],
+            float(gap.rounding[block]) * 1e-2,
+            _BEAM if thorough else 1,
+        )
+        if changes is None:
+            return None
+        found.extend((int(block) * block_numel + index, delta) for index, delta in changes)
+    return sorted(found)
+
+
+def _recover_block(
+    z: Array, matrix: Array, noise: float, beam: int
+) -> list[tuple[int, float]] | None:
+    if not np.all(np.isfinite(z)):
+        return None
+    lengths = np.linalg.norm(matrix, axis=1)
+    # The residual of a wrong support is of the size of z; that of the right one is rounding.
+    tolerance = max(noise, 1e-9 * float(np.linalg.norm(z)))
+    ranking = np.argsort(-np.abs(matrix @ z) / lengths)
+    for first in ranking[:beam]:
+        support = [int(first)]
+        while True:
+            columns = matrix[support].T
+            deltas = np.linalg.lstsq(columns, z, rcond=None)[0]
+            residual = z - columns @ deltas
+            if np.linalg.norm(residual) <= tolerance:
+                return [(index, float(delta)) for index, delta in zip(support, deltas, strict=True)]
+            if len(support) == MAX_RECOVERED_PER_BLOCK:
+                break
+            scores = np.abs(matrix @ residual) / lengths
+            scores[support] = 0.0
+            support.append(int(np.argmax(scores)))
+    return None
+
+
+def num_blocks(numel: int, block_numel: int) -> int:
+    """How many blocks `numel` elements fill, the last one perhaps in part."""
+    return -(-numel // block_numel)
+
+
+def block_ranges(blocks: Array) -> Iterator[tuple[int, int]]:
+    """Join neighbouring block indices into half-open ranges."""
+    start: int | None = None
+    last = -2
+    for block in (int(one) for one in blocks):
+        if start is None or block != last + 1:
+            if start is not None:
+                yield start, last + 1
+            start = block
+        last = block
+    if start is not None:
+        yield start, last + 1

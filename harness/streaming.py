@@ -1,0 +1,127 @@
+"""Run through tensors of any size in bounded memory, on as many threads as there are cores.
+
+In: tensors, and a function from (tensor, chunk) to a small result. Out: the results per tensor, in
+order, whatever the number of threads. Memory: one buffer of `CHUNK_NBYTES` a side and thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+CHUNK_NBYTES = 4 << 20
+_Item = TypeVar("_Item", bound="Sized")
+_Result = TypeVar("_Result")
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were done since the last call, from any thread."""
+
+
+class Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A range of a tensor's logical bytes; `index` counts from 0."""
+
+    index: int
+    start: int
+    nbytes: int
+
+
+def chunks(nbytes: int) -> Iterator[Chunk]:
+    """Cut logical bytes into chunks; an empty tensor has none."""
+    for index, start in enumerate(range(0, nbytes, CHUNK_NBYTES)):
+        yield Chunk(index, start, min(CHUNK_NBYTES, nbytes - start))
+
+
+class Buffers(threading.local):
+    """Scratch memory of the running thread, kept from chunk to chunk."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, str], np.ndarray[Any, np.dtype[Any]]] = {}
+
+    def get(self, name: str, size: int, dtype: str = "|u1") -> np.ndarray[Any, np.dtype[Any]]:
+        """Return an uninitialised array of `size` elements; the same memory for the same name."""
+        array = self._arrays.get((name, dtype))
+        if array is None or array.size < size:
+            array = self._arrays[name, dtype] = np.empty(size, dtype)
+        return array[:size]
+
+
+buffers = Buffers()
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Work(Generic[_Item]):
+    item: _Item
+    chunk: Chunk
+
+
+def map_chunks(
+    items: Sequence[_Item],
+    function: Callable[[_Item, Chunk], _Result],
+    *,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> list[list[_Result]]:
+    """Apply `function` to every chunk of every item; returns the results per item, in order.
+
+    The first exception ends the run and is raised here. `jobs` defaults to the cores allowed.
+    """
+    units = list(_units(items))
+    results: list[list[_Result]] = [[] for _ in items]
+
+    def run(unit: list[tuple[int, Chunk]]) -> list[_Result]:
+        done = [function(items[index], chunk) for index, chunk in unit]
+        if progress is not None:
+            progress(sum(chunk.nbytes for _, chunk in unit))
+        return done
+
+    for unit, done in zip(units, parallel(run, units, jobs=jobs), strict=True):
+        for (index, _), result in zip(unit, done, strict=True):
+            results[index].append(result)
+    return results
+
+
+def parallel(
+    function: Callable[[Any], _Result], tasks: Sequence[Any], *, jobs: int | None = None
+) -> Iterable[_Result]:
+    """Map over threads in order; a single task, or a single job, runs here and now."""
+    jobs = min(jobs or num_cores(), len(tasks))
+    if jobs <= 1:
+        return map(function, tasks)
+    from concurrent.futures import ThreadPoolExecutor
+
+    executor = ThreadPoolExecutor(jobs, thread_name_prefix="harness")
+    try:
+        return list(executor.map(function, tasks))
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _units(items: Sequence[_Item]) -> Iterator[list[tuple[int, Chunk]]]:
+    """Group the chunks into tasks of about a chunk's size, so that small tensors cost little."""
+    unit: list[tuple[int, Chunk]] = []
+    nbytes = 0
+    for index, item in enumerate(items):
+        for chunk in chunks(item.nbytes):
+            unit.append((index, chunk))
+            nbytes += chunk.nbytes + 4096  # what a tensor costs beyond its bytes
+            if nbytes >= CHUNK_NBYTES // 2:
+                yield unit
+                unit, nbytes = [], 0
+    if unit:
+        yield unit
