@@ -14,16 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from harness.allclose import Tolerance, Values, tally_chunk
 from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
 from harness.compare import Comparison, Policy, compare
-from harness.difference import (
-    Difference,
-    Tolerance,
-    Values,
-    conclude,
-    difference_from_sketch,
-    tally_chunk,
-)
+from harness.difference import Difference, conclude, difference_from_sketch
 from harness.errors import CheckpointError, GoldenError, UsageError
 from harness.fingerprint import (
     MAX_KEPT_NUMEL,
@@ -45,6 +39,7 @@ from harness.sketch import DEFAULT_BLOCK_NBYTES
 from harness.streaming import CHUNK_NBYTES, Progress, map_chunks
 
 __all__ = [
+    "choose_golden",
     "diff",
     "fingerprint",
     "golden_path",
@@ -61,7 +56,7 @@ _KEEP: Mapping[KeptValues, Callable[[Tensor], bool]] = {
     "all": lambda tensor: True,
     "none": lambda tensor: False,
 }
-_NOTHING: Callable[[Tensor], bool] = lambda tensor: False
+_NOTHING = _KEEP["none"]
 GOLDEN_FOLDER = Path("golden")
 _SUFFIXES = (".index.json", ".safetensors", ".nemo", ".ckpt", ".pth", ".pt", ".bin", ".gz")
 
@@ -149,7 +144,7 @@ def verify(
     tensors are compared with it element by element. Raises CheckpointError and GoldenError.
     """
     policy = policy or Policy()
-    recorded = golden if isinstance(golden, Golden) else read_golden(_choose_golden(path, golden))
+    recorded = golden if isinstance(golden, Golden) else read_golden(choose_golden(path, golden))
     with ExitStack() as stack:
         actual = stack.enter_context(_opened(path, recorded))
         beside = None
@@ -240,7 +235,9 @@ def diff(
         ours = _with_digests(ours, left, set(left.tensors) - set(right.tensors), jobs)
         theirs = _with_digests(theirs, right, set(right.tensors) - set(left.tensors), jobs)
 
-        def measure(triples: Sequence[tuple[TensorPrint, TensorPrint, Tolerance]]) -> list[Difference]:
+        def measure(
+            triples: Sequence[tuple[TensorPrint, TensorPrint, Tolerance]],
+        ) -> list[Difference]:
             pairs = [
                 _Exact(left.tensors[e.key], right.tensors[a.key], tolerance)
                 for e, a, tolerance in triples
@@ -250,7 +247,8 @@ def diff(
         return compare(ours, theirs, policy, measure)
 
 
-def _choose_golden(path: str | Path | None, golden: str | Path | None) -> Path:
+def choose_golden(path: str | Path | None, golden: str | Path | None) -> Path:
+    """The golden to verify against: the one given, else the default one of the checkpoint."""
     if golden is not None:
         return Path(golden)
     if path is None:
@@ -270,7 +268,8 @@ def _opened(path: str | Path | None, golden: Golden) -> Iterator[Checkpoint]:
     source = golden.checkpoint if path is None else Path(path)
     if source is None or (path is None and not source.exists()):
         raise CheckpointError(
-            f"{golden.path}: the checkpoint that it was recorded from, {golden.source}, is not there",
+            f"{golden.path}: the checkpoint that it was recorded from is not there: "
+            f"{golden.source}",
             hint=f"harness verify CKPT -g {golden.path}",
         )
     with open_checkpoint(source, section=golden.section) as checkpoint:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from harness.difference import Difference, Measure, Tolerance, Verdict
+from harness.allclose import Tolerance
+from harness.difference import Difference, Measure, Verdict
 from harness.errors import GoldenMismatch, UsageError
 from harness.fingerprint import Fingerprint, TensorPrint
 
@@ -144,7 +145,7 @@ class Comparison:
         return sum(finding.count for finding in self.findings if finding.kind == kind)
 
     def raise_for_mismatch(self) -> Comparison:
-        """Raise GoldenMismatch, with the report as its message, unless all is identical or close."""
+        """Raise GoldenMismatch, with the report as its message, unless the verdict passes."""
         if not self.ok:
             from harness.report.text import render
 
@@ -171,7 +172,9 @@ def compare(
     theirs = _stripped(policy, actual)
     named = {_mapped(policy, key): tensor for key, tensor in expected.tensors.items()}
     kept = {k: t for k, t in named.items() if not policy.ignores(t.key) and not policy.ignores(k)}
-    found = {k: t for k, t in theirs.items() if not policy.ignores(k) and k not in named.keys() - kept}
+    found = {
+        k: t for k, t in theirs.items() if not policy.ignores(k) and k not in named.keys() - kept
+    }
     num_ignored = len(named) - len(kept) + len(theirs) - len(found)
 
     pairs = [_Pair(tensor, found[key]) for key, tensor in kept.items() if key in found]
@@ -194,9 +197,7 @@ def compare(
                 actual=other.key,
             )
         )
-    findings += [
-        Finding(kind="missing", key=t.key, expected=describe(t)) for t in missing.values()
-    ]
+    findings += [Finding(kind="missing", key=t.key, expected=describe(t)) for t in missing.values()]
     findings += [
         Finding(kind="unexpected", key=t.key, actual=describe(t)) for t in unexpected.values()
     ]
@@ -393,7 +394,9 @@ def _find_renamed(
 def _likeness(one: str, other: str) -> int:
     """How many parts of two keys agree, from the front and from the back."""
     a, b = one.split("."), other.split(".")
-    front = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    front = next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
     return front + next(
         (i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y),
         min(len(a), len(b)),

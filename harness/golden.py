@@ -39,7 +39,10 @@ SUFFIX = ".safetensors"
 _NUM_STATS = len(fields(Stats))
 # What safetensors can write from numpy; everything else is stored as bytes.
 _NATIVE = frozenset(
-    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool".split()
+    {
+        *("float64", "float32", "float16", "bfloat16", "bool"),
+        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+    }
 )
 
 
@@ -104,7 +107,7 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
             if not overwrite:
                 raise GoldenError(
                     f"{path}: a golden is recorded there already",
-                    hint=f"to replace it: harness verify CKPT -g {path} --update-golden --reason WHY",
+                    hint=f"to replace it: harness verify CKPT -g {path} --update-golden",
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, data)

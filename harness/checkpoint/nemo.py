@@ -93,12 +93,7 @@ def _members(source: Source) -> Iterator[tuple[str, int, int]]:
             continue
         name = override.get("path") or _header_name(header)
         if "size" in override and override["size"] != str(nbytes):
-            # A size too large for the octal field, which pax writes as 0 there.
-            if not override["size"].isdigit() or len(override["size"]) > 18:
-                raise _damaged(source, f"gives {name!r} the size {override['size'][:20]!r}")
-            nbytes = int(override["size"])
-            if start + nbytes > source.nbytes:
-                raise _damaged(source, f"ends inside of {name!r}, a member of {nbytes} bytes")
+            nbytes = _large_size(source, name, override["size"], start)
             position = start + -(-nbytes // _BLOCK) * _BLOCK
         sparse = any(key.startswith("GNU.sparse") for key in override)
         override = {}
@@ -112,6 +107,15 @@ def _members(source: Source) -> Iterator[tuple[str, int, int]]:
         f"{source.name}: a tar archive that does not end, at byte {position}",
         hint="the file is truncated: copy or download it again",
     )
+
+
+def _large_size(source: Source, name: str, size: str, start: int) -> int:
+    """A size beyond the octal field's 8 GiB, which a pax header gives in decimal."""
+    if not size.isdigit() or len(size) > 18:
+        raise _damaged(source, f"gives {name!r} the size {size[:20]!r}")
+    if start + int(size) > source.nbytes:
+        raise _damaged(source, f"ends inside of {name!r}, a member of {size} bytes")
+    return int(size)
 
 
 def _check_header(source: Source, header: bytes, position: int) -> None:

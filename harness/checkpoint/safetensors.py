@@ -39,7 +39,7 @@ def read_safetensors(path: Path, source: Source) -> tuple[list[Tensor], dict[str
         dtype = _BY_NAME.get(entry["dtype"])
         if dtype is None:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has the dtype {entry['dtype']}, which torch does not have",
+                f"{path}: tensor {name!r} has the dtype {entry['dtype']}, which torch lacks",
                 hint="convert that tensor, or verify the rest from another file",
             )
         shape = tuple(entry["shape"])

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from harness.checkpoint.pickles import Global, OpaqueKey, Record
+from harness.checkpoint.rebuild import Composite
 from harness.checkpoint.tensors import Component, Tensor, format_key
-from harness.checkpoint.torchfile import Composite, TorchFile, is_module
+from harness.checkpoint.torchfile import TorchFile, is_module
 from harness.errors import CheckpointError
 
 # Where training code puts the weights, the most specific first.

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from harness.errors import CheckpointError
 
-# Trained weights deflate to 0.5-1 of their size and constant ones to 1/1000; a bomb is all constant.
+# Trained weights deflate to 0.5-1 of their size, constant ones to 1/1000, as a bomb does.
 INFLATION_LIMIT = 100
 INFLATION_FREE_NBYTES = 64 << 20
 _INFLATE_STEP = 1 << 18

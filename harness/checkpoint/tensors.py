@@ -258,7 +258,7 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     return np.dtype(dtype.real)
 
 
-# What a checkpoint may expand to: tied and expanded views are normal, terabytes from a page are not.
+# What a checkpoint may expand to: tied and expanded views are normal, terabytes are not.
 _EXPANSION_LIMIT = 16
 _EXPANSION_FREE_NBYTES = 1 << 30
 

@@ -1,0 +1,324 @@
+"""The closed table of what torch's rebuild functions mean, as descriptions of views.
+
+In: the arguments that a pickle gives to a function of torch (`torch._utils._rebuild_tensor_v2`,
+...), checked. Out: `Tensor`s, `Composite`s of tensors, and plain containers. Refused (ValueError,
+which the unpickler turns into a CheckpointError): arguments that do not fit. As in torch/_utils.py
+and torch/_tensor.py of torch 0.4 to 2.13.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.checkpoint.pickles import Constructors, Global
+from harness.checkpoint.tensors import DTYPES, DType, Storage, Tensor
+
+# torch.storage._dtype_to_storage_type_map, turned around
+STORAGE_DTYPES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexDoubleStorage": "complex128",
+    "ComplexFloatStorage": "complex64",
+    "QInt8Storage": "qint8",
+    "QInt32Storage": "qint32",
+    "QUInt8Storage": "quint8",
+    "QUInt4x2Storage": "quint4x2",
+    "QUInt2x4Storage": "quint2x4",
+    "UntypedStorage": "uint8",
+}
+_DTYPE_ALIASES = {
+    "float": "float32",
+    "double": "float64",
+    "half": "float16",
+    "long": "int64",
+    "int": "int32",
+    "short": "int16",
+    "cfloat": "complex64",
+    "cdouble": "complex128",
+    "chalf": "complex32",
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Composite:
+    """A tensor that torch keeps as several: sparse, nested, quantized, or a subclass."""
+
+    parts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StorageRef:
+    """What a persistent id stands for: a storage, and the dtype under which it was saved."""
+
+    storage: Storage
+    dtype: DType
+
+
+def brief(value: Any) -> str:
+    """A pickled value in a few words, for an error message."""
+    if isinstance(value, tuple):
+        return (
+            "(" + ", ".join(brief(item) for item in value[:5] if not isinstance(item, tuple)) + ")"
+        )
+    if isinstance(value, (Global, str, int, float)):
+        return str(value)[:80]
+    return type(value).__name__
+
+
+def _dtype(value: Any) -> DType:
+    if isinstance(value, DType):
+        return value
+    if isinstance(value, Global) and value.module == "torch":
+        dtype = DTYPES.get(_DTYPE_ALIASES.get(value.name, value.name))
+        if dtype is not None:
+            return dtype
+    raise ValueError(f"unknown dtype {brief(value)}")
+
+
+def _size(value: Any) -> tuple[int, ...]:
+    if isinstance(value, list):  # TorchScript
+        value = tuple(value)
+    if isinstance(value, tuple) and all(type(item) is int for item in value):
+        return value
+    raise ValueError(f"a size must be a tuple of integers, not {brief(value)}")
+
+
+def _view(
+    ref: Any, offset: Any, size: Any, stride: Any, dtype: DType | None, metadata: Any
+) -> Tensor:
+    if not isinstance(ref, StorageRef) or type(offset) is not int:
+        raise ValueError("a tensor needs a storage and an offset")
+    flags = metadata if isinstance(metadata, dict) else {}
+    return Tensor(
+        key="",
+        dtype=dtype or ref.dtype,
+        shape=_size(size),
+        storage=ref.storage,
+        offset=offset,
+        strides=_size(stride),
+        conjugate=flags.get("conj") is True,
+        negative=flags.get("neg") is True,
+    )
+
+
+def _rebuild_tensor(ref: Any, offset: Any, size: Any, stride: Any) -> Tensor:
+    return _view(ref, offset, size, stride, None, None)
+
+
+def _rebuild_tensor_v2(
+    ref: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = None,
+    hooks: Any = None,
+    metadata: Any = None,
+) -> Tensor:
+    return _view(ref, offset, size, stride, None, metadata)
+
+
+def _rebuild_tensor_v3(
+    ref: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> Tensor:
+    return _view(ref, offset, size, stride, _dtype(dtype), metadata)
+
+
+def _rebuild_qtensor(
+    ref: Any, offset: Any, size: Any, stride: Any, quantizer: Any, *rest: Any
+) -> Composite:
+    parts: dict[str, Any] = {"int_repr": _view(ref, offset, size, stride, None, None)}
+    match quantizer:
+        case (Global(), float() as scale, int() as zero_point):
+            parts["scale"] = _scalar(struct.pack("<d", scale), "float64")
+            parts["zero_point"] = _scalar(struct.pack("<q", zero_point), "int64")
+        case (Global(), Tensor() as scales, Tensor() as zero_points, int() as axis):
+            parts["scales"], parts["zero_points"] = scales, zero_points
+            parts["axis"] = _scalar(struct.pack("<q", axis), "int64")
+        case _:
+            raise ValueError(f"unknown quantizer {brief(quantizer)}")
+    return Composite(parts=parts)
+
+
+class _Literal:
+    """Bytes that stand in the pickle itself, as a source."""
+
+    def __init__(self, data: bytes) -> None:
+        self.name = "a number in the pickle"
+        self.nbytes = len(data)
+        self._data = data
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self._data[offset : offset + len(buffer)]
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self._data)[offset : offset + nbytes]
+
+    def close(self) -> None:
+        pass
+
+
+def _scalar(data: bytes, dtype: str) -> Tensor:
+    storage = Storage(source=_Literal(data), offset=0, nbytes=len(data))
+    return Tensor(key="", dtype=DTYPES[dtype], shape=(), storage=storage)
+
+
+def _rebuild_sparse_tensor(layout: Any, data: Any) -> Composite:
+    name = layout.name if isinstance(layout, Global) else str(layout)
+    match data:
+        case (indices, values, _) | (indices, values, _, bool()) if "coo" in name:
+            parts = {"indices": indices, "values": values}
+        case (compressed, plain, values, _):
+            by_row = "csr" in name or "bsr" in name
+            rows, columns = ("crow", "col") if by_row else ("ccol", "row")
+            parts = {f"{rows}_indices": compressed, f"{columns}_indices": plain, "values": values}
+        case _:
+            raise ValueError(f"unknown sparse layout {name}")
+    shape = _size(data[2] if "coo" in name else data[3])
+    parts["size"] = _integers(shape)
+    return Composite(parts=parts)
+
+
+def _integers(values: tuple[int, ...]) -> Tensor:
+    data = struct.pack(f"<{len(values)}q", *values)
+    storage = Storage(source=_Literal(data), offset=0, nbytes=len(data))
+    return Tensor(key="", dtype=DTYPES["int64"], shape=(len(values),), storage=storage)
+
+
+def _rebuild_nested_tensor(buffer: Any, sizes: Any, strides: Any, offsets: Any) -> Composite:
+    return Composite(
+        parts={"values": buffer, "sizes": sizes, "strides": strides, "offsets": offsets}
+    )
+
+
+def _rebuild_njt(arguments: Any) -> Composite:
+    if not isinstance(arguments, dict):
+        raise ValueError("a jagged tensor needs its arguments by name")
+    parts = {str(name): value for name, value in arguments.items() if isinstance(value, Tensor)}
+    return Composite(parts=parts)
+
+
+def _rebuild_meta(dtype: Any, size: Any, stride: Any, requires_grad: Any) -> Tensor:
+    storage = Storage(source=None, offset=0, nbytes=0)
+    return Tensor(
+        key="", dtype=_dtype(dtype), shape=_size(size), storage=storage, strides=_size(stride)
+    )
+
+
+def _rebuild_wrapper(*args: Any) -> Composite:
+    """A subclass without bytes of its own: its inner tensors follow in its state."""
+    return Composite(parts={})
+
+
+def _rebuild_subclass(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    """A tensor subclass: made by `function(*args)`, then given `state` (attributes by name)."""
+    constructor = (
+        CONSTRUCTORS.get((function.module, function.name)) if isinstance(function, Global) else None
+    )
+    if constructor is None or not isinstance(args, tuple):
+        raise ValueError(f"a tensor subclass made by an unknown {brief(function)}")
+    made = constructor(*args)
+    attributes = state
+    if isinstance(state, tuple) and state and isinstance(state[0], dict):
+        attributes = state[0]  # (__dict__, __slots__)
+    if not isinstance(made, Composite):
+        return made  # as_subclass: the same bytes under another class
+    inner = {}
+    if isinstance(attributes, dict):
+        inner = {
+            name: value
+            for name, value in attributes.items()
+            if isinstance(name, str) and isinstance(value, (Tensor, Composite))
+        }
+    return Composite(parts={**made.parts, **inner})
+
+
+def _rebuild_parameter(data: Any, *rest: Any) -> Any:
+    if not isinstance(data, (Tensor, Composite)):
+        raise ValueError(f"a parameter needs a tensor, not {brief(data)}")
+    return data
+
+
+def _rebuild_from_cpu_tensor(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Any:
+    return _rebuild_parameter(data)
+
+
+def _from_bytes(*args: Any) -> bytes:
+    text, encoding = args
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ValueError("bytes of Python 2 are latin1 text")
+    return text.encode("latin-1")
+
+
+def _collection(*args: Any) -> list[Any]:
+    (items,) = args or ([],)
+    return list(items)
+
+
+def _mapping(*args: Any) -> dict[Any, Any]:
+    """OrderedDict and defaultdict: items follow, or come as a list of pairs (Python 2)."""
+    pairs = args[-1] if args and isinstance(args[-1], list) else []
+    return {key: value for key, value in pairs if isinstance(key, (str, int))}
+
+
+def _passed_through(value: Any, *rest: Any) -> Any:
+    return value
+
+
+CONSTRUCTORS: Constructors = {
+    ("collections", "OrderedDict"): _mapping,
+    ("collections", "defaultdict"): _mapping,
+    ("collections", "Counter"): _mapping,
+    **{
+        (module, name): constructor
+        for module in ("builtins", "__builtin__")
+        for name, constructor in [
+            ("dict", _mapping),
+            ("set", _collection),
+            ("frozenset", _collection),
+            ("list", _collection),
+        ]
+    },
+    ("_codecs", "encode"): _from_bytes,
+    ("torch", "Size"): lambda *args: _size(args[0]) if args else (),
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    ("torch._utils", "_rebuild_qtensor"): _rebuild_qtensor,
+    ("torch._utils", "_rebuild_sparse_tensor"): _rebuild_sparse_tensor,
+    ("torch._utils", "_rebuild_sparse_csr_tensor"): _rebuild_sparse_tensor,
+    ("torch._utils", "_rebuild_nested_tensor"): _rebuild_nested_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"): _rebuild_meta,
+    ("torch._utils", "_rebuild_wrapper_subclass"): _rebuild_wrapper,
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _rebuild_from_cpu_tensor,
+    ("torch._tensor", "_rebuild_from_type"): _rebuild_subclass,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
+    ("torch.nested._internal.nested_tensor", "_rebuild_njt"): _rebuild_njt,
+    ("torch.nn.parameter", "Parameter"): _rebuild_parameter,
+    ("torch.nn.parameter", "Buffer"): _rebuild_parameter,
+    ("torch.serialization", "_get_layout"): _passed_through,
+    ("torch.jit._pickle", "build_intlist"): _collection,
+    ("torch.jit._pickle", "build_doublelist"): _collection,
+    ("torch.jit._pickle", "build_boollist"): _collection,
+    ("torch.jit._pickle", "build_tensorlist"): _collection,
+    ("torch.jit._pickle", "restore_type_tag"): _passed_through,
+}

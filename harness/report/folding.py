@@ -1,0 +1,60 @@
+"""Fold keys that differ only in their numbers: `layers.{0…16}.norm.bias` instead of 17 lines."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from math import prod
+
+_NUMBER = re.compile(r"(?<![^.\[])(\d+)(?![^.\]])")
+
+
+def printable(key: str) -> str:
+    """A key as it may stand on a terminal: quoted with escapes if it is not plain."""
+    if key.isprintable() and "\\" not in key and not key.startswith('"') and key.strip() == key:
+        return key
+    return json.dumps(key, ensure_ascii=not key.isprintable())
+
+
+def fold(keys: Sequence[str], *, ellipsis: str = "…") -> list[tuple[str, list[str]]]:
+    """Group keys into patterns; each with the keys it stands for, in order of first appearance.
+
+    A pattern is used only if it stands for exactly its keys: every combination is there.
+    """
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(_NUMBER.sub("\0", key), []).append(key)
+    folded = []
+    for template, members in groups.items():
+        pattern = _pattern(template, members, ellipsis) if len(members) > 1 else None
+        if pattern is None:
+            folded += [(printable(key), [key]) for key in members]
+        else:
+            folded.append((printable(pattern), members))
+    return folded
+
+
+def _pattern(template: str, keys: Sequence[str], ellipsis: str) -> str | None:
+    columns = list(zip(*(map(int, _NUMBER.findall(key)) for key in keys), strict=True))
+    sets = [sorted(set(column)) for column in columns]
+    if prod(len(numbers) for numbers in sets) != len(set(keys)):
+        return None
+    parts = template.split("\0")
+    spelled = [
+        str(numbers[0]) if len(numbers) == 1 else "{" + _ranges(numbers, ellipsis) + "}"
+        for numbers in sets
+    ]
+    return "".join(a + b for a, b in zip(parts, [*spelled, ""], strict=True))
+
+
+def _ranges(numbers: Iterable[int], ellipsis: str) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(
+        str(a) if a == b else f"{a},{b}" if b == a + 1 else f"{a}{ellipsis}{b}" for a, b in runs
+    )

@@ -1,0 +1,120 @@
+"""Comparisons, checkpoints and errors as plain data for JSON.
+
+The schema, to which later versions only add:
+
+    verify, diff  {"exit_code", "goldens": [{"golden", "checkpoint", "root": {"expected", "actual"},
+                   "stages": [{"stage", "verdict", "num_identical", "num_ignored", "findings"}],
+                   "error"?, "updated"?}]}
+    finding       {"kind", "key", "expected", "actual", "actual_key"?, "count"?}, and for
+                  close, different and undecided also
+                  {"why", "is_exact", "atol", "rtol", "numel", "max_abs", "min_atol", "rms",
+                   "num_differing", "num_beyond", "where", "elements", "chance",
+                   "num_nonfinite": {"expected", "actual"}}
+    element       {"index", "expected", "actual"}
+    show          {"root", "container", "section", "tensors": [{"key", "dtype", "shape", "digest",
+                   "alias_of", "stats"}], "history"?}
+    error         {"exit_code": 2, "error": {"kind", "message", "hint"}}
+
+Intervals are [lower, upper]. Numbers that JSON lacks are the strings "NaN", "Infinity" and
+"-Infinity"; complex ones are [real, imaginary].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from harness.compare import Comparison, Finding
+from harness.difference import Difference
+from harness.errors import HarnessError
+from harness.fingerprint import Fingerprint
+
+Json = Any
+
+
+def comparison_as_json(comparison: Comparison) -> Json:
+    """One stage of one golden."""
+    return {
+        "stage": comparison.stage,
+        "verdict": comparison.verdict,
+        "num_identical": comparison.num_identical,
+        "num_ignored": comparison.num_ignored,
+        "findings": [_finding(finding) for finding in comparison.findings],
+    }
+
+
+def _finding(finding: Finding) -> Json:
+    found: dict[str, Json] = {
+        "kind": finding.kind,
+        "key": finding.key,
+        "expected": finding.expected,
+        "actual": finding.actual,
+    }
+    if finding.actual_key is not None:
+        found["actual_key"] = finding.actual_key
+    if finding.kind == "prefix":
+        found["count"] = finding.count
+    if finding.difference is not None:
+        found |= _difference(finding.difference)
+    return found
+
+
+def _difference(difference: Difference) -> dict[str, Json]:
+    return {
+        "why": difference.why,
+        "is_exact": difference.is_exact,
+        "atol": difference.tolerance.atol,
+        "rtol": difference.tolerance.rtol,
+        "numel": difference.numel,
+        "max_abs": [number(end) for end in difference.max_abs],
+        "min_atol": [number(end) for end in difference.min_atol],
+        "rms": number(difference.rms),
+        "num_differing": difference.num_differing,
+        "num_beyond": difference.num_beyond,
+        "where": difference.where,
+        "elements": [
+            {
+                "index": list(element.index),
+                "expected": number(element.expected),
+                "actual": number(element.actual),
+            }
+            for element in difference.elements
+        ],
+        "num_nonfinite": dict(zip(("expected", "actual"), difference.num_nonfinite, strict=True)),
+        "chance": difference.chance,
+    }
+
+
+def number(value: float | complex | int | bool) -> Json:
+    """A number as JSON can hold it."""
+    if isinstance(value, complex):
+        return [number(value.real), number(value.imag)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def fingerprint_as_json(fingerprint: Fingerprint) -> Json:
+    """What `show --json` prints."""
+    return {
+        "root": fingerprint.root.hex(),
+        "container": fingerprint.container,
+        "section": fingerprint.section,
+        "tensors": [
+            {
+                "key": tensor.key,
+                "dtype": tensor.dtype.name,
+                "shape": list(tensor.shape),
+                "digest": (tensor.digest or b"").hex(),
+                "alias_of": tensor.alias_of,
+                "stats": asdict(tensor.stats) if tensor.stats is not None else None,
+            }
+            for tensor in fingerprint.tensors.values()
+        ],
+    }
+
+
+def error_as_json(error: HarnessError) -> Json:
+    """The error object alone."""
+    return {"kind": error.kind, "message": str(error), "hint": error.hint}

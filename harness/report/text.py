@@ -1,0 +1,220 @@
+"""A comparison as text: one line for the whole, then findings by kind, worst first.
+
+In: a `Comparison` and a `Style`. Out: lines of text, with colour codes only where the style says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.compare import FINDING_KINDS, Comparison, Finding, FindingKind
+from harness.difference import Difference, Element
+from harness.report.folding import fold, printable
+
+_MAX_GROUPS = 12
+_SYMBOLS = {"identical": "✓", "close": "✓", "undecided": "?", "different": "✗"}
+_COLORS = {"identical": "32", "close": "32", "undecided": "33", "different": "31"}
+_HEADINGS: dict[FindingKind, str] = {
+    "missing": "missing: in the golden, not in the checkpoint",
+    "unexpected": "unexpected: in the checkpoint, not in the golden",
+    "prefix": "prefix: the same keys under another prefix",
+    "renamed": "renamed: equal weights under another key",
+    "shape": "shape",
+    "dtype": "dtype",
+    "different": "different: allclose is false",
+    "alias": "alias: tied weights came apart, or were tied",
+    "undecided": "undecided: the golden cannot tell whether allclose holds",
+    "close": "close: within the tolerance, but not identical",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How text may look: ANSI colours, signs beyond ASCII, columns."""
+
+    color: bool = False
+    unicode: bool = False
+    width: int = 100
+
+    def paint(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self.color else text
+
+    @property
+    def ellipsis(self) -> str:
+        return "…" if self.unicode else ".."
+
+
+PLAIN = Style()
+
+
+def render(comparison: Comparison, style: Style = PLAIN) -> str:
+    """The whole report of one comparison, without a trailing newline."""
+    return "\n".join(_lines(comparison, style))
+
+
+def headline(comparison: Comparison, style: Style = PLAIN) -> str:
+    """One line: the verdict, the two sides, the counts."""
+    verdict = comparison.verdict
+    mark = _SYMBOLS[verdict] if style.unicode else "ok" if comparison.ok else "FAIL"
+    counts = [f"{comparison.num_identical:,} identical"]
+    counts += [
+        f"{comparison.count(kind):,} {kind}"
+        for kind in reversed(FINDING_KINDS)
+        if comparison.count(kind)
+    ]
+    if comparison.num_ignored:
+        counts.append(f"{comparison.num_ignored:,} ignored")
+    return (
+        style.paint(f"{mark} {verdict}", _COLORS[verdict])
+        + f"  {comparison.expected.name}  {comparison.stage}: {', '.join(counts)}"
+    )
+
+
+def how_to_accept(comparison: Comparison, command: str) -> list[str]:
+    """The one next step for what was found; `command` verifies again."""
+    if comparison.ok:
+        return []
+    if comparison.verdict == "undecided":
+        return [f"to decide exactly:   {command} --reference RECORDED_CKPT"]
+    prefixes = [f for f in comparison.findings if f.kind == "prefix"]
+    lines = []
+    if prefixes and prefixes[0].actual != "no prefix" and prefixes[0].expected == "no prefix":
+        lines.append(f"to look past the prefix:  {command} --strip-prefix {prefixes[0].key}")
+    lines.append(f'if this is meant:  {command} --update-golden --reason "why"')
+    return lines
+
+
+def _lines(comparison: Comparison, style: Style) -> Iterator[str]:
+    yield headline(comparison, style)
+    if comparison.verdict != "identical":
+        yield f"  expected  {_side(comparison.expected)}"
+        yield f"  actual    {_side(comparison.actual)}"
+    if comparison.num_nan:
+        yield f"  note: {comparison.num_nan:,} of the golden's tensors hold NaN"
+    for kind in FINDING_KINDS:
+        findings = [finding for finding in comparison.findings if finding.kind == kind]
+        if findings:
+            yield ""
+            yield "  " + style.paint(f"{_HEADINGS[kind]} ({comparison.count(kind):,})", "1")
+            yield from _findings(findings, style)
+    chance = sum(f.difference.chance for f in comparison.findings if f.difference is not None)
+    if chance:
+        yield ""
+        yield f"  (verdicts by sketch: the chance that any is wrong is below {chance:.0e})"
+
+
+def _side(fingerprint: Any) -> str:
+    section = f", section {fingerprint.section}" if fingerprint.section else ""
+    return f"{fingerprint.name} ({fingerprint.container}{section})"
+
+
+def _findings(findings: Sequence[Finding], style: Style) -> Iterator[str]:
+    groups = list(_grouped(findings, style))
+    for pattern, members in groups[:_MAX_GROUPS]:
+        yield from _group(pattern, members, style)
+    hidden = groups[_MAX_GROUPS:]
+    if hidden:
+        count = sum(len(members) for _, members in hidden)
+        yield f"    {style.ellipsis} and {count:,} more (--format json lists all)"
+
+
+def _grouped(findings: Sequence[Finding], style: Style) -> Iterator[tuple[str, list[Finding]]]:
+    """Fold the keys of findings that say the same, in the order of the worst of each."""
+    alike: dict[tuple[str | None, str | None], list[Finding]] = {}
+    for finding in findings:
+        said = (
+            (finding.expected, finding.actual)
+            if finding.kind not in ("renamed", "alias")
+            else (_template(finding.expected), _template(finding.actual))
+        )
+        alike.setdefault(said, []).append(finding)
+    order = {finding.key: index for index, finding in enumerate(findings)}
+    groups = []
+    for members in alike.values():
+        by_key = {finding.key: finding for finding in members}
+        for pattern, keys in fold(list(by_key), ellipsis=style.ellipsis):
+            groups.append((min(order[key] for key in keys), pattern, [by_key[k] for k in keys]))
+    for _, pattern, members in sorted(groups, key=lambda group: group[0]):
+        yield pattern, members
+
+
+def _template(text: str | None) -> str | None:
+    return None if text is None else "".join("#" if c.isdigit() else c for c in text)
+
+
+def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[str]:
+    first = members[0]
+    many = f"  ({len(members):,} tensors)" if len(members) > 1 else ""
+    if first.kind == "missing":
+        yield f"    {pattern}  {first.expected}{many}"
+    elif first.kind == "unexpected":
+        yield f"    {pattern}  {first.actual}{many}"
+    elif first.kind == "renamed":
+        actual = [member.actual or "" for member in members]
+        patterns = fold(actual, ellipsis=style.ellipsis)
+        now = patterns[0][0] if len(patterns) == 1 else printable(actual[0])
+        yield f"    {pattern}{many}"
+        yield f"      is now {now}"
+    elif first.kind == "prefix":
+        yield f"    {first.count:,} keys: expected {first.expected}, actual {first.actual}"
+    elif first.difference is None:
+        yield f"    {pattern}{many}"
+        yield f"      expected {first.expected}, actual {first.actual}"
+    else:
+        yield f"    {pattern}  {first.expected}{many}"
+        differences = [member.difference for member in members if member.difference is not None]
+        yield from (f"      {line}" for line in _differences(differences))
+
+
+def _differences(differences: Sequence[Difference]) -> Iterator[str]:
+    worst = max(differences, key=lambda d: (d.max_abs[0], d.max_abs[1]))
+    if len(differences) == 1:
+        yield worst.why
+    if worst.verdict == "different" and math.isinf(worst.max_abs[1]) and worst.max_abs[0] == 0.0:
+        return  # nothing is known but that the digest differs
+    size = f"max |actual - expected| {_interval(worst.max_abs)}"
+    rms = (
+        ""
+        if math.isnan(worst.rms)
+        else f", rms {'' if worst.is_exact else 'about '}{worst.rms:.1e}"
+    )
+    where = f", {worst.where}" if worst.where and len(differences) == 1 else ""
+    yield f"{'worst: ' if len(differences) > 1 else ''}{size}{rms}{where}"
+    if worst.verdict in ("different", "undecided") and not worst.tolerance.exact:
+        least = (
+            max(d.min_atol[0] for d in differences),
+            max(d.min_atol[1] for d in differences),
+        )
+        if math.isinf(least[0]):
+            yield "would pass at no atol"
+        else:
+            now = f"(now {worst.tolerance.atol:g}, rtol {worst.tolerance.rtol:g})"
+            yield f"would pass at atol {_interval(least)} {now}"
+    if len(differences) == 1 and worst.verdict != "close":
+        yield from (_element(element) for element in worst.elements)
+        if worst.num_beyond is not None and worst.num_beyond > len(worst.elements) > 0:
+            yield f"and {worst.num_beyond - len(worst.elements):,} more elements"
+    if any(any(d.num_nonfinite) for d in differences):
+        counts = [sum(d.num_nonfinite[side] for d in differences) for side in (0, 1)]
+        yield f"NaN and infinities: {counts[0]:,} expected, {counts[1]:,} actual"
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    low, high = ends
+    if low == high:
+        return f"{low:.2e}"
+    if math.isinf(high):
+        return f"at least {low:.1e}" if low else "unknown"
+    return f"up to {high:.1e}" if low == 0.0 else f"{low:.1e} to {high:.1e}"
+
+
+def _element(element: Element) -> str:
+    index = list(element.index)
+    return f"{index}  expected {_value(element.expected)}  actual {_value(element.actual)}"
+
+
+def _value(value: float | complex | int | bool) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
