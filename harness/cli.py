@@ -11,10 +11,10 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -37,32 +37,30 @@ _JOBS = click.option(
 )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: run the command and exit with its code; a crash is a 2, never a 1."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        code = cli.main(arguments, prog_name="harness", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        if "json" in " ".join(sys.argv[1:]):
-            _echo_json(_failure(UsageError(error.format_message())))
+        code = 130
+    except (HarnessError, click.ClickException) as error:
+        code = 2
+        if {"--json", "--format=json", "json"} & set(arguments):
+            _echo_json(_failure(error))
+        elif isinstance(error, HarnessError):
+            _echo_error(error)
         else:
             error.show()
-        sys.exit(2)
-    except HarnessError as error:
-        if "--json" in sys.argv or "json" in sys.argv or "--format=json" in sys.argv:
-            _echo_json(_failure(error))
-        else:
-            _echo_error(error)
-        sys.exit(2)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(2)
+        code = 2
     except Exception:  # exit code 1 would say that a checkpoint differs
         traceback.print_exc()
         click.echo("error: this is a bug in the harness; please report it", err=True)
-        sys.exit(2)
+        code = 2
+    sys.exit(code or 0)
 
 
 @click.group(
@@ -447,9 +445,11 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _failure(error: HarnessError) -> dict[str, Any]:
+def _failure(error: HarnessError | click.ClickException) -> dict[str, Any]:
     from harness.report.json import error_as_json
 
+    if isinstance(error, click.ClickException):
+        error = UsageError(error.format_message(), hint="harness --help")
     return {"exit_code": 2, "error": error_as_json(error)}
 
 

@@ -78,7 +78,7 @@ def conclude(
     elif total.num_beyond == 0:
         verdict, why = "close", f"all {numel:,} elements are within the tolerance"
     else:
-        unit = "differ" if tolerance.exact or not expected.dtype.is_floating else "are beyond it"
+        unit = "differ" if tolerance.exact or not expected.dtype.is_floating else "are beyond the tolerance"
         verdict, why = "different", f"{total.num_beyond:,} of {numel:,} elements {unit}"
     return Difference(
         verdict=verdict,

@@ -271,7 +271,7 @@ def _moments(values: Array) -> _Moments:
     num_nan = num_posinf = num_neginf = 0
     finite: Array = values
     with np.errstate(invalid="ignore", over="ignore"):
-        sum_squares = float(values @ values)
+        sum_squares = _sum_squares(values)
         if not math.isfinite(sum_squares):
             is_finite = np.isfinite(values)
             num_nan = int(np.count_nonzero(np.isnan(values)))
@@ -280,7 +280,7 @@ def _moments(values: Array) -> _Moments:
             if not is_finite.all():
                 finite = values[is_finite]
                 values[~is_finite] = 0.0
-                sum_squares = float(finite @ finite)
+                sum_squares = _sum_squares(finite)
         count = finite.size
         if count == 0:
             return _Moments(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, num_nan, num_posinf, num_neginf)
@@ -291,13 +291,18 @@ def _moments(values: Array) -> _Moments:
             min=float(finite.min()),
             max=float(finite.max()),
             mean=mean,
-            m2=float(centred @ centred),
+            m2=_sum_squares(centred),
             sum_squares=sum_squares,
             num_zero=count - int(np.count_nonzero(finite)),
             num_nan=num_nan,
             num_posinf=num_posinf,
             num_neginf=num_neginf,
         )
+
+
+def _sum_squares(values: Array) -> float:
+    """As a dot product, but not by BLAS, whose result depends on the number of its threads."""
+    return float(np.einsum("i,i->", values, values))
 
 
 def _join(

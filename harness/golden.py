@@ -26,7 +26,7 @@ import numpy as np
 
 from harness.checkpoint.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.sources import FileSource, read
-from harness.checkpoint.tensors import DTYPES, Tensor, numpy_dtype
+from harness.checkpoint.tensors import DTYPES, Tensor, format_key, numpy_dtype
 from harness.errors import CheckpointError, GoldenError
 from harness.fingerprint import Fingerprint, Stats, TensorPrint, block_numel
 from harness.sketch import NUM_PROJECTIONS, SEED, Sketch, num_blocks
@@ -170,7 +170,7 @@ def serialize(golden: Golden) -> bytes:
             if tensor.dtype.name in _NATIVE:
                 dtype = "?" if tensor.dtype.name == "bool" else numpy_dtype(tensor.dtype)
                 values = values.view(dtype).reshape(tensor.shape)
-            columns[f"value/{_ascii(tensor.key)}"] = values
+            columns[_value_name(tensor.key)] = values
     metadata = json.dumps(_describe(golden), sort_keys=True, separators=(",", ":"))
     return save(columns, metadata={"harness": metadata})
 
@@ -210,9 +210,14 @@ def _describe(golden: Golden) -> dict[str, Any]:
     }
 
 
-def _ascii(key: str) -> str:
-    """A key as part of a tensor's name in the golden: lone surrogates have no UTF-8."""
-    return key.encode("utf-8", "backslashreplace").decode()
+def _value_name(key: str) -> str:
+    """The name of a tensor's values in the golden: lone surrogates have no UTF-8."""
+    return "value/" + key.encode("utf-8", "backslashreplace").decode()
+
+
+def _column(key: str) -> str:
+    """The key under which the reader of safetensors files lists a tensor's values."""
+    return format_key((_value_name(key),))
 
 
 def _without_paths(value: Any) -> Any:
@@ -282,7 +287,10 @@ def _parse(path: Path, columns: Mapping[str, Tensor], metadata: Mapping[str, str
         block_nbytes = int(made["sketch"]["block_nbytes"])
         fixed = (made["digest"], made["chunk_nbytes"], made["sketch"]["seed"])
         if fixed != ("blake3", CHUNK_NBYTES, SEED) or not 0 < block_nbytes <= CHUNK_NBYTES:
-            raise GoldenError(f"{path}: made in a way that this version does not know: {made}")
+            raise GoldenError(
+                f"{path}: made in a way that this version does not know: {made}",
+                hint="restore it from version control, or record it again with --overwrite",
+            )
         fingerprint = Fingerprint(
             name=str(path),
             container=source["container"],
@@ -334,7 +342,7 @@ def _prints(
             original = known[alias_of]
             tensor = replace(tensor, values=original.values, sketch=original.sketch)
         elif kept == "values":
-            tensor = replace(tensor, values=columns[f"value/{_ascii(key)}"].array().tobytes())
+            tensor = replace(tensor, values=columns[_column(key)].array().tobytes())
             if len(tensor.values or b"") != tensor.nbytes:
                 raise ValueError(f"the values of {key!r} do not fit its shape {shape}")
         elif kept == "sketch":

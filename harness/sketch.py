@@ -54,12 +54,18 @@ def sketch_values(values: Array, block_numel: int) -> Sketch:
     matrix = projection(block_numel)
     whole = values.size // block_numel * block_numel
     blocks = values[:whole].reshape(-1, block_numel)
-    projections, norms = [blocks @ matrix], [np.einsum("ij,ij->i", blocks, blocks)]
     rest = values[whole:]
+    projections = [blocks @ matrix if len(blocks) > 1 else _project_one_by_one(blocks, matrix)]
+    squares = [np.einsum("ij,ij->i", blocks, blocks)]
     if rest.size:
-        projections.append((rest @ matrix[: rest.size])[None])
-        norms.append(np.array([rest @ rest]))
-    return Sketch(projections=np.concatenate(projections), norms=np.sqrt(np.concatenate(norms)))
+        projections.append(_project_one_by_one(rest[None], matrix[: rest.size]))
+        squares.append(np.einsum("i,i->", rest, rest)[None])
+    return Sketch(projections=np.concatenate(projections), norms=np.sqrt(np.concatenate(squares)))
+
+
+def _project_one_by_one(blocks: Array, matrix: Array) -> Array:
+    """As a matrix product, but not by BLAS: its product of a vector depends on its threads."""
+    return np.einsum("bi,ij->bj", blocks, matrix)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

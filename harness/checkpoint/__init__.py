@@ -87,8 +87,6 @@ def _open(path: Path, source: Source, section: str | None) -> Checkpoint:
         return _torch_checkpoint(
             path, source, _torch_file(weights), section, container="nemo", config_text=config
         )
-    if head.startswith(b"PK") or head[:1] == b"\x80":
-        return _torch_checkpoint(path, source, _torch_file(source), section)
     if is_safetensors(head, source.nbytes):
         _no_section(path, section)
         tensors, _ = read_safetensors(path, source)
@@ -100,6 +98,9 @@ def _open(path: Path, source: Source, section: str | None) -> Checkpoint:
             sources=(source,),
             keeps_aliases=False,
         )
+    # After safetensors: its header may be 128 bytes long, which is a pickle's first byte.
+    if head.startswith(b"PK") or head[:1] == b"\x80":
+        return _torch_checkpoint(path, source, _torch_file(source), section)
     if head.lstrip()[:1] == b"{":
         _no_section(path, section)
         return _sharded(path, source)

@@ -113,8 +113,17 @@ def _side(fingerprint: Any) -> str:
 
 def _findings(findings: Sequence[Finding], style: Style) -> Iterator[str]:
     groups = list(_grouped(findings, style))
+    said = None
     for pattern, members in groups[:_MAX_GROUPS]:
-        yield from _group(pattern, members, style)
+        first = members[0]
+        if first.kind in ("dtype", "shape"):
+            # One cast, or one change of width, shows in many tensors: say it once above them.
+            if said != (first.expected, first.actual):
+                said = (first.expected, first.actual)
+                yield f"    expected {first.expected}, actual {first.actual}:"
+            yield f"      {pattern}{_many(members)}"
+        else:
+            yield from _group(pattern, members, style)
     hidden = groups[_MAX_GROUPS:]
     if hidden:
         count = sum(len(members) for _, members in hidden)
@@ -135,10 +144,18 @@ def _grouped(findings: Sequence[Finding], style: Style) -> Iterator[tuple[str, l
     groups = []
     for members in alike.values():
         by_key = {finding.key: finding for finding in members}
+        # What is said once above its tensors must stay together.
+        together = order[members[0].key] if members[0].kind in ("dtype", "shape") else None
         for pattern, keys in fold(list(by_key), ellipsis=style.ellipsis):
-            groups.append((min(order[key] for key in keys), pattern, [by_key[k] for k in keys]))
+            place = min(order[key] for key in keys)
+            rank = (place if together is None else together, place)
+            groups.append((rank, pattern, [by_key[key] for key in keys]))
     for _, pattern, members in sorted(groups, key=lambda group: group[0]):
         yield pattern, members
+
+
+def _many(members: Sequence[Finding]) -> str:
+    return f"  ({len(members):,} tensors)" if len(members) > 1 else ""
 
 
 def _template(text: str | None) -> str | None:
@@ -147,7 +164,7 @@ def _template(text: str | None) -> str | None:
 
 def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[str]:
     first = members[0]
-    many = f"  ({len(members):,} tensors)" if len(members) > 1 else ""
+    many = _many(members)
     if first.kind == "missing":
         yield f"    {pattern}  {first.expected}{many}"
     elif first.kind == "unexpected":
@@ -160,9 +177,10 @@ def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[s
         yield f"      is now {now}"
     elif first.kind == "prefix":
         yield f"    {first.count:,} keys: expected {first.expected}, actual {first.actual}"
-    elif first.difference is None:
+    elif first.difference is None:  # an alias
         yield f"    {pattern}{many}"
-        yield f"      expected {first.expected}, actual {first.actual}"
+        yield f"      expected {first.expected}"
+        yield f"      actual   {first.actual}"
     else:
         yield f"    {pattern}  {first.expected}{many}"
         differences = [member.difference for member in members if member.difference is not None]

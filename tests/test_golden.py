@@ -1,0 +1,292 @@
+"""The golden file: the same bytes for the same golden, read back whole, never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from harness import api
+from harness.errors import GoldenError
+from harness.golden import (
+    Golden,
+    Update,
+    is_golden,
+    read_golden,
+    serialize,
+    source_of,
+    write_golden,
+)
+
+
+@pytest.fixture
+def golden(tmp_path: Path, data: Path) -> Golden:
+    return api.record(data / "nest_tiny.nemo", tmp_path / "golden" / "nest.safetensors")
+
+
+def everything(tmp_path: Path) -> Path:
+    """A checkpoint with one tensor of every kind that a golden treats differently."""
+    state = {
+        "large": torch.randn(70, 100),
+        "half": torch.randn(300, 40).bfloat16(),
+        "complex": torch.randn(90, 90, dtype=torch.complex64),
+        "small": torch.randn(5),
+        "float8": torch.randn(9000).to(torch.float8_e5m2),
+        "steps": torch.tensor(7),
+        "many": torch.arange(5000),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.empty(0, 3),
+        "nonfinite": torch.tensor([float("nan"), float("inf"), 1.0]),
+        "größe\n[x]": torch.ones(2),
+    }
+    state["tied"] = state["large"]
+    torch.save(state, tmp_path / "all.pt")
+    return tmp_path / "all.pt"
+
+
+def same(one: Golden, other: Golden) -> bool:
+    return serialize(replace(one, path=other.path)) == serialize(other)
+
+
+@pytest.mark.parametrize("values", ["small", "all", "none"])
+def test_what_is_written_is_read_back(tmp_path: Path, values: Any) -> None:
+    recorded = api.record(everything(tmp_path), tmp_path / "g.safetensors", values=values)
+    found = read_golden(tmp_path / "g.safetensors")
+    assert same(found, recorded)
+    assert found.fingerprint.root == recorded.fingerprint.root
+    for key, tensor in recorded.fingerprint.tensors.items():
+        other = found.fingerprint.tensors[key]
+        assert (other.digest, other.stats, other.values) == (
+            tensor.digest,
+            tensor.stats,
+            tensor.values,
+        )
+        assert other.alias_of == tensor.alias_of
+        assert (other.sketch is None) == (tensor.sketch is None)
+        if tensor.sketch is not None and other.sketch is not None:
+            np.testing.assert_array_equal(other.sketch.projections, tensor.sketch.projections)
+
+
+def test_the_same_checkpoint_gives_the_same_bytes_in_another_process(
+    golden: Golden, data: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "golden" / "again.safetensors"
+    subprocess.run(
+        [sys.executable, "-m", "harness", "record", data / "nest_tiny.nemo", "-g", again],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONHASHSEED": "12345"},
+    )
+    assert again.read_bytes() == golden.path.read_bytes()
+
+
+def test_any_safetensors_reader_can_read_the_columns(golden: Golden) -> None:
+    with safe_open(golden.path, framework="np") as file:
+        assert file.get_tensor("digest").shape == (99, 32)
+        assert file.get_tensor("stats").shape == (99, 9)
+        assert file.get_tensor("value/encoder.layers.0.norm_out.bias").shape == (64,)
+        assert list(file.metadata()) == ["harness"]
+
+
+def test_no_path_or_time_of_the_machine_is_kept(tmp_path: Path) -> None:
+    torch.save(
+        {
+            "state_dict": {"w": torch.ones(3)},
+            "hyper_parameters": {"data": "/mnt/secret/train.json", "other": "~/x", "lr": 1e-3},
+        },
+        tmp_path / "model.ckpt",
+    )
+    golden = api.record(tmp_path / "model.ckpt", tmp_path / "golden" / "m.safetensors")
+    text = golden.path.read_bytes().decode("latin-1")
+    assert "secret" not in text
+    assert str(tmp_path) not in text
+    found = read_golden(golden.path).fingerprint.config
+    assert found == {"data": "…/train.json", "other": "…/x", "lr": 1e-3}
+
+
+def test_the_source_is_relative_to_the_golden_inside_of_a_project_and_a_name_outside(
+    tmp_path: Path,
+) -> None:
+    project = tmp_path / "project"
+    (project / ".git").mkdir(parents=True)
+    golden = project / "golden" / "m.safetensors"
+    assert source_of(project / "data" / "m.pt", golden) == "../data/m.pt"
+    assert source_of(tmp_path / "elsewhere" / "m.pt", golden) == "m.pt"
+
+
+def test_an_identical_golden_is_not_touched(golden: Golden) -> None:
+    before = golden.path.stat().st_mtime_ns
+    assert write_golden(golden, overwrite=True) is False
+    assert golden.path.stat().st_mtime_ns == before
+
+
+def test_another_golden_is_not_overwritten_unless_told(golden: Golden) -> None:
+    changed = replace(golden, history=(Update(root="0" * 64, reason="x"),))
+    with pytest.raises(GoldenError, match="recorded there already"):
+        write_golden(changed)
+    assert write_golden(changed, overwrite=True) is True
+    assert read_golden(golden.path).history == changed.history
+
+
+def test_an_update_copies_the_rows_of_unchanged_tensors(golden: Golden, data: Path) -> None:
+    changed = "encoder.layers.1.feed_forward1.linear2.weight"
+    updated = api.update(data / "nest_tiny_perturbed_1e-3.nemo", golden, reason="why")
+    for key, tensor in updated.fingerprint.tensors.items():
+        if key != changed:
+            assert tensor.sketch is golden.fingerprint.tensors[key].sketch
+            assert tensor.values is golden.fingerprint.tensors[key].values
+    assert updated.history == (Update(root=golden.fingerprint.root.hex(), reason="why"),)
+    fresh = api.record(
+        data / "nest_tiny_perturbed_1e-3.nemo", golden.path.with_name("f.safetensors")
+    )
+    assert replace(updated, history=(), path=fresh.path, source=fresh.source) is not None
+    assert same(replace(updated, history=(), source=fresh.source), fresh)
+
+
+@pytest.mark.parametrize("values", ["small", "all", "none"])
+def test_an_update_keeps_what_the_golden_kept(tmp_path: Path, values: Any) -> None:
+    golden = api.record(everything(tmp_path), tmp_path / "g.safetensors", values=values)
+    state = torch.load(tmp_path / "all.pt")
+    torch.save(
+        {key: tensor + 1 if key == "large" else tensor for key, tensor in state.items()},
+        tmp_path / "b.pt",
+    )
+    updated = api.update(tmp_path / "b.pt", golden, reason="")
+    fresh = api.record(tmp_path / "b.pt", tmp_path / "f.safetensors", values=values)
+    assert same(replace(updated, history=(), source=fresh.source), fresh)
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    with safe_open(path, framework="np") as file:
+        columns = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return columns, json.loads(file.metadata()["harness"])
+
+
+def damage(path: Path, change: Any) -> None:
+    columns, header = header_of(path)
+    change(columns, header)
+    path.write_bytes(save(columns, metadata={"harness": json.dumps(header)}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c, h: h.pop("tensors"),
+        lambda c, h: h["tensors"].pop(),
+        lambda c, h: h["tensors"][0].__setitem__(1, "float31"),
+        lambda c, h: h["tensors"][0].__setitem__(2, [-1]),
+        lambda c, h: h["tensors"][0].__setitem__(0, h["tensors"][1][0]),
+        lambda c, h: h["tensors"][5].__setitem__(3, "nothing"),
+        lambda c, h: h["made"]["sketch"].__setitem__("block_nbytes", 0),
+        lambda c, h: h.__setitem__("made", []),
+        lambda c, h: c["digest"].__setitem__((0, 0), c["digest"][0, 0] ^ 1),
+        lambda c, h: c.__setitem__("sketch", c["sketch"][1:]),
+        lambda c, h: c.pop("stats"),
+        lambda c, h: c.pop("value/encoder.layers.0.norm_out.bias"),
+        lambda c, h: c.__setitem__("value/encoder.layers.0.norm_out.bias", np.zeros(3, "f4")),
+    ],
+)
+def test_a_damaged_golden_is_a_clear_error(golden: Golden, change: Any) -> None:
+    damage(golden.path, change)
+    with pytest.raises(GoldenError, match="nest.safetensors") as caught:
+        read_golden(golden.path)
+    assert caught.value.hint
+
+
+def test_a_newer_schema_says_to_upgrade(golden: Golden) -> None:
+    damage(golden.path, lambda columns, header: header.__setitem__("schema", 2))
+    with pytest.raises(GoldenError, match="schema 2, but this version reads up to 1") as caught:
+        read_golden(golden.path)
+    assert "upgrade" in (caught.value.hint or "")
+
+
+def test_every_released_schema_stays_readable(data: Path) -> None:
+    found = read_golden(data / "golden_schema_1.safetensors")
+    assert found.fingerprint.root.hex().startswith("8fa8681d0705c440")
+    comparison = api.verify(data / "nest_tiny_perturbed_1e-3.nemo", found)
+    assert [finding.kind for finding in comparison.findings] == ["different"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_mutated_golden_is_an_error_or_still_the_same(data: Path, draw: st.DataObject) -> None:
+    original = (data / "golden_schema_1.safetensors").read_bytes()
+    place = draw.draw(st.integers(0, len(original) - 1) | st.integers(0, 20000))
+    mutated = bytearray(original)
+    mutated[place] ^= draw.draw(st.integers(1, 255))
+    path = data.parent / f".mutated-{os.getpid()}.safetensors"
+    try:
+        path.write_bytes(mutated)
+        found = read_golden(path)
+        assert found.fingerprint.root.hex().startswith("8fa8681d0705c440")
+    except GoldenError as error:
+        assert str(path) in str(error)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_other_files_are_no_goldens(golden: Golden, data: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.safetensors"
+    plain.write_bytes(save({"a": np.zeros(3)}))
+    assert is_golden(golden.path)
+    assert not is_golden(plain)
+    assert not is_golden(data / "nest_tiny.nemo")
+    assert not is_golden(tmp_path / "missing")
+    for path in (plain, data / "nest_tiny.nemo", tmp_path / "missing"):
+        with pytest.raises(GoldenError):
+            read_golden(path)
+
+
+def test_a_key_or_config_cannot_pass_a_file_off_as_a_golden(tmp_path: Path) -> None:
+    path = tmp_path / "fake.safetensors"
+    path.write_bytes(save({'{"__metadata__":{"harness":': np.zeros(3)}))
+    assert not is_golden(path)
+
+
+WRITER = """
+import sys, itertools
+from dataclasses import replace
+from harness.golden import Update, read_golden, write_golden
+golden = read_golden(sys.argv[1])
+print("ready", flush=True)
+for number in itertools.count():
+    history = (Update(root="0" * 64, reason=str(number)),)
+    write_golden(replace(golden, history=history), overwrite=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_golden_and_nothing_else(golden: Golden) -> None:
+    for attempt in range(12):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, golden.path], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.002 + 0.0037 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        found = read_golden(golden.path)
+        assert found.fingerprint.root == golden.fingerprint.root
+        assert [child.name for child in golden.path.parent.iterdir()] == [golden.path.name]
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_error(golden: Golden, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(GoldenError, match="cannot be written"):
+        write_golden(replace(golden, path=blocked / "g.safetensors"))

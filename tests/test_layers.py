@@ -1,0 +1,126 @@
+"""The layers of the package: what may import what, and what starting up may cost."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "harness"
+HEAVY = {"torch", "pytorch_lightning", "lightning", "omegaconf"}
+LIVE = ("harness/nest/", "harness/model/")
+
+# From the bottom up; a module may import from rows above its own, and from its own row.
+LAYERS = [
+    ["harness.errors"],
+    ["harness.checkpoint"],
+    ["harness.streaming", "harness.sketch"],
+    ["harness.fingerprint"],
+    ["harness.allclose", "harness.golden"],
+    ["harness.difference"],
+    ["harness.compare"],
+    ["harness.report"],
+    ["harness.nest"],
+    ["harness.model"],
+    ["harness.api"],
+    ["harness.cli"],
+    ["harness.__main__"],
+]
+# Exceptions with a reason: imported inside of a function, for the caller's convenience.
+UPWARD = {("harness.compare", "harness.report")}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            if node.module == "harness":
+                found |= {f"harness.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer(module: str) -> int | None:
+    for index, row in enumerate(LAYERS):
+        if any(module == name or module.startswith(name + ".") for name in row):
+            return index
+    return None
+
+
+def owner(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_imports_go_downwards_only(path: Path) -> None:
+    module = name_of(path)
+    own = layer(module)
+    if own is None:
+        assert module == "harness", f"{module} has no place in LAYERS"
+        return
+    for imported in imports(path):
+        other = layer(imported)
+        if other is not None and (owner(module), owner(imported)) not in UPWARD:
+            assert other <= own, f"{module} imports {imported}, which stands above it"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_only_the_live_side_imports_torch(path: Path) -> None:
+    if not str(path.relative_to(PACKAGE.parent)).startswith(LIVE):
+        heavy = {name.split(".")[0] for name in imports(path)} & HEAVY
+        assert not heavy, f"{name_of(path)} imports {heavy}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["show", "golden/nest_tiny.safetensors"],
+        ["diff", "tests/data/nest_tiny.nemo", "tests/data/nest_tiny.ckpt"],
+        ["verify", "tests/data/nest_tiny.nemo", "-g", "golden/nest_tiny.safetensors"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands_on_files_import_neither_torch_nor_lightning_nor_omegaconf(
+    arguments: list[str],
+) -> None:
+    program = (
+        "import sys\n"
+        f"sys.argv = ['harness', *{arguments!r}]\n"
+        "from harness.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print('LOADED', sorted(set(sys.modules) & {HEAVY!r}))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+    )
+    assert run.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    program = (
+        "import sys, harness; print(sorted(m for m in sys.modules if m.startswith('harness')))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "['harness']"
