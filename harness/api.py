@@ -7,22 +7,18 @@ something cannot be read or written.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from harness.allclose import Tolerance, Values, tally_chunk
 from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
 from harness.compare import Comparison, Policy, compare
-from harness.difference import Difference, conclude, difference_from_sketch
 from harness.errors import CheckpointError, GoldenError, UsageError
 from harness.fingerprint import (
     MAX_KEPT_NUMEL,
     Fingerprint,
-    TensorPrint,
     outline,
 )
 from harness.fingerprint import fingerprint as fingerprint_checkpoint
@@ -35,8 +31,9 @@ from harness.golden import (
     source_of,
     write_golden,
 )
+from harness.measuring import AgainstCheckpoint, AgainstGolden, BySketches, part
 from harness.sketch import DEFAULT_BLOCK_NBYTES
-from harness.streaming import CHUNK_NBYTES, Progress, map_chunks
+from harness.streaming import CHUNK_NBYTES, Progress
 
 __all__ = [
     "choose_golden",
@@ -151,7 +148,13 @@ def verify(
         if reference is not None:
             beside = stack.enter_context(open_checkpoint(reference, section=recorded.section))
         found = fingerprint_checkpoint(actual, details=_NOTHING, jobs=jobs, progress=progress)
-        measure = _Measuring(recorded.fingerprint, actual, beside, jobs, progress)
+        measure = AgainstGolden(
+            golden=recorded.fingerprint,
+            actual=actual,
+            reference=beside,
+            jobs=jobs,
+            progress=progress,
+        )
         return compare(recorded.fingerprint, found, policy, measure)
 
 
@@ -216,7 +219,10 @@ def diff(
         if not is_golden(other):
             return verify(other, recorded, policy=policy, jobs=jobs, progress=progress)
         return compare(
-            recorded.fingerprint, read_golden(other).fingerprint, policy, _between_goldens(recorded)
+            recorded.fingerprint,
+            read_golden(other).fingerprint,
+            policy,
+            BySketches(recorded.fingerprint.block_nbytes),
         )
     if is_golden(other):
         recorded = read_golden(other)
@@ -228,22 +234,16 @@ def diff(
                 jobs=jobs,
                 progress=progress,
             )
-        return compare(found, recorded.fingerprint, policy, _between_goldens(recorded))
+        return compare(
+            found, recorded.fingerprint, policy, BySketches(recorded.fingerprint.block_nbytes)
+        )
     with open_checkpoint(one) as left, open_checkpoint(other) as right:
         ours, theirs = outline(left), outline(right)
         # Renames are told by digest: only keys that stand on one side alone need one.
         ours = _with_digests(ours, left, set(left.tensors) - set(right.tensors), jobs)
         theirs = _with_digests(theirs, right, set(right.tensors) - set(left.tensors), jobs)
 
-        def measure(
-            triples: Sequence[tuple[TensorPrint, TensorPrint, Tolerance]],
-        ) -> list[Difference]:
-            pairs = [
-                _Exact(left.tensors[e.key], right.tensors[a.key], tolerance)
-                for e, a, tolerance in triples
-            ]
-            return _measure_exactly(pairs, jobs, progress)
-
+        measure = AgainstCheckpoint(expected=left, actual=right, jobs=jobs, progress=progress)
         return compare(ours, theirs, policy, measure)
 
 
@@ -287,149 +287,10 @@ def _kept_as_before(old: Fingerprint) -> Callable[[Tensor], bool]:
     return _KEEP["small"]
 
 
-class _Exact:
-    """A pair of tensors whose values are both at hand, as work for `map_chunks`."""
-
-    def __init__(self, expected: Values, actual: Values, tolerance: Tolerance) -> None:
-        self.expected, self.actual, self.tolerance = expected, actual, tolerance
-        self.nbytes = expected.nbytes
-
-
-def _measure_exactly(
-    pairs: Sequence[_Exact], jobs: int | None, progress: Progress | None
-) -> list[Difference]:
-    tallies = map_chunks(
-        pairs,
-        lambda pair, chunk: tally_chunk(pair.expected, pair.actual, chunk, pair.tolerance),
-        jobs=jobs,
-        progress=progress,
-    )
-    return [
-        conclude(pair.expected, pair.actual, tally, pair.tolerance)
-        for pair, tally in zip(pairs, tallies, strict=True)
-    ]
-
-
-# With many changed tensors, a search among few candidates: recovery is for surgical changes.
-_MAX_TENSORS_TO_SEARCH = 20
-
-
-class _Measuring:
-    """Measures the tensors of a checkpoint whose digests a golden does not know."""
-
-    def __init__(
-        self,
-        golden: Fingerprint,
-        actual: Checkpoint,
-        reference: Checkpoint | None,
-        jobs: int | None,
-        progress: Progress | None,
-    ) -> None:
-        self.golden, self.actual, self.reference = golden, actual, reference
-        self.jobs, self.progress = jobs, progress
-
-    def __call__(
-        self, triples: Sequence[tuple[TensorPrint, TensorPrint, Tolerance]]
-    ) -> list[Difference]:
-        references = self._references([expected for expected, _, _ in triples])
-        exact: dict[int, _Exact] = {}
-        sketched: dict[int, tuple[TensorPrint, TensorPrint, Tolerance]] = {}
-        for index, (expected, actual, tolerance) in enumerate(triples):
-            known: Values | None = references.get(expected.key)
-            if known is None and expected.values is not None:
-                known = expected
-            if known is not None:
-                exact[index] = _Exact(known, self.actual.tensors[actual.key], tolerance)
-            else:
-                sketched[index] = (expected, actual, tolerance)
-        found = dict(
-            zip(exact, _measure_exactly([*exact.values()], self.jobs, self.progress), strict=True)
-        )
-        found |= self._from_sketches(sketched)
-        return [found[index] for index in range(len(triples))]
-
-    def _references(self, expected: Sequence[TensorPrint]) -> dict[str, Tensor]:
-        """The reference's tensors, where they are still what the golden recorded."""
-        if self.reference is None:
-            return {}
-        keys = {tensor.key for tensor in expected}
-        candidates = _part(self.reference, keys & set(self.reference.tensors))
-        digests = fingerprint_checkpoint(candidates, details=_NOTHING, jobs=self.jobs).tensors
-        for tensor in expected:
-            other = digests.get(tensor.key)
-            if other is None or other.digest != tensor.digest:
-                raise CheckpointError(
-                    f"{self.reference.name}: not the checkpoint that was recorded: its "
-                    f"{tensor.key!r} is {'missing' if other is None else 'different'}",
-                    hint="give the reference that the golden was recorded from, or leave it out",
-                )
-        return {key: self.reference.tensors[key] for key in keys}
-
-    def _from_sketches(
-        self, triples: Mapping[int, tuple[TensorPrint, TensorPrint, Tolerance]]
-    ) -> dict[int, Difference]:
-        # Blocks count elements, so another dtype needs blocks of another size in bytes.
-        by_block: dict[int, set[str]] = defaultdict(set)
-        for expected, actual, _ in triples.values():
-            by_block[self._block_nbytes(expected, actual)].add(actual.key)
-        details: dict[str, TensorPrint] = {}
-        for block_nbytes, keys in by_block.items():
-            details |= fingerprint_checkpoint(
-                _part(self.actual, keys),
-                keep_values=_NOTHING,
-                block_nbytes=block_nbytes,
-                jobs=self.jobs,
-                progress=self.progress,
-            ).tensors
-        return {
-            index: difference_from_sketch(
-                expected,
-                details[actual.key],
-                tolerance,
-                self.golden.block_nbytes,
-                self.actual.tensors[actual.key],
-                thorough=len(triples) <= _MAX_TENSORS_TO_SEARCH,
-            )
-            for index, (expected, actual, tolerance) in triples.items()
-        }
-
-    def _block_nbytes(self, expected: TensorPrint, actual: TensorPrint) -> int:
-        ours, theirs = (
-            t.dtype.itemsize // (2 if t.dtype.kind == "complex" else 1) for t in (expected, actual)
-        )
-        return self.golden.block_nbytes * theirs // ours
-
-
-def _between_goldens(
-    golden: Golden,
-) -> Callable[[Sequence[tuple[TensorPrint, TensorPrint, Tolerance]]], list[Difference]]:
-    block_nbytes = golden.fingerprint.block_nbytes
-
-    def measure(triples: Sequence[tuple[TensorPrint, TensorPrint, Tolerance]]) -> list[Difference]:
-        return [
-            difference_from_sketch(expected, actual, tolerance, block_nbytes, None)
-            for expected, actual, tolerance in triples
-        ]
-
-    return measure
-
-
-def _part(checkpoint: Checkpoint, keys: set[str]) -> Checkpoint:
-    """The tensors with these keys, each for itself."""
-    return replace(
-        checkpoint,
-        tensors={
-            key: replace(tensor, alias_of=None)
-            for key, tensor in checkpoint.tensors.items()
-            if key in keys
-        },
-    )
-
-
 def _with_digests(
     outlined: Fingerprint, checkpoint: Checkpoint, keys: set[str], jobs: int | None
 ) -> Fingerprint:
-    digests = fingerprint_checkpoint(_part(checkpoint, keys), details=_NOTHING, jobs=jobs).tensors
+    digests = fingerprint_checkpoint(part(checkpoint, keys), details=_NOTHING, jobs=jobs).tensors
     return replace(
         outlined,
         tensors={

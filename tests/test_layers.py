@@ -22,7 +22,7 @@ LAYERS = [
     ["harness.allclose", "harness.golden"],
     ["harness.difference"],
     ["harness.compare"],
-    ["harness.report"],
+    ["harness.measuring", "harness.report"],
     ["harness.nest"],
     ["harness.model"],
     ["harness.api"],

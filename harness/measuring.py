@@ -1,0 +1,180 @@
+"""Measure pairs of tensors whose digests differ, reading as little as decides them.
+
+In: the two sides of a comparison, at least one of them open. Out: functions for
+`harness.compare.compare`. Memory: two chunks a thread.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from harness.allclose import Tolerance, Values, tally_chunk
+from harness.checkpoint import Checkpoint, Tensor
+from harness.difference import Difference, conclude, difference_from_sketch
+from harness.errors import CheckpointError
+from harness.fingerprint import Fingerprint, TensorPrint, fingerprint
+from harness.streaming import Progress, map_chunks
+
+Triple = tuple[TensorPrint, TensorPrint, Tolerance]
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """A pair of tensors whose values are both at hand, as work for `map_chunks`."""
+
+    expected: Values
+    actual: Values
+    tolerance: Tolerance
+
+    @property
+    def nbytes(self) -> int:
+        return self.expected.nbytes
+
+
+def _measure_exactly(
+    pairs: Sequence[_Exact], jobs: int | None, progress: Progress | None
+) -> list[Difference]:
+    tallies = map_chunks(
+        pairs,
+        lambda pair, chunk: tally_chunk(pair.expected, pair.actual, chunk, pair.tolerance),
+        jobs=jobs,
+        progress=progress,
+    )
+    return [
+        conclude(pair.expected, pair.actual, tally, pair.tolerance)
+        for pair, tally in zip(pairs, tallies, strict=True)
+    ]
+
+
+# With many changed tensors, a search among few candidates: recovery is for surgical changes.
+_MAX_TENSORS_TO_SEARCH = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstCheckpoint:
+    """Measures two open checkpoints element by element."""
+
+    expected: Checkpoint
+    actual: Checkpoint
+    jobs: int | None = None
+    progress: Progress | None = None
+
+    def __call__(self, triples: Sequence[Triple]) -> list[Difference]:
+        pairs = [
+            _Exact(self.expected.tensors[expected.key], self.actual.tensors[actual.key], tolerance)
+            for expected, actual, tolerance in triples
+        ]
+        return _measure_exactly(pairs, self.jobs, self.progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstGolden:
+    """Measures an open checkpoint against a golden: by kept values, by sketches, by a reference.
+
+    `reference` is the recorded checkpoint, where it is at hand; raises CheckpointError where it
+    is another one.
+    """
+
+    golden: Fingerprint
+    actual: Checkpoint
+    reference: Checkpoint | None = None
+    jobs: int | None = None
+    progress: Progress | None = None
+
+    def __call__(self, triples: Sequence[Triple]) -> list[Difference]:
+        references = self._references([expected for expected, _, _ in triples])
+        exact: dict[int, _Exact] = {}
+        sketched: dict[int, Triple] = {}
+        for index, (expected, actual, tolerance) in enumerate(triples):
+            known: Values | None = references.get(expected.key)
+            if known is None and expected.values is not None:
+                known = expected
+            if known is not None:
+                exact[index] = _Exact(known, self.actual.tensors[actual.key], tolerance)
+            else:
+                sketched[index] = (expected, actual, tolerance)
+        found = dict(
+            zip(exact, _measure_exactly([*exact.values()], self.jobs, self.progress), strict=True)
+        )
+        found |= self._from_sketches(sketched)
+        return [found[index] for index in range(len(triples))]
+
+    def _references(self, expected: Sequence[TensorPrint]) -> dict[str, Tensor]:
+        """The reference's tensors, where they are still what the golden recorded."""
+        if self.reference is None:
+            return {}
+        keys = {tensor.key for tensor in expected}
+        candidates = part(self.reference, keys & set(self.reference.tensors))
+        digests = fingerprint(candidates, details=_nothing, jobs=self.jobs).tensors
+        for tensor in expected:
+            other = digests.get(tensor.key)
+            if other is None or other.digest != tensor.digest:
+                raise CheckpointError(
+                    f"{self.reference.name}: not the checkpoint that was recorded: its "
+                    f"{tensor.key!r} is {'missing' if other is None else 'different'}",
+                    hint="give the reference that the golden was recorded from, or leave it out",
+                )
+        return {key: self.reference.tensors[key] for key in keys}
+
+    def _from_sketches(self, triples: Mapping[int, Triple]) -> dict[int, Difference]:
+        # Blocks count elements, so another dtype needs blocks of another size in bytes.
+        by_block: dict[int, set[str]] = defaultdict(set)
+        for expected, actual, _ in triples.values():
+            by_block[self._block_nbytes(expected, actual)].add(actual.key)
+        details: dict[str, TensorPrint] = {}
+        for block_nbytes, keys in by_block.items():
+            details |= fingerprint(
+                part(self.actual, keys),
+                keep_values=_nothing,
+                block_nbytes=block_nbytes,
+                jobs=self.jobs,
+                progress=self.progress,
+            ).tensors
+        return {
+            index: difference_from_sketch(
+                expected,
+                details[actual.key],
+                tolerance,
+                self.golden.block_nbytes,
+                self.actual.tensors[actual.key],
+                thorough=len(triples) <= _MAX_TENSORS_TO_SEARCH,
+            )
+            for index, (expected, actual, tolerance) in triples.items()
+        }
+
+    def _block_nbytes(self, expected: TensorPrint, actual: TensorPrint) -> int:
+        ours, theirs = (
+            t.dtype.itemsize // (2 if t.dtype.kind == "complex" else 1) for t in (expected, actual)
+        )
+        return self.golden.block_nbytes * theirs // ours
+
+
+@dataclass(frozen=True)
+class BySketches:
+    """Measures two fingerprints by what they hold; nothing is read."""
+
+    block_nbytes: int
+
+    def __call__(self, triples: Sequence[Triple]) -> list[Difference]:
+        return [
+            difference_from_sketch(expected, actual, tolerance, self.block_nbytes, None)
+            for expected, actual, tolerance in triples
+        ]
+
+
+def _nothing(tensor: Tensor) -> bool:
+    return False
+
+
+def part(checkpoint: Checkpoint, keys: set[str]) -> Checkpoint:
+    """The tensors with these keys, each for itself."""
+    return replace(
+        checkpoint,
+        tensors={
+            key: replace(tensor, alias_of=None)
+            for key, tensor in checkpoint.tensors.items()
+            if key in keys
+        },
+    )
