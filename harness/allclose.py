@@ -6,7 +6,8 @@ one pass, per thread.
 
 `torch.allclose(actual, expected, rtol, atol)` is |actual - expected| <= atol + rtol * |expected| in
 the arithmetic of the dtype, and false where a NaN is. Integer, bool and packed tensors must be
-equal; float8, which torch cannot compare, is compared in float32.
+equal; float8, which torch cannot compare, is compared in float32, and two dtypes in float64.
+(complex128: torch itself is not of one mind, its vectors and its scalars may differ by an ulp.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MAX_ELEMENTS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
-    """What allclose allows; `exact` allows nothing."""
+    """What allclose allows; `exact` allows nothing: not even -0.0 for 0.0, but the same NaN."""
 
     atol: float = 1e-5
     rtol: float = 1e-5
@@ -69,6 +70,10 @@ class Tally:
 
 # Elements per pass of the kernel below: its temporaries stay in the second-level cache.
 _PASS_NUMEL = 32768
+# A float32 sum of squares below this has lost terms to underflow.
+_SAFE_SQUARES = 1e-25
+# Differences beyond these may be infinite in the narrow type.
+_HUGE = {"float16": 65504.0, "complex32": 65504.0, "bfloat16": 3.38e38}
 
 
 def tally_chunk(
@@ -107,124 +112,146 @@ class _Kernel:
 
     def __init__(self, expected: DType, actual: DType, tolerance: Tolerance) -> None:
         self.expected, self.actual, self.tolerance = expected, actual, tolerance
-        same = expected == actual
+        self.same_type = expected == actual
         self.floating = expected.is_floating and actual.is_floating
-        if not same:
-            self.work = np.dtype("<c16" if "complex" in (expected.kind, actual.kind) else "<f8")
-        elif expected.kind == "complex":
-            self.work = np.dtype("<c16" if expected.name == "complex128" else "<c8")
-        else:
-            self.work = np.dtype("<f8" if expected.name == "float64" else "<f4")
+        self.is_complex = "complex" in (expected.kind, actual.kind)
+        double = not self.same_type or expected.name in ("float64", "complex128")
+        self.work = np.dtype("<f8" if double else "<f4")
         # torch rounds to the stored type after each step; below 4 bytes we widen, and only what
         # lies close to the limit is decided again in the narrow type.
-        narrow = same and expected.kind == "float" and expected.itemsize == 2
+        narrow = self.same_type and expected.name in ("float16", "bfloat16", "complex32")
         self.narrow = numpy_dtype(expected) if narrow else None
-        self.slack = 4 * float(eps(expected)) if narrow else 0.0
 
     def tally(self, expected: Array, actual: Array, first: int) -> Tally:
         if not self.floating:
             return self._tally_exact(expected, actual, first)
         e, a = self._values(expected, self.expected), self._values(actual, self.actual)
-        scalar = self.work.type(0).real.dtype.type
-        atol, rtol = scalar(self.tolerance.atol), scalar(self.tolerance.rtol)
         with np.errstate(all="ignore"):
-            error = np.abs(a - e)
-            allowed = np.abs(e)
-            allowed *= rtol
+            atol, rtol = np.array([self.tolerance.atol, self.tolerance.rtol]).astype(self.work)
+            error = self._magnitude(a - e)
+            allowed = self._magnitude(e * rtol)
             needed = error - allowed
             allowed += atol
             total = float(np.dot(error, error))
             beyond = ~(error <= allowed)
             nonfinite = (0, 0)
             if not math.isfinite(total) or not math.isfinite(float(allowed.sum())):
-                nonfinite = (
-                    e.size - int(np.count_nonzero(np.isfinite(e))),
-                    a.size - int(np.count_nonzero(np.isfinite(a))),
-                )
-                same = a == e  # infinities of one sign are close, as in torch
+                nonfinite = (_num_nonfinite(e), _num_nonfinite(a))
+                same = _by_element(a == e, error.size)
                 beyond = ~same & (beyond | ~np.isfinite(error))
+                # Infinities of one sign are close, as in torch.
                 error = np.where(same, 0, error)
                 needed = np.where(same, 0, needed)
+            if not _SAFE_SQUARES < total < math.inf:
                 measured = np.where(np.isfinite(error), error, 0).astype("<f8")
                 total = float(measured @ measured)
             if self.narrow is not None:
-                beyond = self._decide_again(e, a, error, allowed, beyond)
+                self._decide_again(e, a, error, allowed, beyond)
+            differing = error != 0
             if self.tolerance.exact:
-                beyond = error != 0
-            differing = np.flatnonzero(error)
-            num_beyond = int(np.count_nonzero(beyond))
-            return Tally(
-                num_differing=differing.size,
-                num_beyond=num_beyond,
-                max_abs=_top(error),
-                min_atol=max(0.0, _top(needed)),
-                sum_squares=total,
-                first=first + int(differing[0]) if differing.size else -1,
-                last=first + int(differing[-1]) if differing.size else -1,
-                worst=_worst(error, beyond if num_beyond else error != 0, first),
-                num_nonfinite=nonfinite,
-            )
-
-    def _decide_again(
-        self, e: Array, a: Array, error: Array, allowed: Array, beyond: Array
-    ) -> Array:
-        """Round as torch does, where the wide arithmetic is too near the limit to know."""
-        assert self.narrow is not None
-        near = np.flatnonzero(np.abs(error - allowed) <= self.slack * allowed + 1e-7)
-        if near.size:
-            narrow = self.narrow
-            difference = np.abs((a[near] - e[near]).astype(narrow).astype("<f4"))
-            scaled = (np.abs(e[near]) * np.float32(self.tolerance.rtol)).astype(narrow)
-            limit = (scaled.astype("<f4") + np.float32(self.tolerance.atol)).astype(narrow)
-            beyond[near] = ~(difference <= limit.astype("<f4")) & (a[near] != e[near])
-        return beyond
+                if self.same_type:
+                    differing = ~_by_element(expected == actual, error.size)
+                    error = np.where(differing, error, 0)
+                beyond = differing
+            return _tally(error, differing, beyond, max(0.0, _top(needed)), total, first, nonfinite)
 
     def _values(self, data: Array, dtype: DType) -> Array:
-        if dtype.kind == "complex":
-            parts = data.view(numpy_dtype(dtype)).astype(self.work.type(0).real.dtype)
-            return parts.view(self.work)
+        """Values in the working type: (n,), or components (n, 2) if either side is complex."""
         if dtype.name == "bfloat16":
             wide = (data.view("<u2").astype("<u4") << np.uint32(16)).view("<f4")
         elif dtype.name.startswith("float8"):
-            wide = widen(data, dtype)
+            wide = widen(data, dtype).copy()  # out of scratch that the other side may use, too
         else:
             wide = data.view(numpy_dtype(dtype))
-        return wide.astype(self.work, copy=False)
+        wide = wide.astype(self.work, copy=False)
+        if dtype.kind == "complex":
+            return wide.reshape(-1, 2)
+        return np.stack([wide, np.zeros_like(wide)], axis=1) if self.is_complex else wide
+
+    def _magnitude(self, values: Array) -> Array:
+        # hypot, as torch: numpy's abs of complex numbers may be two ulps off.
+        return np.hypot(values[:, 0], values[:, 1]) if self.is_complex else np.abs(values)
+
+    def _decide_again(
+        self, e: Array, a: Array, error: Array, allowed: Array, beyond: Array
+    ) -> None:
+        """Round as torch does, where the wide arithmetic is too near the limit to know."""
+        assert self.narrow is not None
+        relative, absolute = roundings(self.expected)
+        # Of complex32 torch rounds rtol, too, which may be off by any factor.
+        near = np.abs(error - allowed) <= relative * allowed + absolute
+        near |= self.is_complex | (error > _HUGE[self.expected.name])
+        near &= ~_by_element(a == e, error.size)
+        if near.any():
+            # The scalar atol is rounded to the dtype before it is added.
+            atol, rtol = np.float32(self.tolerance.atol), np.float32(self.tolerance.rtol)
+            atol, rtol = self._round(atol), self._round(rtol) if self.is_complex else rtol
+            difference = self._round(self._magnitude(self._round(a[near] - e[near])))
+            scaled = self._round(self._magnitude(self._round(e[near] * rtol)))
+            close = (difference <= self._round(scaled + atol)) & np.isfinite(difference)
+            beyond[near] = ~close
+
+    def _round(self, values: Any) -> Any:
+        return values.astype(self.narrow).astype("<f4")
 
     def _tally_exact(self, expected: Array, actual: Array, first: int) -> Tally:
         e, a = decode(expected, self.expected), decode(actual, self.actual)
-        if self.expected.kind == "complex" or self.actual.kind == "complex":
-            e, a = (x.astype("<c16") if x.dtype.kind != "V" else x for x in (e, a))
-        unequal = e != a
-        differing = np.flatnonzero(unequal)
+        differing = e != a
+        wide = "<c16" if self.is_complex else "<f8"
+        error = np.zeros(e.size)
         with np.errstate(all="ignore"):
-            error = np.abs(a[differing].astype("<f8") - e[differing].astype("<f8"))
-        # Neighbours beyond 2**53 are equal as float64, but they are not equal.
-        error = np.maximum(error, 1.0) if self.expected.kind != "float" else error
-        top = float(error.max()) if differing.size else 0.0
-        return Tally(
-            num_differing=differing.size,
-            num_beyond=differing.size,
-            max_abs=top,
-            min_atol=math.inf if differing.size else 0.0,  # no tolerance makes these equal
-            sum_squares=float(error @ error),
-            first=first + int(differing[0]) if differing.size else -1,
-            last=first + int(differing[-1]) if differing.size else -1,
-            worst=tuple(
-                sorted(
-                    (
-                        (float(size), first + int(i))
-                        for size, i in zip(error[:4096], differing, strict=False)
-                    ),
-                    key=lambda item: (-item[0], item[1]),
-                )[:MAX_ELEMENTS]
-            ),
-        )
+            error[differing] = np.abs(a[differing].astype(wide) - e[differing].astype(wide))
+            if self.same_type:
+                # Neighbours beyond 2**53 are equal as float64, but they are not equal.
+                error[differing] = np.maximum(error[differing], 1.0)
+            total = float(error @ error)
+        needed = math.inf if differing.any() else 0.0  # no tolerance makes these equal
+        return _tally(error, differing, differing, needed, total, first)
 
 
-def eps(dtype: DType) -> float:
-    """Relative rounding of the two-byte types."""
-    return 2.0**-8 if dtype.name == "bfloat16" else 2.0**-11
+def roundings(dtype: DType) -> tuple[float, float]:
+    """Relative and absolute rounding of torch's own test in this dtype, generously."""
+    unit, least = {
+        "float64": (2.0**-53, 2.0**-1074),
+        "complex128": (2.0**-53, 2.0**-1074),
+        "float16": (2.0**-11, 2.0**-24),
+        "complex32": (2.0**-11, 2.0**-24),
+        "bfloat16": (2.0**-8, 2.0**-133),
+    }.get(dtype.name, (2.0**-24, 2.0**-149))
+    return 8 * unit, 4 * least
+
+
+def _tally(
+    error: Array,
+    differing: Array,
+    beyond: Array,
+    min_atol: float,
+    sum_squares: float,
+    first: int,
+    num_nonfinite: tuple[int, int] = (0, 0),
+) -> Tally:
+    where = np.flatnonzero(differing)
+    num_beyond = int(np.count_nonzero(beyond))
+    return Tally(
+        num_differing=where.size,
+        num_beyond=num_beyond,
+        max_abs=_top(error),
+        min_atol=min_atol,
+        sum_squares=sum_squares,
+        first=first + int(where[0]) if where.size else -1,
+        last=first + int(where[-1]) if where.size else -1,
+        worst=_worst(error, beyond if num_beyond else differing, first),
+        num_nonfinite=num_nonfinite,
+    )
+
+
+def _num_nonfinite(values: Array) -> int:
+    return int(np.count_nonzero(~_by_element(np.isfinite(values), len(values))))
+
+
+def _by_element(flags: Array, numel: int) -> Array:
+    """Whether all flags of an element are set, of one (n,) or several a element."""
+    return flags if flags.size == numel else np.asarray(flags.reshape(numel, -1).all(axis=1))
 
 
 def _top(values: Array) -> float:
@@ -235,15 +262,12 @@ def _top(values: Array) -> float:
 
 def _worst(error: Array, candidates: Array, first: int) -> tuple[tuple[float, int], ...]:
     """The few elements that are farthest off, NaN before all others."""
-    if not candidates.any():
-        return ()
-    ranked = np.where(np.isnan(error), np.inf, error)
-    count = min(MAX_ELEMENTS, int(np.count_nonzero(candidates)))
-    if candidates.sum() > MAX_ELEMENTS:
-        chosen = np.argpartition(np.where(candidates, ranked, -1.0), -count)[-count:]
-    else:
-        chosen = np.flatnonzero(candidates)
-    found = [(float(ranked[i]), first + int(i)) for i in chosen]
+    chosen = np.flatnonzero(candidates)
+    ranked = np.where(np.isnan(error[chosen]), np.inf, error[chosen])
+    if chosen.size > MAX_ELEMENTS:
+        top = np.argpartition(ranked, -MAX_ELEMENTS)[-MAX_ELEMENTS:]
+        chosen, ranked = chosen[top], ranked[top]
+    found = [(float(size), first + int(i)) for size, i in zip(ranked, chosen, strict=True)]
     return tuple(sorted(found, key=lambda item: (-item[0], item[1])))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
 from harness.compare import Comparison, Policy, compare
@@ -25,6 +25,7 @@ from harness.fingerprint import fingerprint as fingerprint_checkpoint
 from harness.golden import (
     SUFFIX,
     Golden,
+    LiveRecord,
     Update,
     is_golden,
     read_golden,
@@ -35,6 +36,9 @@ from harness.measuring import AgainstCheckpoint, AgainstGolden, BySketches, part
 from harness.sketch import DEFAULT_BLOCK_NBYTES
 from harness.streaming import CHUNK_NBYTES, Progress
 
+if TYPE_CHECKING:
+    from harness.model.stages import LiveOptions
+
 __all__ = [
     "choose_golden",
     "diff",
@@ -43,10 +47,13 @@ __all__ = [
     "open_checkpoint",
     "read_golden",
     "record",
+    "roundtrip",
     "update",
     "verify",
+    "verify_stages",
 ]
 
+Stage = Literal["file", "load", "reload", "outputs"]
 KeptValues = Literal["small", "all", "none"]
 _KEEP: Mapping[KeptValues, Callable[[Tensor], bool]] = {
     "small": lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,
@@ -86,6 +93,8 @@ def record(
     section: str | None = None,
     block_nbytes: int = DEFAULT_BLOCK_NBYTES,
     values: KeptValues = "small",
+    stage: Stage = "file",
+    live: LiveOptions | None = None,
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -93,8 +102,10 @@ def record(
     """Record the golden of a checkpoint, by default at `golden_path(path)`.
 
     `block_nbytes` (a power of two, 1024 to 1 MiB) of a tensor share one row of the sketch: less
-    localises and proves more, more makes the golden smaller. Raises CheckpointError, and
-    GoldenError where a golden is there already and `overwrite` is not given.
+    localises and proves more, more makes the golden smaller. `stage` beyond "file" also records
+    what the model of `live` makes of the checkpoint, and "outputs" what it computes. Raises
+    CheckpointError, ModelError, and GoldenError where a golden is there already and `overwrite`
+    is not given.
     """
     target = golden_path(path) if golden is None else Path(golden)
     if not 1024 <= block_nbytes <= CHUNK_NBYTES // 4 or block_nbytes & (block_nbytes - 1):
@@ -121,9 +132,20 @@ def record(
             fingerprint=replace(found, config=checkpoint.config),
             source=source_of(Path(path), target),
             section=section,
+            live=_record_live(Path(path), checkpoint, target, stage, live),
         )
     write_golden(recorded, overwrite=overwrite)
     return recorded
+
+
+def _record_live(
+    path: Path, checkpoint: Checkpoint, golden: Path, stage: Stage, live: LiveOptions | None
+) -> LiveRecord | None:
+    if stage == "file":
+        return None
+    from harness.model.stages import LiveOptions, record_live
+
+    return record_live(path, checkpoint, live or LiveOptions(), stage, golden)
 
 
 def verify(
@@ -158,16 +180,61 @@ def verify(
         return compare(recorded.fingerprint, found, policy, measure)
 
 
+def verify_stages(
+    path: str | Path | None,
+    golden: Golden,
+    *,
+    policy: Policy | None = None,
+    stage: Stage | None = None,
+    live: LiveOptions | None = None,
+    reference: str | Path | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Comparison]:
+    """Yield the comparison of each stage up to `stage`, by default what the golden remembers.
+
+    `live` says which code is under test, by default what the golden remembers. Raises as `verify`,
+    and ModelError where the model cannot be built, loaded, saved or run.
+    """
+    policy = policy or Policy()
+    yield verify(path, golden, policy=policy, reference=reference, jobs=jobs, progress=progress)
+    last = stage or (golden.live.stages[-1] if golden.live is not None else "file")
+    if last == "file":
+        return
+    from harness.model.stages import Expected, live_stages, remembered
+
+    expected = Expected(weights=golden.fingerprint, live=golden.live)
+    source = _source(path, golden)
+    yield from live_stages(source, expected, policy, live or remembered(golden), last)
+
+
+def roundtrip(
+    path: str | Path, *, policy: Policy | None = None, live: LiveOptions | None = None
+) -> Iterator[Comparison]:
+    """Load, save, reload and run a checkpoint, each compared with the file itself; no golden."""
+    from harness.model.stages import Expected, LiveOptions, live_stages
+
+    with open_checkpoint(path) as checkpoint:
+        weights = fingerprint_checkpoint(checkpoint, details=_NOTHING)
+    expected = Expected(weights=weights)
+    yield from live_stages(
+        Path(path), expected, policy or Policy(), live or LiveOptions(), "outputs"
+    )
+
+
 def update(
     path: str | Path | None,
     golden: Golden,
     *,
     reason: str = "",
+    stage: Stage | None = None,
+    live: LiveOptions | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Golden:
     """Replace a golden with what the checkpoint holds now; the old root and `reason` are kept.
 
+    What the golden remembers of the model, or what `stage` and `live` say, is recorded anew.
     Rows of unchanged tensors are copied, so that the file changes only where the weights did.
     """
     old = golden.fingerprint
@@ -195,8 +262,9 @@ def update(
             golden,
             fingerprint=replace(found, tensors=tensors, config=actual.config),
             source=golden.source if path is None else source_of(Path(path), golden.path),
+            live=_update_live(_source(path, golden), actual, golden, stage, live),
         )
-    if updated.fingerprint.root != old.root:
+    if updated.fingerprint.root != old.root or updated.live != golden.live:
         entry = Update(root=old.root.hex(), reason=reason)
         updated = replace(updated, history=(*golden.history, entry))
     write_golden(updated, overwrite=True)
@@ -263,8 +331,25 @@ def choose_golden(path: str | Path | None, golden: str | Path | None) -> Path:
     return chosen
 
 
+def _update_live(
+    path: Path, actual: Checkpoint, golden: Golden, stage: Stage | None, live: LiveOptions | None
+) -> LiveRecord | None:
+    last = stage or (golden.live.stages[-1] if golden.live is not None else "file")
+    if last == "file":
+        return golden.live
+    from harness.model.stages import record_live, remembered
+
+    return record_live(path, actual, live or remembered(golden), last, golden.path)
+
+
 @contextmanager
 def _opened(path: str | Path | None, golden: Golden) -> Iterator[Checkpoint]:
+    with open_checkpoint(_source(path, golden), section=golden.section) as checkpoint:
+        yield checkpoint
+
+
+def _source(path: str | Path | None, golden: Golden) -> Path:
+    """The checkpoint to verify: the one given, else the one that the golden names."""
     source = golden.checkpoint if path is None else Path(path)
     if source is None or (path is None and not source.exists()):
         raise CheckpointError(
@@ -272,8 +357,7 @@ def _opened(path: str | Path | None, golden: Golden) -> Iterator[Checkpoint]:
             f"{golden.source}",
             hint=f"harness verify CKPT -g {golden.path}",
         )
-    with open_checkpoint(source, section=golden.section) as checkpoint:
-        yield checkpoint
+    return source
 
 
 def _kept_as_before(old: Fingerprint) -> Callable[[Tensor], bool]:

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,15 +21,24 @@ import click
 
 from harness import __version__
 from harness.errors import GoldenError, HarnessError, UsageError
+from harness.options import (
+    PATH,
+    live_of,
+    live_options,
+    policy_of,
+    policy_options,
+    run_options,
+    stage_options,
+)
 
 if TYPE_CHECKING:
-    from harness.compare import Comparison, Policy
+    from harness.compare import Policy
     from harness.golden import Golden
+    from harness.model.stages import LiveOptions
     from harness.report.text import Style
 
 _WORST_FIRST = (2, 1, 3, 0)
-_PATH = click.Path(path_type=Path)
-_GOLDEN = click.option("-g", "--golden", type=_PATH, help="The golden file.")
+_GOLDEN = click.option("-g", "--golden", type=PATH, help="The golden file.")
 _FORMAT = click.option(
     "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
@@ -85,7 +95,7 @@ def _import_numpy() -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=_PATH)
+@click.argument("checkpoint", type=PATH)
 @_GOLDEN
 @click.option("--section", help="Another part than the state dict; '.' for every tensor.")
 @click.option(
@@ -101,6 +111,8 @@ def _import_numpy() -> None:
     show_default=True,
     help="Which tensors are kept in full (small: up to 4096 elements).",
 )
+@stage_options
+@live_options
 @click.option("--overwrite", is_flag=True, help="Replace a golden, and forget its history.")
 @_JOBS
 def record(
@@ -109,13 +121,16 @@ def record(
     section: str | None,
     block_size: int | None,
     values: Any,
+    stage: Any,
     overwrite: bool,
     jobs: int | None,
+    **options: Any,
 ) -> None:
     """Record the golden of CHECKPOINT (default: golden/<stem>.safetensors)."""
     from harness import api
     from harness.sketch import DEFAULT_BLOCK_NBYTES
 
+    stage = stage or ("load" if options["target"] else "file")
     with _progress(checkpoint) as progress:
         recorded = api.record(
             checkpoint,
@@ -123,6 +138,8 @@ def record(
             section=section,
             block_nbytes=DEFAULT_BLOCK_NBYTES if block_size is None else block_size,
             values=values,
+            stage=stage,
+            live=live_of(options) if stage != "file" else None,
             overwrite=overwrite,
             jobs=jobs,
             progress=progress,
@@ -145,97 +162,18 @@ def _golden_option(golden: Path, checkpoint: Path) -> str:
     return "" if golden == golden_path(checkpoint) else f" -g {shlex.quote(str(golden))}"
 
 
-class _Pairs(click.ParamType[tuple[str, str]]):
-    """`LEFT=RIGHT`, split at the last or the first equals sign."""
-
-    name = "LEFT=RIGHT"
-
-    def __init__(self, *, at_last: bool) -> None:
-        self.at_last = at_last
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, str]:
-        left, sign, right = value.rpartition("=") if self.at_last else value.partition("=")
-        if not sign or not left:
-            self.fail(f"{value!r} is not of the form {param.metavar}", param, ctx)
-        return left, right
-
-
-def _tolerance(ctx: click.Context, param: click.Parameter, pairs: Any) -> Any:
-    found = []
-    for glob, numbers in pairs:
-        try:
-            atol, *rest = (float(number) for number in numbers.split(","))
-            rtol = rest.pop() if rest else None
-            if rest:
-                raise ValueError
-        except ValueError:
-            raise click.BadParameter(
-                f"{numbers!r} is not ATOL or ATOL,RTOL", ctx=ctx, param=param
-            ) from None
-        found.append((glob, atol, rtol))
-    return tuple(found)
-
-
-_POLICY_OPTIONS = [
-    click.option("--atol", type=float, default=1e-5, show_default=True, help="As in allclose."),
-    click.option("--rtol", type=float, default=1e-5, show_default=True, help="As in allclose."),
-    click.option("--exact", is_flag=True, help="Allow no difference at all."),
-    click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out keys. Repeatable."),
-    click.option(
-        "--tolerance",
-        "tolerances",
-        multiple=True,
-        type=_Pairs(at_last=True),
-        callback=_tolerance,
-        metavar="GLOB=ATOL[,RTOL]",
-        help="Another tolerance for some keys; the last that fits wins. Repeatable.",
-    ),
-    click.option(
-        "--map",
-        "key_map",
-        multiple=True,
-        type=_Pairs(at_last=False),
-        metavar="OLD=NEW",
-        help="The golden's key OLD is now NEW; prefixes end in a dot. Repeatable.",
-    ),
-    click.option("--strip-prefix", default="", metavar="P", help="Take P off the new keys."),
-    click.option("--no-check-dtype", is_flag=True, help="Compare values across dtypes."),
-]
-
-
-def _policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_POLICY_OPTIONS):
-        command = option(command)
-    return command
-
-
-def _policy(options: dict[str, Any]) -> Policy:
-    from harness.compare import Policy
-
-    return Policy(
-        atol=options["atol"],
-        rtol=options["rtol"],
-        exact=options["exact"],
-        ignore=options["ignore"],
-        tolerances=tuple(
-            (glob, atol, options["rtol"] if rtol is None else rtol)
-            for glob, atol, rtol in options["tolerances"]
-        ),
-        key_map=options["key_map"],
-        strip_prefix=options["strip_prefix"],
-        check_dtype=not options["no_check_dtype"],
-    )
-
-
 @cli.command()
-@click.argument("checkpoint", type=_PATH, required=False)
+@click.argument("checkpoint", type=PATH, required=False)
 @_GOLDEN
-@_policy_options
+@policy_options
 @click.option(
-    "--reference", type=_PATH, metavar="CKPT", help="The recorded checkpoint: decides exactly."
+    "--reference", type=PATH, metavar="CKPT", help="The recorded checkpoint: decides exactly."
 )
 @click.option("--update-golden", is_flag=True, help="Show the differences, then accept them.")
 @click.option("--reason", default="", help="Why the golden is updated; kept in its history.")
+@stage_options
+@live_options
+@run_options
 @_FORMAT
 @_JOBS
 def verify(
@@ -244,34 +182,38 @@ def verify(
     reference: Path | None,
     update_golden: bool,
     reason: str,
+    stage: Any,
     form: str,
     jobs: int | None,
     **options: Any,
 ) -> int:
-    """Compare CHECKPOINT with its golden; without it, every golden in golden/ with its source."""
-    from harness.report.json import comparison_as_json, error_as_json
+    """Compare CHECKPOINT with its golden; without it, every golden in golden/ with its source.
+
+    Without CHECKPOINT the stages that a golden was recorded with are repeated as well.
+    """
+    from harness.report.json import error_as_json
 
     if reason and not update_golden:
         raise UsageError("--reason goes with --update-golden")
-    policy = _policy(options)
+    if stage is None and checkpoint is not None:
+        stage = "load" if options["target"] else "file"
+    run = _Run(
+        policy=policy_of(options),
+        stage=stage,
+        options=options,
+        reference=reference,
+        jobs=jobs,
+        form=form,
+    )
     results: list[dict[str, Any]] = []
     codes = []
     for target in _goldens(checkpoint, golden):
         result: dict[str, Any] = {"golden": str(target), "checkpoint": None}
         results.append(result)
         try:
-            recorded, comparison = _verify_one(checkpoint, target, policy, reference, jobs)
-            result["checkpoint"] = comparison.actual.name
-            result["root"] = {
-                "expected": comparison.expected.root.hex(),
-                "actual": comparison.actual.root.hex(),
-            }
-            result["stages"] = [comparison_as_json(comparison)]
-            code = comparison.exit_code
-            if form == "text":
-                _echo_comparison(comparison, checkpoint, target, updating=update_golden)
+            code = run.verify(checkpoint, target, result, updating=update_golden)
             if update_golden:
-                result["updated"] = _update(checkpoint, recorded, comparison, reason, form, jobs)
+                result["updated"] = run.update(checkpoint, target, reason)
                 code = 0
             codes.append(code)
         except HarnessError as error:
@@ -282,7 +224,7 @@ def verify(
             result.setdefault("stages", [])
             if form == "text":
                 _echo_error(error)
-    exit_code = min(codes, key=_WORST_FIRST.index)
+    exit_code = min(codes, key=_rank)
     if form == "json":
         _echo_json({"exit_code": exit_code, "goldens": results})
     return exit_code
@@ -303,54 +245,131 @@ def _goldens(checkpoint: Path | None, golden: Path | None) -> list[Path]:
     return found
 
 
-def _verify_one(
-    checkpoint: Path | None, golden: Path, policy: Policy, reference: Path | None, jobs: int | None
-) -> tuple[Golden, Comparison]:
-    from harness import api
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One invocation of verify: what is asked for, for each golden in turn."""
 
-    recorded = api.read_golden(golden)
-    with _progress(checkpoint or recorded.checkpoint) as progress:
-        return recorded, api.verify(
-            checkpoint,
-            recorded,
-            policy=policy,
-            reference=reference,
-            jobs=jobs,
-            progress=progress,
-        )
+    policy: Policy
+    stage: Any
+    options: dict[str, Any]
+    reference: Path | None
+    jobs: int | None
+    form: str
+
+    def verify(
+        self, checkpoint: Path | None, golden: Path, result: dict[str, Any], *, updating: bool
+    ) -> int:
+        """Run the stages of one golden, reporting each as it ends; returns the worst exit code."""
+        from harness import api
+        from harness.report.json import comparison_as_json
+        from harness.report.text import how_to_accept, render
+
+        recorded = api.read_golden(golden)
+        result["stages"] = []
+        worst = None
+        with _progress(checkpoint or recorded.checkpoint) as progress:
+            for comparison in api.verify_stages(
+                checkpoint,
+                recorded,
+                policy=self.policy,
+                stage=self.stage,
+                live=self._live(recorded),
+                reference=self.reference,
+                jobs=self.jobs,
+                progress=progress,
+            ):
+                if comparison.stage == "file":
+                    result["checkpoint"] = comparison.actual.name
+                    result["root"] = {
+                        "expected": comparison.expected.root.hex(),
+                        "actual": comparison.actual.root.hex(),
+                    }
+                result["stages"].append(comparison_as_json(comparison))
+                if self.form == "text":
+                    click.echo(render(comparison, _style()))
+                if worst is None or _rank(comparison.exit_code) < _rank(worst.exit_code):
+                    worst = comparison
+        assert worst is not None
+        if self.form == "text" and not updating:
+            for line in how_to_accept(worst, self._command(checkpoint, golden)):
+                click.echo(f"\n  {line}")
+        return worst.exit_code
+
+    def update(self, checkpoint: Path | None, golden: Path, reason: str) -> bool:
+        """Accept what is there now; returns whether the golden changed."""
+        from harness import api
+
+        recorded, before = api.read_golden(golden), golden.read_bytes()
+        with _progress(checkpoint or recorded.checkpoint) as progress:
+            updated = api.update(
+                checkpoint,
+                recorded,
+                reason=reason,
+                stage=self.stage,
+                live=self._live(recorded),
+                jobs=self.jobs,
+                progress=progress,
+            )
+        changed = golden.read_bytes() != before
+        if self.form == "text" and not changed:
+            click.echo(f"{golden} is up to date, and was not touched")
+        elif self.form == "text":
+            roots = (recorded.fingerprint.root.hex()[:16], updated.fingerprint.root.hex()[:16])
+            click.echo(f"updated {golden}: root {roots[0]} is now {roots[1]}")
+            for entry in updated.history:
+                click.echo(f"  replaced {entry.root[:16]}  {entry.reason or '(no reason given)'}")
+        return changed
+
+    def _live(self, golden: Golden) -> LiveOptions | None:
+        if self.stage == "file" or (self.stage is None and golden.live is None):
+            return None
+        from harness.model.stages import remembered
+
+        return live_of(self.options, remembered(golden))
+
+    def _command(self, checkpoint: Path | None, golden: Path) -> str:
+        parts = ["harness", "verify", *([str(checkpoint)] if checkpoint else [])]
+        parts += ["-g", str(golden)]
+        if checkpoint and self.stage != "file":
+            parts.append(f"--{self.stage}")
+        if self.options["target"]:
+            parts += ["--model", self.options["target"]]
+        return shlex.join(parts)
 
 
-def _update(
-    checkpoint: Path | None,
-    golden: Golden,
-    comparison: Comparison,
-    reason: str,
-    form: str,
-    jobs: int | None,
-) -> bool:
-    from harness import api
-
-    before = golden.fingerprint.root.hex()
-    if comparison.actual.root.hex() == before and comparison.verdict == "identical":
-        if form == "text":
-            click.echo(f"{golden.path} is up to date, and was not touched")
-        return False
-    with _progress(checkpoint or golden.checkpoint) as progress:
-        updated = api.update(checkpoint, golden, reason=reason, jobs=jobs, progress=progress)
-    if form == "text":
-        click.echo(
-            f"updated {golden.path}: root {before[:16]} is now "
-            f"{updated.fingerprint.root.hex()[:16]}"
-        )
-        for entry in updated.history:
-            click.echo(f"  replaced {entry.root[:16]}  {entry.reason or '(no reason given)'}")
-    return True
+def _rank(code: int) -> int:
+    return _WORST_FIRST.index(code)
 
 
 @cli.command()
-@click.argument("expected", type=_PATH)
-@click.argument("actual", type=_PATH)
-@_policy_options
+@click.argument("checkpoint", type=PATH)
+@policy_options
+@live_options
+@run_options
+@_FORMAT
+def roundtrip(checkpoint: Path, form: str, **options: Any) -> int:
+    """Load CHECKPOINT, save it, load it again and run it, against the file itself: no golden."""
+    from harness import api
+    from harness.report.json import comparison_as_json
+    from harness.report.text import render
+
+    stages, codes = [], []
+    for comparison in api.roundtrip(checkpoint, policy=policy_of(options), live=live_of(options)):
+        stages.append(comparison_as_json(comparison))
+        codes.append(comparison.exit_code)
+        if form == "text":
+            click.echo(render(comparison, _style()))
+    exit_code = min(codes, key=_rank)
+    if form == "json":
+        result = {"golden": None, "checkpoint": str(checkpoint), "stages": stages}
+        _echo_json({"exit_code": exit_code, "goldens": [result]})
+    return exit_code
+
+
+@cli.command()
+@click.argument("expected", type=PATH)
+@click.argument("actual", type=PATH)
+@policy_options
 @_FORMAT
 @_JOBS
 def diff(expected: Path, actual: Path, form: str, jobs: int | None, **options: Any) -> int:
@@ -361,7 +380,7 @@ def diff(expected: Path, actual: Path, form: str, jobs: int | None, **options: A
 
     with _progress(expected) as progress:
         comparison = api.diff(
-            expected, actual, policy=_policy(options), jobs=jobs, progress=progress
+            expected, actual, policy=policy_of(options), jobs=jobs, progress=progress
         )
     if form == "json":
         result = {
@@ -376,7 +395,7 @@ def diff(expected: Path, actual: Path, form: str, jobs: int | None, **options: A
 
 
 @cli.command()
-@click.argument("file", type=_PATH)
+@click.argument("file", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with stats.")
 @click.option("--stats", is_flag=True, help="Add statistics of the values.")
 @click.option("--section", help="Another part than the state dict; '.' for every tensor.")
@@ -410,19 +429,6 @@ def show(file: Path, as_json: bool, stats: bool, section: str | None, jobs: int 
         _echo_json(data)
     else:
         click.echo(render_table(found, history=history or (), stats=stats))
-
-
-def _echo_comparison(
-    comparison: Comparison, checkpoint: Path | None, golden: Path, *, updating: bool
-) -> None:
-    from harness.report.text import how_to_accept, render
-
-    click.echo(render(comparison, _style()))
-    if not updating:
-        given = f" {shlex.quote(str(checkpoint))}" if checkpoint is not None else ""
-        command = f"harness verify{given} -g {shlex.quote(str(golden))}"
-        for line in how_to_accept(comparison, command):
-            click.echo(f"\n  {line}")
 
 
 def _style() -> Style:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -25,8 +25,12 @@ FindingKind = Literal[
     "renamed",
     "dtype",
     "shape",
+    "unwritten",
     "different",
     "alias",
+    "requires_grad",
+    "optimizer",
+    "hyperparameter",
     "undecided",
     "close",
 ]
@@ -38,8 +42,12 @@ FINDING_KINDS: tuple[FindingKind, ...] = (
     "renamed",
     "shape",
     "dtype",
+    "unwritten",
     "different",
     "alias",
+    "requires_grad",
+    "optimizer",
+    "hyperparameter",
     "undecided",
     "close",
 )
@@ -108,6 +116,21 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Departure:
+    """The first place in a computation that is not as recorded, in execution order.
+
+    `culprit` is the submodule whose own code computed it; `agreeing` and `departing` are that
+    submodule's inputs, by name.
+    """
+
+    finding: Finding
+    culprit: str
+    agreeing: tuple[str, ...]
+    departing: tuple[str, ...]
+    num_before: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """The outcome of one stage: what was compared, and every finding, worst first."""
 
@@ -119,7 +142,8 @@ class Comparison:
     num_ignored: int = 0
     num_nan: int = 0
     stage: str = "file"
-    notes: tuple[str, ...] = field(default=())
+    departure: Departure | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:

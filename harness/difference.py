@@ -17,10 +17,18 @@ from typing import Any, Literal
 import numpy as np
 from blake3 import blake3
 
-from harness.allclose import Tally, Tolerance, Values, add_tallies, element, eps, tally_chunk
-from harness.checkpoint.tensors import DType, numpy_dtype
-from harness.fingerprint import Stats, TensorPrint, block_numel, digest_of
-from harness.sketch import CHANCE, Gap, block_ranges, compare_sketches, recover
+from harness.allclose import Tally, Tolerance, Values, add_tallies, element, roundings, tally_chunk
+from harness.checkpoint.tensors import numpy_dtype
+from harness.fingerprint import TensorPrint, block_numel, digest_of
+from harness.sketch import (
+    CHANCE,
+    NUM_PROJECTIONS,
+    UNDERFLOW,
+    Gap,
+    block_ranges,
+    compare_sketches,
+    recover,
+)
 from harness.streaming import buffers, chunks
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -78,7 +86,11 @@ def conclude(
     elif total.num_beyond == 0:
         verdict, why = "close", f"all {numel:,} elements are within the tolerance"
     else:
-        unit = "differ" if tolerance.exact or not expected.dtype.is_floating else "are beyond the tolerance"
+        unit = (
+            "differ"
+            if tolerance.exact or not expected.dtype.is_floating
+            else "are beyond the tolerance"
+        )
         verdict, why = "different", f"{total.num_beyond:,} of {numel:,} elements {unit}"
     return Difference(
         verdict=verdict,
@@ -186,11 +198,9 @@ def difference_from_sketch(
     components = expected.numel * (2 if expected.dtype.kind == "complex" else 1)
     size = block_numel(expected.dtype, block_nbytes)
     gap = compare_sketches(expected.sketch, actual.sketch, size, components)
-    bounded = _bounded(blank, gap, ours, theirs, expected, size)
-    if values is not None and expected.dtype == actual.dtype and expected.digest is not None:
-        recovered = _recovered(bounded, gap, size, expected, values, thorough)
-        if recovered is not None:
-            return recovered
+    bounded = _bounded(blank, gap, expected, actual, size)
+    if values is not None and expected.dtype == actual.dtype and expected.dtype.kind == "float":
+        return _recovered(bounded, gap, size, expected, values, thorough)
     return bounded
 
 
@@ -201,59 +211,70 @@ def exact_difference(expected: Values, actual: Values, tolerance: Tolerance) -> 
 
 
 def _bounded(
-    blank: Difference, gap: Gap, ours: Stats, theirs: Stats, expected: TensorPrint, size: int
+    blank: Difference, gap: Gap, expected: TensorPrint, actual: TensorPrint, size: int
 ) -> Difference:
-    tolerance = blank.tolerance
-    assert expected.sketch is not None
+    """Decide by the bounds of the sketches, and by the stats."""
+    ours, theirs, sketch = expected.stats, actual.stats, expected.sketch
+    assert ours is not None
+    assert theirs is not None
+    assert sketch is not None
+    tolerance, factor = blank.tolerance, 2 if expected.dtype.kind == "complex" else 1
+    # An element is off by no more than its block is, and some element by no less than the mean.
+    numels = gap.numels / factor
     upper = float(gap.upper.max(initial=0.0))
-    # Where the expected side has its greatest element, the actual one has no greater than its own.
+    # Where the expected side has its greatest element, the actual one has no greater than its own;
+    # with infinities these may not be the same elements.
     outer = max(abs(theirs.max - ours.max), abs(theirs.min - ours.min))
-    if any(blank.num_nonfinite):
-        outer = 0.0  # the extremes are over finite elements only, which may not be the same ones
-    lower = max(outer, float((gap.lower / np.sqrt(gap.numels)).max(initial=0.0)))
-    blocks = gap.changed
-    complex_factor = 2 if expected.dtype.kind == "complex" else 1
+    outer = 0.0 if any(blank.num_nonfinite) else outer
+    lower = max(outer, float((gap.lower / np.sqrt(numels)).max(initial=0.0)))
+    # Stats are of components, |expected| is at most so much; norms are rounded, and may underflow.
+    greatest = ours.absmax * math.sqrt(factor)
+    norms = sketch.norms * (1 + 1e-11) + UNDERFLOW
+    needed = max(
+        outer - tolerance.rtol * greatest,
+        float(((gap.lower - tolerance.rtol * norms) / np.sqrt(numels)).max(initial=0.0)),
+    )
     ranges = [
-        (first * size // complex_factor, min(last * size // complex_factor, expected.numel))
-        for first, last in block_ranges(blocks)
+        (first * size // factor, min(-(-last * size // factor), expected.numel))
+        for first, last in block_ranges(gap.changed)
     ]
     found = replace(
         blank,
         max_abs=(lower, upper),
-        min_atol=(max(0.0, lower - tolerance.rtol * ours.absmax), upper),
-        rms=gap.rms,
+        min_atol=(max(0.0, needed), upper),
+        rms=gap.rms * math.sqrt(factor),
         where=_where(expected.shape, ranges),
         chance=CHANCE * 2 * len(gap.upper),
     )
+    if any(blank.num_nonfinite):
+        # Not known to stand at the same places, where they would be equal.
+        found = replace(found, max_abs=(lower, math.inf), min_atol=(max(0.0, needed), math.inf))
+    endless = (math.inf, math.inf)
+    beyond_any = replace(found, max_abs=endless, min_atol=endless, chance=0.0)
     num_nan = ours.num_nan + theirs.num_nan
-    if tolerance.exact:
+    same_type = expected.dtype == actual.dtype
+    if tolerance.exact and same_type:
         return replace(found, why="its bytes differ, and --exact allows nothing", chance=0.0)
     if num_nan:
-        return replace(
-            found,
-            why=f"holds NaN ({ours.num_nan:,} expected, {theirs.num_nan:,} actual), which is "
-            "close to nothing",
-            min_atol=(math.inf, math.inf),
-            chance=0.0,
-        )
-    counts = (ours.num_posinf, ours.num_neginf), (theirs.num_posinf, theirs.num_neginf)
-    if counts[0] != counts[1]:
-        return replace(
-            found,
-            why=f"its infinities changed in number ({blank.num_nonfinite[0]:,} expected, "
-            f"{blank.num_nonfinite[1]:,} actual)",
-            min_atol=(math.inf, math.inf),
-            chance=0.0,
-        )
-    limit = tolerance.atol * (1 + _slack(expected.dtype)) + _subnormal(expected.dtype)
-    share = tolerance.rtol * (1 + _slack(expected.dtype))
-    allowed = np.sqrt(gap.numels) * limit + share * expected.sketch.norms
-    if outer > limit + share * ours.absmax:
-        return replace(found, why="its least or greatest element moved beyond the tolerance")
-    if np.any(gap.lower > allowed):
-        count = int(np.count_nonzero(gap.lower > allowed))
-        return replace(found, why=f"proved by the sketch of {count:,} of {len(gap.lower):,} blocks")
-    if blank.num_nonfinite == (0, 0) and upper <= tolerance.atol:
+        why = f"holds NaN ({ours.num_nan:,} expected, {theirs.num_nan:,} actual)"
+        return replace(beyond_any, why=f"{why}, which is close to nothing")
+    if (ours.num_posinf, ours.num_neginf) != (theirs.num_posinf, theirs.num_neginf):
+        why = f"its infinities changed in number ({blank.num_nonfinite[0]:,} expected, "
+        return replace(beyond_any, why=f"{why}{blank.num_nonfinite[1]:,} actual)")
+    # What torch allows, rounding included: of two dtypes, what the narrower one would.
+    relative, absolute = (
+        max(both) for both in zip(roundings(expected.dtype), roundings(actual.dtype), strict=True)
+    )
+    allows = not tolerance.exact
+    limit = allows * (tolerance.atol * (1 + relative) + absolute)
+    share = allows * (tolerance.rtol * (1 + relative) + absolute)
+    if outer > limit + share * greatest:
+        why = "its least or greatest element moved beyond the tolerance"
+        return replace(found, why=why, chance=0.0)
+    proofs = np.count_nonzero(gap.lower > np.sqrt(numels) * limit + share * norms)
+    if proofs:
+        return replace(found, why=f"proved by the sketch of {proofs:,} of {len(numels):,} blocks")
+    if not any(blank.num_nonfinite) and allows and upper * (1 + relative) <= tolerance.atol:
         return replace(found, verdict="close", why=f"no element is off by more than {upper:.1e}")
     return replace(
         found,
@@ -263,18 +284,6 @@ def _bounded(
     )
 
 
-def _slack(dtype: DType) -> float:
-    """Relative rounding of torch's own test in this dtype, generously."""
-    if dtype.itemsize <= 2:
-        return 4 * eps(dtype)
-    return 1e-15 if dtype.name in ("float64", "complex128") else 1e-6
-
-
-def _subnormal(dtype: DType) -> float:
-    """Absolute rounding of torch's own test in this dtype: float16 has coarse subnormals."""
-    return 2.0**-22 if dtype.name in ("float16", "complex32") else 0.0
-
-
 def _recovered(
     bounded: Difference,
     gap: Gap,
@@ -282,32 +291,39 @@ def _recovered(
     expected: TensorPrint,
     actual: Values,
     thorough: bool,
-) -> Difference | None:
-    """Find the few elements that changed, and prove it by rebuilding the expected digest."""
+) -> Difference:
+    """Find the few elements that changed, and prove it by rebuilding the expected digest.
+
+    float64 has more digits than the sketch, so that the digest is seldom met: then the verdict
+    stays what the bounds prove, and the elements are named with about the value they had.
+    """
     changes = recover(gap, size, thorough=thorough)
-    if changes is None or expected.dtype.kind != "float" or expected.dtype.name == "float8_e8m0fnu":
-        return None
+    if changes is None or expected.digest is None:
+        return bounded
     dtype = numpy_dtype(expected.dtype)
+    # Too small to be told from 0, which weights often are.
+    nothing = np.sqrt(NUM_PROJECTIONS) * gap.noise
     restored: dict[int, bytes] = {}
     for index, delta in changes:
         now = element(actual, index)
         assert isinstance(now, float)
         before = (now if math.isfinite(now) else 0.0) - delta
-        restored[index] = np.array([before], dtype="<f8").astype(dtype).tobytes()
+        before = 0.0 if abs(before) <= nothing[index // size] else before
+        with np.errstate(over="ignore"):
+            restored[index] = np.array([before], dtype="<f8").astype(dtype).tobytes()
     patched = _Patched(actual, restored)
     digests = []
     for chunk in chunks(patched.nbytes):
         data = buffers.get("chunk", chunk.nbytes)
         patched.read_into(chunk.start, data.data)
         digests.append(blake3(data.data).digest())
-    if digest_of(expected.dtype, expected.shape, digests) != expected.digest:
-        return None
     found = exact_difference(patched, actual, bounded.tolerance)
-    return replace(
-        found,
-        why=f"{found.why}; recovered from the sketch, proved by the digest",
-        num_nonfinite=bounded.num_nonfinite,
-    )
+    if digest_of(expected.dtype, expected.shape, digests) == expected.digest:
+        why = f"{found.why}; recovered from the sketch, proved by the digest"
+        return replace(found, why=why, num_nonfinite=bounded.num_nonfinite)
+    count = f"{len(changes)} element{'s' if len(changes) > 1 else ''}"
+    why = f"{bounded.why}; its sketch is that of {count} changed, expected as about the values here"
+    return replace(bounded, why=why, elements=found.elements)
 
 
 class _Patched:

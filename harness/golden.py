@@ -55,11 +55,31 @@ class Update:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LiveRecord:
+    """What the code under test made of the checkpoint when the golden was recorded.
+
+    `target` builds the model (`package.module:Name`, None for what the registry has); `config`
+    and `inputs` are files, relative to the golden's folder as its source is; `parameters` are
+    names and requires_grad in the order of the optimizer; `buffers` are the non-persistent ones,
+    `outputs` the inputs and outputs of every submodule in execution order.
+    """
+
+    target: str | None
+    stages: tuple[str, ...]
+    config: str | None = None
+    inputs: str | None = None
+    parameters: tuple[tuple[str, bool], ...] = ()
+    buffers: Fingerprint | None = None
+    outputs: Fingerprint | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Golden:
     """A fingerprint in a file.
 
     `source` is the checkpoint's path relative to the golden's folder, or its bare name where it
-    lies outside of the project; `section` is what the user asked for, None for the state dict.
+    lies outside of the project; `section` is what the user asked for, None for the state dict;
+    `live` is there where the golden was recorded with a model.
     """
 
     path: Path
@@ -67,6 +87,21 @@ class Golden:
     source: str
     section: str | None = None
     history: tuple[Update, ...] = ()
+    live: LiveRecord | None = None
+
+    def beside(self, source: str | None) -> Path | None:
+        """A file that the golden names, as a path from here."""
+        return None if source is None else Path(os.path.normpath(self.path.parent / source))
+
+    @property
+    def parts(self) -> dict[str, Fingerprint]:
+        """The fingerprints in the file, by the prefix of their values' names."""
+        found = {"value": self.fingerprint}
+        if self.live is not None and self.live.buffers is not None:
+            found["buffers"] = self.live.buffers
+        if self.live is not None and self.live.outputs is not None:
+            found["outputs"] = self.live.outputs
+        return found
 
     @property
     def checkpoint(self) -> Path | None:
@@ -148,7 +183,8 @@ def serialize(golden: Golden) -> bytes:
     """The bytes of a golden file: the same for the same golden, always."""
     from safetensors.numpy import save
 
-    tensors = list(golden.fingerprint.tensors.values())
+    parts = golden.parts
+    tensors = [tensor for part in parts.values() for tensor in part.tensors.values()]
     originals = [tensor for tensor in tensors if tensor.alias_of is None]
     sketches = [t.sketch for t in originals if t.sketch is not None]
     digests = b"".join(tensor.digest or b"" for tensor in tensors)
@@ -164,15 +200,21 @@ def serialize(golden: Golden) -> bytes:
         "sketch": rows,
         "block_norm": norms,
     }
-    for tensor in originals:
-        if tensor.values is not None:
-            values = np.frombuffer(tensor.values, "|u1")
-            if tensor.dtype.name in _NATIVE:
-                dtype = "?" if tensor.dtype.name == "bool" else numpy_dtype(tensor.dtype)
-                values = values.view(dtype).reshape(tensor.shape)
-            columns[_value_name(tensor.key)] = values
+    for prefix, part in parts.items():
+        for tensor in part.tensors.values():
+            if tensor.values is not None and tensor.alias_of is None:
+                columns[_value_name(prefix, tensor.key)] = _native(tensor)
     metadata = json.dumps(_describe(golden), sort_keys=True, separators=(",", ":"))
     return save(columns, metadata={"harness": metadata})
+
+
+def _native(tensor: TensorPrint) -> Array:
+    """The values as safetensors can write them: as what they are, or as bytes."""
+    values = np.frombuffer(tensor.values or b"", "|u1")
+    if tensor.dtype.name not in _NATIVE:
+        return values
+    dtype = "?" if tensor.dtype.name == "bool" else numpy_dtype(tensor.dtype)
+    return values.view(dtype).reshape(tensor.shape)
 
 
 def _describe(golden: Golden) -> dict[str, Any]:
@@ -195,37 +237,53 @@ def _describe(golden: Golden) -> dict[str, Any]:
             "keeps_aliases": found.keeps_aliases,
         },
         "root": found.root.hex(),
-        "tensors": [
-            [
-                t.key,
-                t.dtype.name,
-                list(t.shape),
-                t.alias_of,
-                "values" if t.values is not None else "sketch" if t.sketch is not None else None,
-            ]
-            for t in found.tensors.values()
-        ],
-        "config": _without_paths(found.config),
+        "tensors": _rows(found),
+        "config": without_paths(found.config),
         "history": [{"root": update.root, "reason": update.reason} for update in golden.history],
+        "live": None if golden.live is None else _describe_live(golden.live),
     }
 
 
-def _value_name(key: str) -> str:
+def _describe_live(live: LiveRecord) -> dict[str, Any]:
+    return {
+        "target": live.target,
+        "stages": list(live.stages),
+        "config": live.config,
+        "inputs": live.inputs,
+        "parameters": [list(parameter) for parameter in live.parameters],
+        **{
+            name: None
+            if part is None
+            else {"block_nbytes": part.block_nbytes, "tensors": _rows(part)}
+            for name, part in (("buffers", live.buffers), ("outputs", live.outputs))
+        },
+    }
+
+
+def _rows(part: Fingerprint) -> list[list[Any]]:
+    return [
+        [
+            t.key,
+            t.dtype.name,
+            list(t.shape),
+            t.alias_of,
+            "values" if t.values is not None else "sketch" if t.sketch is not None else None,
+        ]
+        for t in part.tensors.values()
+    ]
+
+
+def _value_name(prefix: str, key: str) -> str:
     """The name of a tensor's values in the golden: lone surrogates have no UTF-8."""
-    return "value/" + key.encode("utf-8", "backslashreplace").decode()
+    return f"{prefix}/" + key.encode("utf-8", "backslashreplace").decode()
 
 
-def _column(key: str) -> str:
-    """The key under which the reader of safetensors files lists a tensor's values."""
-    return format_key((_value_name(key),))
-
-
-def _without_paths(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
     """Configurations hold paths of the machine that trained: keep their last part only."""
     if isinstance(value, Mapping):
-        return {key: _without_paths(child) for key, child in value.items()}
+        return {key: without_paths(child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_paths(child) for child in value]
+        return [without_paths(child) for child in value]
     if isinstance(value, str) and (
         value.startswith("~")
         or PurePosixPath(value).is_absolute()
@@ -291,12 +349,13 @@ def _parse(path: Path, columns: Mapping[str, Tensor], metadata: Mapping[str, str
                 f"{path}: made in a way that this version does not know: {made}",
                 hint="restore it from version control, or record it again with --overwrite",
             )
+        reader = _Columns(columns)
         fingerprint = Fingerprint(
             name=str(path),
             container=source["container"],
             section=source["section"] or "",
             keeps_aliases=source["keeps_aliases"],
-            tensors=dict(_prints(path, header["tensors"], columns, block_nbytes)),
+            tensors=dict(reader.prints("value", header["tensors"], block_nbytes)),
             block_nbytes=block_nbytes,
             config=header["config"],
         )
@@ -306,12 +365,15 @@ def _parse(path: Path, columns: Mapping[str, Tensor], metadata: Mapping[str, str
                 f"{header['root'][:16]}…",
                 hint="the golden was changed by hand: restore it from version control",
             )
+        live = _parse_live(reader, header.get("live"))
+        reader.check_used_up()
         return Golden(
             path=path,
             fingerprint=fingerprint,
             source=source["path"],
             section=source["section"],
             history=tuple(Update(root=h["root"], reason=h["reason"]) for h in header["history"]),
+            live=live,
         )
     except (KeyError, TypeError, ValueError, IndexError, RecursionError, AttributeError) as error:
         raise GoldenError(
@@ -320,45 +382,97 @@ def _parse(path: Path, columns: Mapping[str, Tensor], metadata: Mapping[str, str
         ) from error
 
 
-def _prints(
-    path: Path, table: list[Any], columns: Mapping[str, Tensor], block_nbytes: int
-) -> Iterator[tuple[str, TensorPrint]]:
-    digests, stats = columns["digest"].array(), columns["stats"].array()
-    sketch, norms = columns["sketch"].array(), columns["block_norm"].array()
-    if digests.shape != (len(table), 32) or stats.shape != (len(table), _NUM_STATS):
-        raise ValueError(f"{len(table)} tensors, but {len(digests)} digests, {len(stats)} stats")
-    position = 0
-    known: dict[str, TensorPrint] = {}
-    for row, (key, dtype, shape, alias_of, kept) in enumerate(table):
-        tensor = TensorPrint(
-            key=str(key),
-            dtype=DTYPES[dtype],
-            shape=tuple(int(size) for size in shape),
-            digest=digests[row].tobytes(),
-            alias_of=alias_of,
-            stats=_stats(stats[row]),
+def _parse_live(reader: _Columns, described: Any) -> LiveRecord | None:
+    if described is None:
+        return None
+
+    def part(name: str) -> Fingerprint | None:
+        table = described[name]
+        if table is None:
+            return None
+        block_nbytes = int(table["block_nbytes"])
+        return Fingerprint(
+            name=name,
+            container=f"live {name}",
+            section="",
+            tensors=dict(reader.prints(name, table["tensors"], block_nbytes)),
+            keeps_aliases=False,
+            block_nbytes=block_nbytes,
         )
-        if alias_of is not None:
-            original = known[alias_of]
-            tensor = replace(tensor, values=original.values, sketch=original.sketch)
-        elif kept == "values":
-            tensor = replace(tensor, values=columns[_column(key)].array().tobytes())
-            if len(tensor.values or b"") != tensor.nbytes:
-                raise ValueError(f"the values of {key!r} do not fit its shape {shape}")
-        elif kept == "sketch":
-            factor = 2 if tensor.dtype.kind == "complex" else 1
-            count = num_blocks(tensor.numel * factor, block_numel(tensor.dtype, block_nbytes))
-            rows = slice(position, position + count)
-            position += count
-            if position > len(sketch) or position > len(norms):
-                raise ValueError(f"the sketch ends before {key!r}")
-            tensor = replace(tensor, sketch=Sketch(projections=sketch[rows], norms=norms[rows]))
-        if tensor.key in known:
-            raise ValueError(f"two tensors have the key {key!r}")
-        known[tensor.key] = tensor
-        yield tensor.key, tensor
-    if position != len(sketch) or position != len(norms):
-        raise ValueError(f"{len(sketch)} sketched blocks, but the tensors have {position}")
+
+    return LiveRecord(
+        target=described["target"],
+        stages=tuple(described["stages"]),
+        config=described["config"],
+        inputs=described["inputs"],
+        parameters=tuple((str(name), bool(grad)) for name, grad in described["parameters"]),
+        buffers=part("buffers"),
+        outputs=part("outputs"),
+    )
+
+
+class _Columns:
+    """Takes the rows of the columns in order, as the tables of tensors need them."""
+
+    def __init__(self, columns: Mapping[str, Tensor]) -> None:
+        self._columns = columns
+        self._digests, self._stats = columns["digest"].array(), columns["stats"].array()
+        self._sketch, self._norms = columns["sketch"].array(), columns["block_norm"].array()
+        if self._digests.shape[1:] != (32,) or self._stats.shape[1:] != (_NUM_STATS,):
+            raise ValueError("the columns have other widths")
+        self._row = self._block = 0
+
+    def check_used_up(self) -> None:
+        rows, blocks = {len(self._digests), len(self._stats)}, {len(self._sketch), len(self._norms)}
+        if rows != {self._row} or blocks != {self._block}:
+            raise ValueError(f"{self._row} tensors, but {sorted(rows)} rows in the columns")
+
+    def prints(
+        self, prefix: str, table: list[Any], block_nbytes: int
+    ) -> Iterator[tuple[str, TensorPrint]]:
+        """Read the fingerprints of one table of tensors."""
+        if not 0 < block_nbytes <= CHUNK_NBYTES:
+            raise ValueError(f"blocks of {block_nbytes} bytes")
+        known: dict[str, TensorPrint] = {}
+        for key, dtype, shape, alias_of, kept in table:
+            if self._row >= min(len(self._digests), len(self._stats)):
+                raise ValueError("the columns end early")
+            tensor = TensorPrint(
+                key=str(key),
+                dtype=DTYPES[dtype],
+                shape=tuple(int(size) for size in shape),
+                digest=self._digests[self._row].tobytes(),
+                alias_of=alias_of,
+                stats=_stats(self._stats[self._row]),
+            )
+            self._row += 1
+            if alias_of is not None:
+                original = known[alias_of]
+                tensor = replace(tensor, values=original.values, sketch=original.sketch)
+            elif kept == "values":
+                tensor = replace(tensor, values=self._values(prefix, tensor))
+            elif kept == "sketch":
+                tensor = replace(tensor, sketch=self._take_sketch(tensor, block_nbytes))
+            if tensor.key in known:
+                raise ValueError(f"two tensors have the key {key!r}")
+            known[tensor.key] = tensor
+            yield tensor.key, tensor
+
+    def _values(self, prefix: str, tensor: TensorPrint) -> bytes:
+        # The reader of safetensors files lists its tensors under formatted keys.
+        values = self._columns[format_key((_value_name(prefix, tensor.key),))].array().tobytes()
+        if len(values) != tensor.nbytes:
+            raise ValueError(f"the values of {tensor.key!r} do not fit its shape {tensor.shape}")
+        return values
+
+    def _take_sketch(self, tensor: TensorPrint, block_nbytes: int) -> Sketch:
+        factor = 2 if tensor.dtype.kind == "complex" else 1
+        count = num_blocks(tensor.numel * factor, block_numel(tensor.dtype, block_nbytes))
+        rows = slice(self._block, self._block + count)
+        self._block += count
+        if self._block > min(len(self._sketch), len(self._norms)):
+            raise ValueError(f"the sketch ends before {tensor.key!r}")
+        return Sketch(projections=self._sketch[rows], norms=self._norms[rows])
 
 
 def _stats(row: Array) -> Stats | None:

@@ -73,13 +73,14 @@ class AgainstCheckpoint:
 class AgainstGolden:
     """Measures an open checkpoint against a golden: by kept values, by sketches, by a reference.
 
-    `reference` is the recorded checkpoint, where it is at hand; raises CheckpointError where it
-    is another one.
+    `reference` is the recorded checkpoint, where it is at hand: CheckpointError where it is another
+    one. `partial_reference` is one that need not be: what is in it as recorded is used.
     """
 
     golden: Fingerprint
     actual: Checkpoint
     reference: Checkpoint | None = None
+    partial_reference: Checkpoint | None = None
     jobs: int | None = None
     progress: Progress | None = None
 
@@ -103,20 +104,23 @@ class AgainstGolden:
 
     def _references(self, expected: Sequence[TensorPrint]) -> dict[str, Tensor]:
         """The reference's tensors, where they are still what the golden recorded."""
-        if self.reference is None:
+        reference = self.reference or self.partial_reference
+        if reference is None:
             return {}
-        keys = {tensor.key for tensor in expected}
-        candidates = part(self.reference, keys & set(self.reference.tensors))
-        digests = fingerprint(candidates, details=_nothing, jobs=self.jobs).tensors
+        keys = {tensor.key for tensor in expected} & set(reference.tensors)
+        digests = fingerprint(part(reference, keys), details=_nothing, jobs=self.jobs).tensors
+        found = {}
         for tensor in expected:
             other = digests.get(tensor.key)
-            if other is None or other.digest != tensor.digest:
+            if other is not None and other.digest == tensor.digest:
+                found[tensor.key] = reference.tensors[tensor.key]
+            elif self.reference is not None:
                 raise CheckpointError(
-                    f"{self.reference.name}: not the checkpoint that was recorded: its "
+                    f"{reference.name}: not the checkpoint that was recorded: its "
                     f"{tensor.key!r} is {'missing' if other is None else 'different'}",
                     hint="give the reference that the golden was recorded from, or leave it out",
                 )
-        return {key: self.reference.tensors[key] for key in keys}
+        return found
 
     def _from_sketches(self, triples: Mapping[int, Triple]) -> dict[int, Difference]:
         # Blocks count elements, so another dtype needs blocks of another size in bytes.

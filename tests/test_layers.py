@@ -26,6 +26,7 @@ LAYERS = [
     ["harness.nest"],
     ["harness.model"],
     ["harness.api"],
+    ["harness.options"],
     ["harness.cli"],
     ["harness.__main__"],
 ]

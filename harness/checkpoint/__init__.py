@@ -11,6 +11,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from harness.checkpoint.nemo import is_tar, read_nemo
 from harness.checkpoint.pickles import Record
 from harness.checkpoint.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.sections import find_tensors, plain_config
-from harness.checkpoint.sharded import join_shards, read_index
+from harness.checkpoint.sharded import MAX_INDEX_NBYTES, join_shards, read_index
 from harness.checkpoint.sources import FileSource, InflatedSource, Source, read
 from harness.checkpoint.tensors import Checkpoint, DType, Tensor, tensor_table
 from harness.checkpoint.torchfile import TorchFile, read_torch_legacy, read_torch_zip
@@ -27,6 +28,8 @@ from harness.errors import CheckpointError
 __all__ = ["Checkpoint", "DType", "Tensor", "open_checkpoint"]
 
 _HEAD_NBYTES = 512
+_MAX_YAML_DEPTH = 64
+_MAX_YAML_SCALAR = 1 << 16
 # In the order in which a folder is searched for its one checkpoint.
 _FOLDER_NAMES = (
     "model.safetensors.index.json",
@@ -50,22 +53,25 @@ def open_checkpoint(path: str | Path, *, section: str | None = None) -> Checkpoi
     """Open a checkpoint: structure only, the values stay in the file until they are read.
 
     `section` names another part than the state dict (`optimizer_states.0`), or every tensor of
-    the file ("."). Raises CheckpointError. Memory: about 4 KB per tensor.
+    the file ("."). Raises CheckpointError. Memory: about 2.5 KB per tensor.
     """
     path = Path(path)
     try:
         mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            path = _checkpoint_in(path)
     except OSError as error:
         raise CheckpointError(
             f"{path}: {(error.strerror or 'cannot be read').lower()}",
             hint=_did_you_mean(path),
         ) from error
-    if stat.S_ISDIR(mode):
-        path = _checkpoint_in(path)
-    elif not stat.S_ISREG(mode):
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise CheckpointError(f"{path}: not a regular file", hint="give a file or a folder")
     source = FileSource(path)
     try:
+        if read(source, 0, min(_HEAD_NBYTES, source.nbytes)).lstrip()[:1] == b"{":
+            _no_section(path, section)
+            return _sharded(path, source)
         return _open(path, source, section)
     except BaseException:
         source.close()
@@ -74,6 +80,18 @@ def open_checkpoint(path: str | Path, *, section: str | None = None) -> Checkpoi
 
 def _open(path: Path, source: Source, section: str | None) -> Checkpoint:
     head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
+    # First, because the length that safetensors start with can look like any other magic.
+    if is_safetensors(head, source.nbytes):
+        _no_section(path, section)
+        tensors, _ = read_safetensors(path, source)
+        return Checkpoint(
+            name=str(path),
+            container="safetensors",
+            section="",
+            tensors=_nonempty(path, tensor_table(str(path), tensors)),
+            sources=(source,),
+            keeps_aliases=False,
+        )
     if head.startswith(b"\x1f\x8b"):
         source = InflatedSource(source, 0, source.nbytes, str(path), wbits=31)
         head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
@@ -87,23 +105,8 @@ def _open(path: Path, source: Source, section: str | None) -> Checkpoint:
         return _torch_checkpoint(
             path, source, _torch_file(weights), section, container="nemo", config_text=config
         )
-    if is_safetensors(head, source.nbytes):
-        _no_section(path, section)
-        tensors, _ = read_safetensors(path, source)
-        return Checkpoint(
-            name=str(path),
-            container="safetensors",
-            section="",
-            tensors=_nonempty(path, tensor_table(str(path), tensors)),
-            sources=(source,),
-            keeps_aliases=False,
-        )
-    # After safetensors: its header may be 128 bytes long, which is a pickle's first byte.
     if head.startswith(b"PK") or head[:1] == b"\x80":
         return _torch_checkpoint(path, source, _torch_file(source), section)
-    if head.lstrip()[:1] == b"{":
-        _no_section(path, section)
-        return _sharded(path, source)
     raise _not_a_checkpoint(path, head)
 
 
@@ -146,14 +149,15 @@ def _torch_checkpoint(
 
 
 def _sharded(path: Path, source: Source) -> Checkpoint:
-    table = read_index(path, read(source, 0, min(source.nbytes, (32 << 20) + 1)))
+    table = read_index(path, read(source, 0, min(source.nbytes, MAX_INDEX_NBYTES + 1)))
 
     def open_shard(shard: Path) -> Checkpoint:
-        checkpoint = open_checkpoint(shard)
-        if checkpoint.container.startswith("sharded"):
-            checkpoint.close()
-            raise CheckpointError(f"{path}: places tensors in {shard.name}, an index itself")
-        return checkpoint
+        source = FileSource(shard)
+        try:
+            return _open(shard, source, None)
+        except BaseException:
+            source.close()
+            raise
 
     tensors, shards = join_shards(path, table, open_shard)
     sources = [source, *(one for shard in shards for one in shard.sources)]
@@ -202,13 +206,24 @@ def _nonempty(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _yaml(path: Path, text: bytes) -> Mapping[str, Any] | None:
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        # Anchors would let a page of text expand without bound; NeMo never writes any.
-        config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        plain = plain_config(config)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        depth = 0
+        for event in yaml.parse(text, Loader=loader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                # They would let a page of text expand without bound; NeMo never writes any.
+                raise ValueError("it repeats parts of itself by aliases")
+            if depth > _MAX_YAML_DEPTH:
+                raise ValueError(f"it is nested deeper than {_MAX_YAML_DEPTH} levels")
+            if len(getattr(event, "value", "")) > _MAX_YAML_SCALAR:
+                raise ValueError(f"it holds a text of more than {_MAX_YAML_SCALAR} characters")
+        plain = plain_config(yaml.load(text, Loader=loader))
+    # The last three are what yaml's constructors raise for values that do not fit their tags.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: its model_config.yaml is no plain YAML: {str(error).splitlines()[0]}",
+            f"{path}: its model_config.yaml is no plain YAML: {str(error).partition(chr(10))[0]}",
             hint="get the archive again from where it came",
         ) from error
     return plain if isinstance(plain, dict) else None
@@ -226,14 +241,14 @@ def _hparams(root: Any) -> Mapping[str, Any] | None:
 
 
 def _did_you_mean(path: Path) -> str:
-    if path.parent.is_dir():
-        from difflib import get_close_matches
+    from difflib import get_close_matches
 
-        names = [child.name for child in sorted(path.parent.iterdir())[:1000]]
-        close = get_close_matches(path.name, names, n=1)
-        if close:
-            return f"did you mean {path.parent / close[0]}?"
-    return "check the path"
+    try:
+        names = [child.name for child in islice(path.parent.iterdir(), 1000)]
+    except OSError:
+        return "check the path"
+    close = get_close_matches(path.name, sorted(names), n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else "check the path"
 
 
 def _not_a_checkpoint(path: Path, head: bytes) -> CheckpointError:

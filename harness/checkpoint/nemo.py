@@ -15,7 +15,7 @@ from harness.errors import CheckpointError
 
 _BLOCK = 512
 _MAX_EXTENSION_NBYTES = 1 << 20
-_MAX_MEMBERS = 10_000
+_MAX_HEADERS = 10_000
 WEIGHTS = "model_weights.ckpt"
 CONFIG = "model_config.yaml"
 
@@ -55,8 +55,6 @@ def read_tar(source: Source) -> dict[str, Source]:
     for name, start, nbytes in _members(source):
         if name in members:
             raise _damaged(source, f"holds two members named {name!r}")
-        if len(members) >= _MAX_MEMBERS:
-            raise _damaged(source, f"holds more than {_MAX_MEMBERS} members")
         members[name] = RangeSource(source, start, nbytes, f"{source.name}: {name}")
     return members
 
@@ -64,7 +62,12 @@ def read_tar(source: Source) -> dict[str, Source]:
 def _members(source: Source) -> Iterator[tuple[str, int, int]]:
     position = 0
     override: dict[str, str] = {}
-    while position + _BLOCK <= source.nbytes:
+    for _ in range(_MAX_HEADERS):
+        if position + _BLOCK > source.nbytes:
+            raise CheckpointError(
+                f"{source.name}: a tar archive that does not end, at byte {position}",
+                hint="the file is truncated: copy or download it again",
+            )
         header = read(source, position, _BLOCK)
         if not any(header):
             return
@@ -86,16 +89,14 @@ def _members(source: Source) -> Iterator[tuple[str, int, int]]:
                 override |= _pax(source, extension)
             elif kind == b"L":
                 override["path"] = _text(extension)
-            elif kind == b"K":
-                override["linkpath"] = _text(extension)
-            elif "size" in _pax(source, extension):
+            elif kind == b"g" and "size" in _pax(source, extension):
                 raise _damaged(source, "gives all its members one size")
             continue
         name = override.get("path") or _header_name(header)
         if "size" in override and override["size"] != str(nbytes):
             nbytes = _large_size(source, name, override["size"], start)
             position = start + -(-nbytes // _BLOCK) * _BLOCK
-        sparse = any(key.startswith("GNU.sparse") for key in override)
+        sparse = "GNU.sparse" in override
         override = {}
         if kind == b"5":
             _safe_name(source, name)
@@ -103,15 +104,12 @@ def _members(source: Source) -> Iterator[tuple[str, int, int]]:
         if kind not in (b"0", b"\0", b"7") or sparse:
             raise _damaged(source, f"holds {name!r}, which is a link, a device or a sparse file")
         yield _safe_name(source, name), start, nbytes
-    raise CheckpointError(
-        f"{source.name}: a tar archive that does not end, at byte {position}",
-        hint="the file is truncated: copy or download it again",
-    )
+    raise _damaged(source, f"has more than {_MAX_HEADERS} headers")
 
 
 def _large_size(source: Source, name: str, size: str, start: int) -> int:
     """A size beyond the octal field's 8 GiB, which a pax header gives in decimal."""
-    if not size.isdigit() or len(size) > 18:
+    if not size.isdecimal() or not size.isascii() or len(size) > 18:
         raise _damaged(source, f"gives {name!r} the size {size[:20]!r}")
     if start + int(size) > source.nbytes:
         raise _damaged(source, f"ends inside of {name!r}, a member of {size} bytes")
@@ -149,14 +147,20 @@ def _header_name(header: bytes) -> str:
 
 
 def _pax(source: Source, data: bytes) -> dict[str, str]:
+    """The records that decide what a member is, of all that a pax header may hold."""
     records = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or len(length) > 7 or not 0 < int(length) <= len(data):
+    position = 0
+    while position < len(data):
+        length, _, _ = data[position : position + 8].partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(data) - position:
             raise _damaged(source, "has a broken pax header")
-        record, data = data[len(length) + 1 : int(length) - 1], data[int(length) :]
+        record = data[position + len(length) + 1 : position + int(length) - 1]
+        position += int(length)
         key, _, value = record.partition(b"=")
-        records[_text(key)] = _text(value)
+        if key in (b"path", b"size"):
+            records[_text(key)] = _text(value)
+        elif key.startswith(b"GNU.sparse"):
+            records["GNU.sparse"] = ""
     return records
 
 

@@ -15,16 +15,24 @@ Opcodes as documented in the standard library's `pickletools`.
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from harness.errors import CheckpointError
 
-# What the objects of a pickle may cost in memory: a tensor's structure costs about 2 KB, so this
+# What the objects of a pickle may cost in memory: a tensor's structure costs about 2.5 KB, so this
 # is enough for 50,000 tensors, and within the promise of 200 MB whatever the file says.
-MAX_STRUCTURE_NBYTES = 120 << 20
+MAX_STRUCTURE_NBYTES = 128 << 20
+_MAX_LINE_NBYTES = 4 << 20
 _SMALL_BYTES = 4096
+# In memory, measured with CPython 3.11 to 3.13; never less than what is really taken.
+_RECORD_NBYTES = 320
+_TENSOR_NBYTES = 480
+_GLOBAL_NBYTES = 320
+_PAIR_NBYTES = 120
+_ITEM_NBYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +74,16 @@ def unpickle(
     name: str,
     constructors: Constructors,
     persistent: Callable[[Any], Any] | None = None,
+    max_nbytes: int = MAX_STRUCTURE_NBYTES,
 ) -> tuple[Any, int]:
     """Read one pickle from the start of `data`; returns the object and where the pickle ends.
 
     `constructors` maps (module, name) to functions that take the pickled arguments and return
     plain values; they must check their arguments and may raise CheckpointError, TypeError or
-    ValueError. Raises CheckpointError, with the offset, for everything malformed.
+    ValueError. `max_nbytes` bounds the memory of what is read. Raises CheckpointError, with the
+    offset, for everything malformed.
     """
-    machine = _Machine(data, name, constructors, persistent)
+    machine = _Machine(data, name, constructors, persistent, max_nbytes)
     return machine.run(), machine.position
 
 
@@ -91,6 +101,7 @@ class _Machine:
         name: str,
         constructors: Constructors,
         persistent: Callable[[Any], Any] | None,
+        max_nbytes: int,
     ) -> None:
         self.data = data
         self.name = name
@@ -100,6 +111,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.globals: dict[tuple[str, str], Global] = {}
+        self.max_nbytes = max_nbytes
         self.cost = 0
 
     def run(self) -> Any:
@@ -128,7 +140,7 @@ class _Machine:
             AttributeError,
             struct.error,
         ) as error:
-            self.fail(f"is malformed ({type(error).__name__}: {error})")
+            self.fail(f"is malformed ({type(error).__name__}: {str(error)[:200]})")
 
     def fail(self, why: str) -> NoReturn:
         raise CheckpointError(
@@ -141,8 +153,8 @@ class _Machine:
     def spend(self, nbytes: int) -> None:
         """Count what the objects cost; nothing is refunded for those that are dropped."""
         self.cost += nbytes
-        if self.cost > MAX_STRUCTURE_NBYTES:
-            self.fail(f"describes a structure of more than {MAX_STRUCTURE_NBYTES >> 20} MiB")
+        if self.cost > self.max_nbytes:
+            self.fail(f"describes a structure of more than {self.max_nbytes >> 20} MiB")
 
     def take(self, count: int) -> memoryview:
         end = self.position + count
@@ -163,22 +175,33 @@ class _Machine:
             if end >= 0:
                 self.position += end + 1
                 return self.text(memoryview(chunk)[:end], "latin-1")
-            if len(chunk) < window or window > MAX_STRUCTURE_NBYTES:
+            if len(chunk) < window or window >= _MAX_LINE_NBYTES:
                 self.fail("has a line without an end")
             window *= 2
 
     def text(self, raw: memoryview, encoding: str = "utf-8") -> str:
-        self.spend(2 * len(raw))
-        return str(raw, encoding, "surrogatepass" if encoding == "utf-8" else "strict")
+        # CPython stores every character as wide as the widest, up to 4 bytes.
+        if len(raw) > _SMALL_BYTES:
+            self.spend(4 * len(raw))
+        text = str(raw, encoding, "surrogatepass" if encoding == "utf-8" else "strict")
+        if len(raw) <= _SMALL_BYTES:
+            self.spend(sys.getsizeof(text))
+        return text
 
     def python2_text(self, raw: memoryview) -> Any:
         """A string of Python 2 may be text or bytes; long ones are array data."""
         if len(raw) > _SMALL_BYTES:
-            return raw
+            return self.binary(raw)
         try:
-            return str(raw, "utf-8")
+            return self.text(raw)
         except UnicodeDecodeError:
-            return str(raw, "latin-1")
+            return self.text(raw, "latin-1")
+
+    def binary(self, raw: memoryview) -> Any:
+        """Bytes: long ones stay in the file."""
+        small = len(raw) <= _SMALL_BYTES
+        self.spend(len(raw) if small else _RECORD_NBYTES)
+        return bytes(raw) if small else raw
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -211,22 +234,41 @@ class _Machine:
             self.fail("names a global by something that is not text")
         known = self.globals.get((module, name))
         if known is None:
+            self.spend(_GLOBAL_NBYTES)
             known = self.globals[module, name] = Global(module, name)
         return known
 
     def call(self, callee: Any, args: Any, kwargs: Mapping[Any, Any] | None = None) -> Any:
         if not isinstance(args, tuple):
-            self.fail(f"calls {callee} with {type(args).__name__} instead of a tuple")
+            self.fail(f"calls something with {type(args).__name__} instead of a tuple")
         if isinstance(callee, Global) and not kwargs:
             constructor = self.constructors.get((callee.module, callee.name))
             if constructor is not None:
-                try:
-                    return constructor(*args)
-                except (TypeError, ValueError, OverflowError) as error:
-                    self.fail(f"gives {callee} arguments that do not fit ({error})")
+                return self.construct(callee, constructor, args)
+        self.spend(_RECORD_NBYTES)
         return Record(callee, args, kwargs or {})
 
+    def construct(
+        self, callee: Global, constructor: Callable[..., Any], args: tuple[Any, ...]
+    ) -> Any:
+        # A constructor may look at, and copy, everything in its arguments: the same long list can
+        # be given to many.
+        self.spend(_ITEM_NBYTES * len(args))
+        for arg in args:
+            if isinstance(arg, (list, dict)):
+                self.spend(_PAIR_NBYTES * len(arg))
+            elif isinstance(arg, str):
+                self.spend(len(arg))
+        try:
+            made = constructor(*args)
+        except (TypeError, ValueError, OverflowError) as error:
+            self.fail(f"gives {callee} arguments that do not fit ({str(error)[:200]})")
+        if not isinstance(made, (dict, list, tuple, bytes)) and not (args and made is args[0]):
+            self.spend(_TENSOR_NBYTES)
+        return made
+
     def append(self, target: Any, items: list[Any]) -> None:
+        self.spend(_ITEM_NBYTES * len(items))
         if isinstance(target, list):
             target.extend(items)
         elif isinstance(target, Record):
@@ -237,13 +279,13 @@ class _Machine:
     def store(self, target: Any, items: list[Any]) -> None:
         if len(items) % 2:
             self.fail("sets a key without a value")
-        self.spend(50 * len(items))
+        self.spend(_PAIR_NBYTES * len(items) // 2)
         if isinstance(target, Record):
             target = target.pairs
         if not isinstance(target, dict):
             self.fail(f"sets items of a {type(target).__name__}")
         for index in range(0, len(items), 2):
-            target[_as_key(items[index])] = items[index + 1]
+            target[plain_key(items[index])] = items[index + 1]
 
     def build(self, target: Any, state: Any) -> None:
         # What a constructor of ours made (an OrderedDict with its _metadata) needs no state.
@@ -251,31 +293,44 @@ class _Machine:
             target.state = state
 
 
-def _as_key(key: Any) -> Any:
+class TupleKey(tuple[Any, ...]):
+    """A tuple as a dictionary key, hashed by what it looks like.
+
+    CPython hashes tuples of numbers without a secret: they can be made to collide at will.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
+def plain_key(key: Any) -> Any:
     """Keys that hash in constant time and stack; anything else is kept apart by identity."""
-    if key is None or isinstance(key, (str, bool, float, Global)):
+    if key is None or isinstance(key, (str, bytes, bool, float, Global)):
         return key
     if isinstance(key, int):
         # CPython hashes integers modulo 2**61-1: larger ones can be made to collide at will.
         return key if -(1 << 63) <= key < 1 << 64 else OpaqueKey(key)
-    if isinstance(key, bytes):
-        return key
     if isinstance(key, tuple) and len(key) <= 16:
         plain = all(item is None or isinstance(item, (str, bool, float, int)) for item in key)
-        if plain and all(_as_key(item) is item for item in key):
-            return key
+        short = all(len(item) <= 256 for item in key if isinstance(item, str))
+        if plain and short and all(plain_key(item) is item for item in key):
+            return TupleKey(key)
     return OpaqueKey(key)
 
 
 Operation = Callable[[_Machine], None]
 _OPCODES: list[Operation | None] = [None] * 256
 _COSTS = [16] * 256
-for _code in b"}]\x8f)tlR\x81\x85\x86\x87\x91\x92diobcUTX\x8c\x8dCB\x8e\x96LVSG\x8a\x8b":
-    _COSTS[_code] = 64  # makes an object
+for _code in b"JMIGFL\x8a\x8b":
+    _COSTS[_code] = 48  # a number
+for _code in b"}]\x8ftl\x85\x86\x87\x91dCB\x8e\x96VS":
+    _COSTS[_code] = 80  # an object
 for _code in b"qrp\x94":
-    _COSTS[_code] = 48  # an entry of the memo
-for _code in b"R\x81\x92ob":
-    _COSTS[_code] = 160  # a record
+    _COSTS[_code] = 80  # an entry of the memo
+for _code in b"PQR\x81\x92io":
+    _COSTS[_code] = 112  # a storage, or the result of a call
 
 
 def _opcode(code: bytes) -> Callable[[Operation], Operation]:
@@ -304,13 +359,10 @@ def _sized(code: bytes, size: str, make: Callable[[_Machine, memoryview], Any]) 
     _OPCODES[code[0]] = operation
 
 
-def _bytes(_: _Machine, raw: memoryview) -> Any:
-    return bytes(raw) if len(raw) <= _SMALL_BYTES else raw
-
-
 def _long(m: _Machine, raw: memoryview) -> int:
     if len(raw) > 1024:
         m.fail(f"holds an integer of {len(raw)} bytes")
+    m.spend(2 * len(raw))
     return int.from_bytes(raw, "little", signed=True)
 
 
@@ -350,10 +402,10 @@ _sized(b"T", "<I", _Machine.python2_text)
 _sized(b"\x8c", "<B", _Machine.text)
 _sized(b"X", "<I", _Machine.text)
 _sized(b"\x8d", "<Q", _Machine.text)
-_sized(b"C", "<B", _bytes)
-_sized(b"B", "<I", _bytes)
-_sized(b"\x8e", "<Q", _bytes)
-_sized(b"\x96", "<Q", _bytes)
+_sized(b"C", "<B", _Machine.binary)
+_sized(b"B", "<I", _Machine.binary)
+_sized(b"\x8e", "<Q", _Machine.binary)
+_sized(b"\x96", "<Q", _Machine.binary)
 _value(b"l", lambda m: m.pop_to_mark())
 _value(b"t", lambda m: tuple(m.pop_to_mark()))
 _value(b"\x91", lambda m: m.pop_to_mark())  # FROZENSET

@@ -9,11 +9,12 @@ and torch/_tensor.py of torch 0.4 to 2.13.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from harness.checkpoint.pickles import Constructors, Global
+from harness.checkpoint.pickles import Constructors, Global, plain_key
 from harness.checkpoint.tensors import DTYPES, DType, Storage, Tensor
 
 # torch.storage._dtype_to_storage_type_map, turned around
@@ -37,6 +38,7 @@ STORAGE_DTYPES = {
     "QUInt2x4Storage": "quint2x4",
     "UntypedStorage": "uint8",
 }
+_MAX_DIMENSIONS = 64
 _DTYPE_ALIASES = {
     "float": "float32",
     "double": "float64",
@@ -52,17 +54,21 @@ _DTYPE_ALIASES = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Composite:
-    """A tensor that torch keeps as several: sparse, nested, quantized, or a subclass."""
+    """A tensor that torch keeps as several: sparse, nested, quantized, or a subclass.
 
-    parts: Mapping[str, Any]
+    Of the parts, which may be all attributes of an object, only the tensors count.
+    """
+
+    parts: MutableMapping[Any, Any]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class StorageRef:
-    """What a persistent id stands for: a storage, and the dtype under which it was saved."""
+    """What a persistent id stands for: a storage from an element on, and the dtype it has."""
 
     storage: Storage
     dtype: DType
+    offset: int = 0
 
 
 def brief(value: Any) -> str:
@@ -88,10 +94,12 @@ def _dtype(value: Any) -> DType:
 
 def _size(value: Any) -> tuple[int, ...]:
     if isinstance(value, list):  # TorchScript
-        value = tuple(value)
-    if isinstance(value, tuple) and all(type(item) is int for item in value):
-        return value
-    raise ValueError(f"a size must be a tuple of integers, not {brief(value)}")
+        value = tuple(value[: _MAX_DIMENSIONS + 1])
+    if not isinstance(value, tuple) or not all(type(item) is int for item in value):
+        raise ValueError(f"a size must be a tuple of integers, not {brief(value)}")
+    if len(value) > _MAX_DIMENSIONS:
+        raise ValueError(f"a size of {len(value)} dimensions")
+    return value
 
 
 def _view(
@@ -105,7 +113,7 @@ def _view(
         dtype=dtype or ref.dtype,
         shape=_size(size),
         storage=ref.storage,
-        offset=offset,
+        offset=ref.offset + offset,
         strides=_size(stride),
         conjugate=flags.get("conj") is True,
         negative=flags.get("neg") is True,
@@ -211,8 +219,7 @@ def _rebuild_nested_tensor(buffer: Any, sizes: Any, strides: Any, offsets: Any) 
 def _rebuild_njt(arguments: Any) -> Composite:
     if not isinstance(arguments, dict):
         raise ValueError("a jagged tensor needs its arguments by name")
-    parts = {str(name): value for name, value in arguments.items() if isinstance(value, Tensor)}
-    return Composite(parts=parts)
+    return Composite(parts=arguments)
 
 
 def _rebuild_meta(dtype: Any, size: Any, stride: Any, requires_grad: Any) -> Tensor:
@@ -232,22 +239,15 @@ def _rebuild_subclass(function: Any, kind: Any, args: Any, state: Any) -> Any:
     constructor = (
         CONSTRUCTORS.get((function.module, function.name)) if isinstance(function, Global) else None
     )
-    if constructor is None or not isinstance(args, tuple):
+    if constructor in (None, _rebuild_subclass) or not isinstance(args, tuple):
         raise ValueError(f"a tensor subclass made by an unknown {brief(function)}")
     made = constructor(*args)
     attributes = state
     if isinstance(state, tuple) and state and isinstance(state[0], dict):
         attributes = state[0]  # (__dict__, __slots__)
-    if not isinstance(made, Composite):
+    if not isinstance(made, Composite) or not isinstance(attributes, dict):
         return made  # as_subclass: the same bytes under another class
-    inner = {}
-    if isinstance(attributes, dict):
-        inner = {
-            name: value
-            for name, value in attributes.items()
-            if isinstance(name, str) and isinstance(value, (Tensor, Composite))
-        }
-    return Composite(parts={**made.parts, **inner})
+    return Composite(parts=ChainMap(attributes, made.parts))
 
 
 def _rebuild_parameter(data: Any, *rest: Any) -> Any:
@@ -269,13 +269,17 @@ def _from_bytes(*args: Any) -> bytes:
 
 def _collection(*args: Any) -> list[Any]:
     (items,) = args or ([],)
+    if not isinstance(items, list):
+        raise ValueError(f"a collection of {brief(items)}")
     return list(items)
 
 
 def _mapping(*args: Any) -> dict[Any, Any]:
-    """OrderedDict and defaultdict: items follow, or come as a list of pairs (Python 2)."""
-    pairs = args[-1] if args and isinstance(args[-1], list) else []
-    return {key: value for key, value in pairs if isinstance(key, (str, int))}
+    """OrderedDict, defaultdict, Counter: items follow, or come as pairs (Python 2) or a dict."""
+    items = args[-1] if args else []
+    if isinstance(items, dict):
+        return dict(items)
+    return {plain_key(key): value for key, value in (items if isinstance(items, list) else [])}
 
 
 def _passed_through(value: Any, *rest: Any) -> Any:

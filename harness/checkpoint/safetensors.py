@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from harness.checkpoint.sources import Source, read
 from harness.checkpoint.tensors import DTYPES, Storage, Tensor, format_key
 from harness.errors import CheckpointError
 
-# The library allows 100 MB; 32 MiB is 300,000 tensors, and parses within the memory we promise.
-MAX_HEADER_NBYTES = 32 << 20
+# The library allows 100 MB; this is 100,000 tensors, and parses within the memory we promise.
+MAX_HEADER_NBYTES = 16 << 20
+MAX_HEADER_COMMAS = 500_000
 _BY_NAME = {dtype.safetensors: dtype for dtype in DTYPES.values() if dtype.safetensors}
 
 
@@ -47,7 +49,14 @@ def read_safetensors(path: Path, source: Source) -> tuple[list[Tensor], dict[str
             shape = (*shape[:-1], shape[-1] // 2)  # torch counts the bytes, which hold two each
         first, last = entry["data_offsets"]
         storage = Storage(source=source, offset=start + first, nbytes=last - first)
-        tensors.append(Tensor(key=format_key((name,)), dtype=dtype, shape=shape, storage=storage))
+        tensor = Tensor(key=format_key((name,)), dtype=dtype, shape=shape, storage=storage)
+        if tensor.nbytes != storage.nbytes:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} (shape {entry['shape'][:8]}, {dtype}) has "
+                f"{storage.nbytes} bytes, not {tensor.nbytes}",
+                hint="the file is malformed: save it again",
+            )
+        tensors.append(tensor)
     return tensors, metadata
 
 
@@ -61,6 +70,12 @@ def _validated_header(path: Path, source: Source) -> dict[str, Any]:
             f"and {MAX_HEADER_NBYTES} is the most that is read",
             hint="the file is truncated or damaged: copy or download it again",
         )
+    text = read(source, 8, length)
+    if text.count(b",") > MAX_HEADER_COMMAS:
+        raise CheckpointError(
+            f"{path}: its safetensors header lists more tensors than are read from one file",
+            hint="save it in shards",
+        )
     try:
         with safe_open(path, framework="np"):
             pass
@@ -69,9 +84,7 @@ def _validated_header(path: Path, source: Source) -> dict[str, Any]:
             f"{path}: not a valid safetensors file: {error}",
             hint="the file is truncated or damaged: copy or download it again",
         ) from error
-    header: dict[str, Any] = json.loads(
-        read(source, 8, length), object_pairs_hook=lambda pairs: unique(path, pairs)
-    )
+    header: dict[str, Any] = json.loads(text, object_pairs_hook=lambda pairs: unique(path, pairs))
     return header
 
 
@@ -79,10 +92,9 @@ def unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object, refusing a name that stands twice (readers differ on which wins)."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise CheckpointError(
-            f"{path}: the name {twice!r} stands twice in its header",
+            f"{path}: the name {twice[:200]!r} stands twice in its header",
             hint="the file is malformed: save it again",
         )
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.checkpoint.pickles import Global, OpaqueKey, Record
 from harness.checkpoint.rebuild import Composite
@@ -31,6 +31,12 @@ KNOWN_SECTIONS = (
     "ema",
 )
 _MAX_DEPTH = 128
+# An object may stand in many places, and what it holds with it: a small file can describe a tree
+# without end. These bound the time and the memory (about 1 KB per tensor) that one may take.
+_MAX_STEPS = 2_000_000
+_MAX_TENSORS = 64_000
+_MAX_KEY_LENGTH = 4096
+_MAX_TEXT_LENGTH = 8 << 20
 
 Path = tuple[object, ...]
 
@@ -63,6 +69,8 @@ class _Tree:
     def __init__(self, file: TorchFile, name: str) -> None:
         self.file = file
         self.name = name
+        self._steps = 0
+        self._weights: dict[int, bool] = {}
 
     def state_dict(self) -> tuple[tuple[str, ...], Any] | None:
         """Find the state dict: the root if it maps names to tensors, else a known section."""
@@ -81,6 +89,12 @@ class _Tree:
         return None
 
     def _is_weights(self, value: Any) -> bool:
+        known = self._weights.get(id(value))
+        if known is None:
+            known = self._weights[id(value)] = self._holds_weights(value)
+        return known
+
+    def _holds_weights(self, value: Any) -> bool:
         if isinstance(value, (Tensor, Composite)) or is_module(value) or self._is_script(value):
             return True
         children = value.values() if isinstance(value, dict) else value
@@ -89,42 +103,60 @@ class _Tree:
         return False
 
     def _is_script(self, value: Any) -> bool:
-        return isinstance(value, Record) and value.callee in self.file.script_classes
+        return (
+            isinstance(value, Record)
+            and isinstance(value.callee, Global)
+            and value.callee in self.file.script_classes
+        )
 
     def named(self, target: Any) -> list[Tensor]:
         """List the tensors below `target` in order, each under its key."""
         if isinstance(target, Tensor):
             return [replace(target, key="tensor")]
-        tensors = []
-        for path, tensor in self._walk(target):
-            tensors.append(replace(tensor, key=format_key(path)))
-        return tensors
+        return [replace(tensor, key=format_key(path)) for path, tensor in self._walk(target)]
 
     def _walk(self, target: Any) -> Iterator[tuple[Path, Tensor]]:
         """Depth first, without recursion; an object inside of itself is not entered again."""
-        stack: list[tuple[Path, Any, frozenset[int]]] = [((), target, frozenset())]
-        while stack:
-            path, value, above = stack.pop()
-            if isinstance(value, Tensor):
-                yield path or ("tensor",), value
-                continue
-            if id(value) in above:
-                continue
-            if len(above) > _MAX_DEPTH:
-                raise CheckpointError(
-                    f"{self.name}: its objects are nested deeper than {_MAX_DEPTH} levels, at "
-                    f"{format_key(path)[:200]}",
-                    hint="the file is malformed, or made to exhaust its reader: do not trust it",
-                )
-            inside = above | {id(value)}
-            children = list(self._children(value))
-            for step, child in reversed(children):
-                if isinstance(child, (Tensor, Composite, Record, dict, list, tuple)):
-                    stack.append((_joined(path, step), child, inside))
+        levels = [_Level((), 0, target, self._children(target))]
+        above = {id(target)}
+        tensors = text = 0
+        while levels:
+            path, path_length, value, children = levels[-1]
+            for step, child in children:
+                self._steps += 1
+                if self._steps > _MAX_STEPS:
+                    raise self._unbounded("hold more than any model's", path)
+                if not isinstance(child, _CONTAINERS) or id(child) in above:
+                    continue
+                length = path_length + _length(step)
+                if length > _MAX_KEY_LENGTH:
+                    raise self._unbounded(f"have keys of {length} characters", path)
+                if isinstance(child, Tensor):
+                    tensors, text = tensors + 1, text + length
+                    if tensors > _MAX_TENSORS or text > _MAX_TEXT_LENGTH:
+                        raise self._unbounded("hold more tensors than any model's", path)
+                    yield _joined(path, step), child
+                    continue
+                if len(levels) > _MAX_DEPTH:
+                    raise self._unbounded(f"are nested deeper than {_MAX_DEPTH} levels", path)
+                above.add(id(child))
+                levels.append(_Level(_joined(path, step), length, child, self._children(child)))
+                break
+            else:
+                levels.pop()
+                above.discard(id(value))
+
+    def _unbounded(self, what: str, path: Path) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name}: its objects {what}, at {format_key(path or ('the root',))[:200]}",
+            hint="the file is malformed, or made to exhaust its reader: do not trust it",
+        )
 
     def _children(self, value: Any) -> Iterator[tuple[Any, Any]]:
         if isinstance(value, Composite):
-            yield from ((Component(name), part) for name, part in value.parts.items())
+            for name, part in value.parts.items():
+                if isinstance(name, str) and isinstance(part, (Tensor, Composite)):
+                    yield Component(name), part
         elif is_module(value):
             yield from self._module_children(value.state)
         elif self._is_script(value):
@@ -150,12 +182,13 @@ class _Tree:
             else set()
         )
         for key, parameter in state["_parameters"].items():
-            yield _Dotted(key), parameter
+            if isinstance(key, str):
+                yield _Dotted(key), parameter
         for key, buffer in state["_buffers"].items():
-            if key not in transient:
+            if isinstance(key, str) and key not in transient:
                 yield _Dotted(key), buffer
         for key, module in state["_modules"].items():
-            if is_module(module):
+            if isinstance(key, str) and is_module(module):
                 yield _Dotted(key), module
 
     def _script_children(self, value: Record) -> Iterator[tuple[Any, Any]]:
@@ -165,7 +198,7 @@ class _Tree:
             if isinstance(state.get(key), Tensor):
                 yield _Dotted(key), state[key]
         for key, child in state.items():
-            if self._is_script(child):
+            if isinstance(key, str) and self._is_script(child):
                 yield _Dotted(key), child
 
     def resolve(self, section: str) -> Any:
@@ -177,7 +210,7 @@ class _Tree:
             if not fitting:
                 raise CheckpointError(
                     f"{self.name}: has no section {section!r}: {rest!r} is not among "
-                    f"{', '.join(sorted(children)[:8]) or 'nothing'}",
+                    f"{', '.join(name[:80] for name in sorted(children)[:8]) or 'nothing'}",
                     hint=self.hint(),
                 )
             key = max(fitting, key=len)
@@ -191,10 +224,25 @@ class _Tree:
             if isinstance(child, (dict, list, tuple, Record, Composite)):
                 count = sum(1 for _ in self._walk(child))
                 if count:
-                    found.append(f"{_spelled(step)} ({count} tensors)")
+                    found.append(f"{_spelled(step)[:80]} ({count} tensors)")
         if not found:
             return "the file holds no tensors: is it the right one?"
         return f"choose one with --section: {', '.join(found[:8])}; or . for every tensor"
+
+
+_CONTAINERS = (Tensor, Composite, Record, dict, list, tuple)
+
+
+class _Level(NamedTuple):
+    path: Path
+    length: int
+    value: Any
+    children: Iterator[tuple[Any, Any]]
+
+
+def _length(step: Any) -> int:
+    text = step.name if isinstance(step, Component) else step
+    return len(text) if isinstance(text, (str, bytes)) else 16
 
 
 class _Dotted(str):
@@ -233,14 +281,20 @@ def plain_config(value: Any) -> Any:
     budget = [_MAX_CONFIG_VALUES]
 
     def convert(item: Any, depth: int) -> Any:
-        budget[0] -= 1
+        budget[0] -= 1 + (len(item) // 64 if isinstance(item, str) else 0)
         if budget[0] < 0 or depth > 64:
             raise ValueError("the configuration is too large")
+        if isinstance(item, int) and item.bit_length() > 64:
+            return "<int>"
         if item is None or isinstance(item, (str, bool, int, float)):
             return item
         if isinstance(item, dict):
             return {
-                str(key.value if isinstance(key, OpaqueKey) else key): convert(child, depth + 1)
+                f"<{type(key.value).__name__}>"
+                if isinstance(key, OpaqueKey)
+                else str(convert(key, depth) if isinstance(key, str) else key): convert(
+                    child, depth + 1
+                )
                 for key, child in item.items()
             }
         if isinstance(item, (list, tuple)):

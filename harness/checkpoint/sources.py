@@ -2,8 +2,8 @@
 
 In: paths, or a compressed range of another source. Out: `Source` objects whose reads never return
 less than asked. Refused: reads outside the range, files that shrink while they are read, and
-compressed data that expands beyond `INFLATION_LIMIT` (a bomb). Nothing is written but an unlinked
-temporary file for data that is compressed.
+compressed data that expands beyond `INFLATION_LIMIT` (a bomb). Nothing is written but one unlinked
+temporary file per file with compressed data.
 """
 
 from __future__ import annotations
@@ -52,17 +52,19 @@ def read(source: Source, offset: int, nbytes: int) -> bytes:
 class FileSource:
     """A whole file, read with `pread`: no shared position, so threads need no lock."""
 
-    def __init__(self, path: Path, *, fd: int | None = None, name: str | None = None) -> None:
-        self.name = name or str(path)
+    _fd = -1
+    _map: mmap.mmap | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if fd is None else fd
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.nbytes = os.fstat(self._fd).st_size
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be opened: {error.strerror}",
                 hint="check the path and that you may read the file",
             ) from error
-        self._map: mmap.mmap | None = None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         _check_range(self, offset, len(buffer))
@@ -88,7 +90,7 @@ class FileSource:
         _check_range(self, offset, nbytes)
         if nbytes == 0:
             return memoryview(b"")
-        if self._map is None:
+        if self._map is None or len(self._map) < offset + nbytes:
             self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
         return memoryview(self._map)[offset : offset + nbytes]
 
@@ -98,6 +100,8 @@ class FileSource:
             os.close(self._fd)
             self._fd = -1
 
+    __del__ = close
+
 
 class RangeSource:
     """A part of another source: a tar member, a stored zip entry."""
@@ -105,24 +109,52 @@ class RangeSource:
     def __init__(self, base: Source, start: int, nbytes: int, name: str) -> None:
         _check_range(base, start, nbytes)
         self._base = base
-        self._start = start
+        self.start = start
         self.nbytes = nbytes
         self.name = name
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         _check_range(self, offset, len(buffer))
-        self._base.read_into(self._start + offset, buffer)
+        self._base.read_into(self.start + offset, buffer)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         _check_range(self, offset, nbytes)
-        return self._base.view(self._start + offset, nbytes)
+        return self._base.view(self.start + offset, nbytes)
 
     def close(self) -> None:
         self._base.close()
 
 
+class Spool(FileSource):
+    """What is inflated of one file, piece after piece, in one unlinked temporary file."""
+
+    def __init__(self, name: str, compressed_nbytes: int) -> None:
+        self.name = name
+        self.nbytes = 0
+        self.lock = threading.Lock()
+        self._compressed_nbytes = compressed_nbytes
+
+    def append(self, data: bytes) -> None:
+        """Add to the end, up to what `compressed_nbytes` may expand to; hold the lock."""
+        _check_expansion(self.name, self._compressed_nbytes, self.nbytes + len(data))
+        try:
+            if self._fd < 0:
+                with tempfile.TemporaryFile() as file:
+                    self._fd = os.dup(file.fileno())
+            while data:
+                written = os.pwrite(self._fd, data, self.nbytes)
+                self.nbytes += written
+                data = data[written:]
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.name}: no room for its decompressed bytes in a temporary file: "
+                f"{error.strerror}",
+                hint="point TMPDIR at a larger disk, or decompress the file first",
+            ) from error
+
+
 class InflatedSource:
-    """A compressed range, inflated on first use into an unlinked temporary file."""
+    """A compressed range, inflated into a spool on first use."""
 
     def __init__(
         self,
@@ -133,6 +165,7 @@ class InflatedSource:
         *,
         wbits: int,
         nbytes: int | None = None,
+        spool: Spool | None = None,
     ) -> None:
         """`wbits` as in `zlib`: -15 raw deflate, 31 gzip. `nbytes`: the size if it is known."""
         _check_range(base, start, compressed_nbytes)
@@ -142,10 +175,10 @@ class InflatedSource:
         self._compressed_nbytes = compressed_nbytes
         self._wbits = wbits
         self._declared = nbytes
-        self._lock = threading.Lock()
-        self._file: FileSource | None = None
+        self._spool = spool or Spool(name, compressed_nbytes)
+        self._place: RangeSource | None = None
         if nbytes is not None:
-            self._check_expansion(nbytes)
+            _check_expansion(name, compressed_nbytes, nbytes)
 
     @property
     def nbytes(self) -> int:
@@ -158,72 +191,68 @@ class InflatedSource:
         return self._inflated().view(offset, nbytes)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._spool.close()
         self._base.close()
 
-    def _inflated(self) -> FileSource:
-        with self._lock:
-            if self._file is None:
-                self._file = self._inflate()
-            return self._file
-
-    def _inflate(self) -> FileSource:
-        with tempfile.TemporaryFile() as file:
-            total = 0
-            inflater = zlib.decompressobj(self._wbits)
-            position = 0
-            pending = b""
-            while not inflater.eof:
-                if not pending:
-                    count = min(_INFLATE_STEP, self._compressed_nbytes - position)
-                    if count == 0:
-                        raise CheckpointError(
-                            f"{self.name}: its compressed data ends early, after {total} bytes",
-                            hint="the file is truncated: copy or download it again",
-                        )
-                    pending = read(self._base, self._start + position, count)
-                    position += count
+    def _inflated(self) -> RangeSource:
+        with self._spool.lock:
+            if self._place is None:
+                start = self._spool.nbytes
                 try:
-                    data = inflater.decompress(pending, _INFLATE_STEP * 4)
-                except zlib.error as error:
-                    raise CheckpointError(
-                        f"{self.name}: its compressed data is damaged after {total} bytes: {error}",
-                        hint="copy or download the file again",
-                    ) from error
-                pending = inflater.unconsumed_tail
-                total += len(data)
-                self._check_expansion(total)
-                try:
-                    file.write(data)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{self.name}: no room for its decompressed bytes in "
-                        f"{tempfile.gettempdir()}: {error.strerror}",
-                        hint="point TMPDIR at a larger disk, or decompress the file first",
-                    ) from error
-            if self._declared is not None and total != self._declared:
-                raise CheckpointError(
-                    f"{self.name}: holds {total} bytes, but its header says {self._declared}",
-                    hint="the file is damaged: copy or download it again",
-                )
-            rest = len(inflater.unused_data) + self._compressed_nbytes - position
-            if rest:
-                raise CheckpointError(
-                    f"{self.name}: {rest} bytes follow the compressed data",
-                    hint="decompress the file by hand to see what it holds",
-                )
-            file.flush()
-            return FileSource(Path(self.name), fd=os.dup(file.fileno()), name=self.name)
+                    self._inflate()
+                except BaseException:
+                    self._spool.nbytes = start
+                    raise
+                nbytes = self._spool.nbytes - start
+                self._place = RangeSource(self._spool, start, nbytes, self.name)
+            return self._place
 
-    def _check_expansion(self, nbytes: int) -> None:
-        limit = INFLATION_FREE_NBYTES + INFLATION_LIMIT * self._compressed_nbytes
-        if nbytes > limit:
+    def _inflate(self) -> None:
+        inflater = zlib.decompressobj(self._wbits)
+        total = position = 0
+        pending = b""
+        while not inflater.eof:
+            if not pending:
+                count = min(_INFLATE_STEP, self._compressed_nbytes - position)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{self.name}: its compressed data ends early, after {total} bytes",
+                        hint="the file is truncated: copy or download it again",
+                    )
+                pending = read(self._base, self._start + position, count)
+                position += count
+            try:
+                data = inflater.decompress(pending, _INFLATE_STEP * 4)
+            except zlib.error as error:
+                raise CheckpointError(
+                    f"{self.name}: its compressed data is damaged after {total} bytes: {error}",
+                    hint="copy or download the file again",
+                ) from error
+            pending = inflater.unconsumed_tail
+            total += len(data)
+            _check_expansion(self.name, self._compressed_nbytes, total)
+            self._spool.append(data)
+        if self._declared is not None and total != self._declared:
             raise CheckpointError(
-                f"{self.name}: {self._compressed_nbytes} compressed bytes expand to more than "
-                f"{limit}, as a decompression bomb does",
-                hint="if you trust the file, decompress it yourself and verify the result",
+                f"{self.name}: holds {total} bytes, but its header says {self._declared}",
+                hint="the file is damaged: copy or download it again",
             )
+        rest = len(inflater.unused_data) + self._compressed_nbytes - position
+        if rest:
+            raise CheckpointError(
+                f"{self.name}: {rest} bytes follow the compressed data",
+                hint="decompress the file by hand to see what it holds",
+            )
+
+
+def _check_expansion(name: str, compressed_nbytes: int, nbytes: int) -> None:
+    limit = INFLATION_FREE_NBYTES + INFLATION_LIMIT * compressed_nbytes
+    if nbytes > limit:
+        raise CheckpointError(
+            f"{name}: {compressed_nbytes} compressed bytes expand to more than {limit}, as a "
+            "decompression bomb does",
+            hint="if you trust the file, decompress it yourself and verify the result",
+        )
 
 
 def _check_range(source: Source, offset: int, nbytes: int) -> None:

@@ -110,9 +110,10 @@ def format_key(path: Sequence[object]) -> str:
     A plain string key stays as it is (`encoder.weight`); further steps follow in brackets as
     Python would write them (`state[0]["exp.avg"]`), parts of composite tensors without quotes
     (`weight[int_repr]`). A first key that holds a bracket is quoted, so no two paths collide.
+    The result is always valid text: what UTF-8 cannot encode is escaped.
     """
     first, *rest = path
-    plain = isinstance(first, str) and "[" not in first and first != ""
+    plain = isinstance(first, str) and "[" not in first and first != "" and _encodes(first)
     head = str(first) if plain else _bracketed(first)
     return head + "".join(_bracketed(step) for step in rest)
 
@@ -121,7 +122,7 @@ def _bracketed(step: object) -> str:
     if isinstance(step, Component):
         return f"[{step.name}]"
     if isinstance(step, str):
-        return f"[{json.dumps(step, ensure_ascii=not _encodes(step))}]"
+        return f"[{json.dumps(step, ensure_ascii=False) if _encodes(step) else ascii(step)}]"
     return f"[{step!r}]"
 
 
@@ -199,10 +200,7 @@ class Tensor:
         """
         source = self.storage.source
         if source is None:
-            raise CheckpointError(
-                f"{self.key}: a meta tensor: the file holds its dtype and shape, but no values",
-                hint="save the model after its weights were materialised",
-            )
+            raise self._no_values()
         if not len(buffer):
             return
         itemsize = self.dtype.itemsize
@@ -224,9 +222,17 @@ class Tensor:
 
     def array(self) -> Array:
         """Read the whole tensor as a numpy array of its values (bits where numpy has no type)."""
+        if self.storage.source is None:
+            raise self._no_values()
         data = bytearray(self.nbytes)
         self.read_into(0, memoryview(data))
         return decode(np.frombuffer(data, dtype="|u1"), self.dtype).reshape(self.shape)
+
+    def _no_values(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.key}: a meta tensor: the file holds its dtype and shape, but no values",
+            hint="save the model after its weights were materialised",
+        )
 
     def _normalise(self, data: Array) -> None:
         component = self.dtype.itemsize // (2 if self.dtype.kind == "complex" else 1)
@@ -319,11 +325,12 @@ def tensor_table(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
                 hint="the file is malformed: save it again",
             )
         original = first.setdefault(tensor.identity, tensor.key) if tensor.numel else tensor.key
-        if original != tensor.key and tensor.storage.source is not None:
-            tensor = replace(tensor, alias_of=original)
-        elif tensor.storage.source is not None:
+        alias_of = original if original != tensor.key and tensor.storage.source else None
+        if alias_of is None and tensor.storage.source is not None:
             logical += tensor.nbytes
             stored[id(tensor.storage)] = tensor.storage.nbytes
+        if alias_of != tensor.alias_of:
+            tensor = replace(tensor, alias_of=alias_of)
         table[tensor.key] = tensor
     if logical > _EXPANSION_FREE_NBYTES + _EXPANSION_LIMIT * sum(stored.values()):
         raise CheckpointError(

@@ -14,15 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.checkpoint.pickles import Global, Record, unpickle
+from harness.checkpoint.pickles import MAX_STRUCTURE_NBYTES, Global, Record, unpickle
 from harness.checkpoint.rebuild import CONSTRUCTORS, STORAGE_DTYPES, StorageRef, brief
-from harness.checkpoint.sources import Source, read
+from harness.checkpoint.sources import RangeSource, Source, read
 from harness.checkpoint.tensors import DTYPES, DType, Storage
 from harness.checkpoint.zips import Entry, read_zip
 from harness.errors import CheckpointError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_MAX_SMALL_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,103 +104,77 @@ def read_torch_legacy(source: Source) -> TorchFile:
     data = source.view(0, source.nbytes)
     position = 0
 
-    def next_pickle(persistent: Callable[[Any], Any] | None = None) -> Any:
+    def next_pickle(
+        persistent: Callable[[Any], Any] | None = None, max_nbytes: int = MAX_STRUCTURE_NBYTES
+    ) -> Any:
         nonlocal position
         value, length = unpickle(
-            data[position:], name=source.name, constructors=CONSTRUCTORS, persistent=persistent
+            data[position:],
+            name=source.name,
+            constructors=CONSTRUCTORS,
+            persistent=persistent,
+            max_nbytes=max_nbytes,
         )
         position += length
         return value
 
-    if next_pickle() != _LEGACY_MAGIC:
+    if _LEGACY_MAGIC.to_bytes(10, "little") not in bytes(data[:32]):
         raise CheckpointError(
             f"{source.name}: a plain pickle, not a file written by torch.save",
             hint="load it where it was made and save its state dict by torch.save or safetensors",
         )
-    protocol, system = next_pickle(), next_pickle()
-    if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict):
-        raise _damaged(source.name, f"is of the unknown legacy version {protocol!r}")
-    big_endian = system.get("little_endian") is False
+    magic, protocol, _ = (next_pickle(max_nbytes=_MAX_SMALL_NBYTES) for _ in range(3))
+    if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:
+        raise _damaged(source.name, f"is of the unknown legacy version {brief(protocol)}")
 
-    # The storages' places are known only behind the object that refers to them: read it twice.
-    start = position
-    wanted: dict[str, tuple[DType, int]] = {}
-
-    def collect(persistent_id: Any) -> StorageRef | None:
-        if _is_module_source(persistent_id):
-            return None
-        key, dtype, numel, _ = _storage_id(source.name, persistent_id)
-        wanted.setdefault(key, (dtype, numel))
-        empty = Storage(source=None, offset=0, nbytes=0)
-        return StorageRef(storage=empty, dtype=dtype)
-
-    next_pickle(collect)
-    keys = next_pickle()
-    if not isinstance(keys, list):
-        raise _damaged(source.name, "has no list of its storages")
-    storages = _legacy_storages(source, position, keys, wanted, big_endian=big_endian)
-    views: dict[tuple[str, str], Storage] = {}
+    # Where the storages are is known only behind the object that refers to them.
+    storages: dict[str, tuple[Storage, RangeSource, int]] = {}
 
     def persistent(persistent_id: Any) -> Any:
         if _is_module_source(persistent_id):
             return persistent_id[1]
-        key, dtype, _, view = _storage_id(source.name, persistent_id)
+        key, dtype, numel, view = _storage_id(source.name, persistent_id)
         if key not in storages:
-            raise _damaged(source.name, f"does not hold the storage {key}")
-        storage = storages[key]
+            place = RangeSource(source, 0, numel * dtype.itemsize, source.name)
+            storages[key] = Storage(source=place, offset=0, nbytes=place.nbytes), place, numel
+        storage, offset = storages[key][0], 0
         if view is not None:
-            view_key, offset, numel = view
-            storage = views.setdefault(
-                (key, view_key), _part(source.name, storage, dtype, offset, numel)
-            )
-        return StorageRef(storage=storage, dtype=dtype)
+            _, offset, numel = view
+            if offset < 0 or numel < 0 or (offset + numel) * dtype.itemsize > storage.nbytes:
+                raise _damaged(source.name, "has a view outside of its storage")
+        return StorageRef(storage=storage, dtype=dtype, offset=offset)
 
-    root, _ = unpickle(
-        data[start:], name=source.name, constructors=CONSTRUCTORS, persistent=persistent
-    )
+    root, keys = next_pickle(persistent), next_pickle(max_nbytes=MAX_STRUCTURE_NBYTES // 4)
+    _place_storages(source, position, keys, storages)
     return TorchFile(container="legacy torch pickle", root=root)
 
 
-def _legacy_storages(
-    source: Source,
-    position: int,
-    keys: list[Any],
-    wanted: dict[str, tuple[DType, int]],
-    *,
-    big_endian: bool,
-) -> dict[str, Storage]:
-    """Find the storages that follow the pickles: a count of 8 bytes each, then the elements."""
-    storages: dict[str, Storage] = {}
+def _place_storages(
+    source: Source, position: int, keys: Any, storages: dict[str, tuple[Storage, RangeSource, int]]
+) -> None:
+    """Find the storages that follow the pickles: a count of 8 bytes each, then the elements.
+
+    They are little-endian whatever the machine that wrote them says of itself.
+    """
+    if not isinstance(keys, list):
+        raise _damaged(source.name, "has no list of its storages")
     for key in keys:
-        if key not in wanted or key in storages:
-            raise _damaged(source.name, f"lists a storage {key!r} that no tensor names, or twice")
-        dtype, numel = wanted[key]
-        (count,) = struct.unpack(">q" if big_endian else "<q", read(source, position, 8))
+        if not isinstance(key, str) or key not in storages:
+            raise _damaged(
+                source.name, f"lists a storage {brief(key)} that no tensor names, or twice"
+            )
+        _, place, numel = storages.pop(key)
+        (count,) = struct.unpack("<q", read(source, position, 8))
         if count != numel:
             raise _damaged(source.name, f"has {count} elements in storage {key}, not {numel}")
-        nbytes = numel * dtype.itemsize
-        if nbytes > source.nbytes - position - 8:
-            raise _damaged(source.name, f"ends inside of storage {key} ({nbytes} bytes)")
-        storages[key] = Storage(
-            source=source, offset=position + 8, nbytes=nbytes, big_endian=big_endian
-        )
-        position += 8 + nbytes
-    if position != source.nbytes:
+        place.start = position + 8
+        position = place.start + place.nbytes
+    if storages:
+        raise _damaged(source.name, f"does not hold the storage {next(iter(storages))}")
+    if position > source.nbytes:
+        raise _damaged(source.name, f"ends {position - source.nbytes} bytes inside its storages")
+    if position < source.nbytes:
         raise _damaged(source.name, f"has {source.nbytes - position} bytes after its storages")
-
-    return storages
-
-
-def _part(name: str, storage: Storage, dtype: DType, offset: int, numel: int) -> Storage:
-    first, nbytes = offset * dtype.itemsize, numel * dtype.itemsize
-    if first < 0 or nbytes < 0 or first + nbytes > storage.nbytes:
-        raise _damaged(name, "has a view outside of its storage")
-    return Storage(
-        source=storage.source,
-        offset=storage.offset + first,
-        nbytes=nbytes,
-        big_endian=storage.big_endian,
-    )
 
 
 def _is_module_source(persistent_id: Any) -> bool:
@@ -252,7 +227,7 @@ def _damaged(name: str, why: str) -> CheckpointError:
 _CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:(?: {2}.*)?\n)*)", re.MULTILINE)
 _NAMES = r"^ {{2}}__{}__ = \[(.*)\]"
 _QUOTED = re.compile(r'"([^"\\]*)"')
-_MAX_CODE_NBYTES = 32 << 20
+_MAX_CODE_NBYTES = 8 << 20
 
 
 def _script_classes(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from harness.checkpoint.sources import InflatedSource, RangeSource, Source, read
+from harness.checkpoint.sources import InflatedSource, RangeSource, Source, Spool, read
 from harness.errors import CheckpointError
 
 MAGIC = b"PK\x03\x04"
@@ -22,7 +22,8 @@ _EOCD64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_MAX_DIRECTORY_NBYTES = 64 << 20
+_MAX_DIRECTORY_NBYTES = 16 << 20
+_MAX_ENTRIES = 100_000
 _STORED, _DEFLATED = 0, 8
 
 
@@ -37,6 +38,7 @@ class Entry:
     nbytes: int
     method: int
     crc32: int
+    spool: Spool
 
     @cached_property
     def source(self) -> Source:
@@ -47,7 +49,13 @@ class Entry:
         if self.method == _STORED:
             return RangeSource(self.archive, start, self.nbytes, where)
         return InflatedSource(
-            self.archive, start, self.compressed_nbytes, where, wbits=-15, nbytes=self.nbytes
+            self.archive,
+            start,
+            self.compressed_nbytes,
+            where,
+            wbits=-15,
+            nbytes=self.nbytes,
+            spool=self.spool,
         )
 
 
@@ -90,11 +98,14 @@ def _find_directory(source: Source) -> tuple[int, bytes, int]:
         raise _damaged(source, "is one part of a split archive")
     if nbytes > _MAX_DIRECTORY_NBYTES or offset + nbytes > end:
         raise _damaged(source, f"has a directory of {nbytes} bytes at {offset}, outside of it")
+    if count > _MAX_ENTRIES:
+        raise _damaged(source, f"announces {count} entries, more than {_MAX_ENTRIES}")
     return count, read(source, offset, nbytes), offset
 
 
 def _entries(source: Source, directory: bytes, count: int) -> Iterator[Entry]:
     position = 0
+    spool = Spool(source.name, source.nbytes)
     for _ in range(count):
         if position + _CENTRAL.size > len(directory):
             raise _damaged(source, f"announces {count} entries, but its directory ends early")
@@ -128,6 +139,7 @@ def _entries(source: Source, directory: bytes, count: int) -> Iterator[Entry]:
             nbytes=nbytes,
             method=method,
             crc32=crc32,
+            spool=spool,
         )
     if position != len(directory):
         raise _damaged(source, f"announces {count} entries, but its directory holds more")

@@ -3,7 +3,9 @@
 The schema, to which later versions only add:
 
     verify, diff  {"exit_code", "goldens": [{"golden", "checkpoint", "root": {"expected", "actual"},
-                   "stages": [{"stage", "verdict", "num_identical", "num_ignored", "findings"}],
+                   "stages": [{"stage", "verdict", "num_identical", "num_ignored", "findings",
+                   "notes", "first_departure": {"culprit", "key", "inputs_agree",
+                   "inputs_depart", "num_before"} | null}],
                    "error"?, "updated"?}]}
     finding       {"kind", "key", "expected", "actual", "actual_key"?, "count"?}, and for
                   close, different and undecided also
@@ -25,7 +27,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from harness.compare import Comparison, Finding
+from harness.compare import Comparison, Departure, Finding
 from harness.difference import Difference
 from harness.errors import HarnessError
 from harness.fingerprint import Fingerprint
@@ -41,6 +43,20 @@ def comparison_as_json(comparison: Comparison) -> Json:
         "num_identical": comparison.num_identical,
         "num_ignored": comparison.num_ignored,
         "findings": [_finding(finding) for finding in comparison.findings],
+        "notes": list(comparison.notes),
+        "first_departure": None
+        if comparison.departure is None
+        else _departure(comparison.departure),
+    }
+
+
+def _departure(departure: Departure) -> Json:
+    return {
+        "culprit": departure.culprit,
+        "key": departure.finding.key,
+        "inputs_agree": list(departure.agreeing),
+        "inputs_depart": list(departure.departing),
+        "num_before": departure.num_before,
     }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.compare import FINDING_KINDS, Comparison, Finding, FindingKind
+from harness.compare import FINDING_KINDS, Comparison, Departure, Finding, FindingKind
 from harness.difference import Difference, Element
 from harness.report.folding import fold, printable
 
@@ -24,8 +24,12 @@ _HEADINGS: dict[FindingKind, str] = {
     "renamed": "renamed: equal weights under another key",
     "shape": "shape",
     "dtype": "dtype",
+    "unwritten": "unwritten: left by the load as the model initialised them",
     "different": "different: allclose is false",
     "alias": "alias: tied weights came apart, or were tied",
+    "requires_grad": "requires_grad: parameters were frozen, or thawed",
+    "optimizer": "optimizer: its state does not survive",
+    "hyperparameter": "hyperparameter: does not survive the reload",
     "undecided": "undecided: the golden cannot tell whether allclose holds",
     "close": "close: within the tolerance, but not identical",
 }
@@ -92,6 +96,9 @@ def _lines(comparison: Comparison, style: Style) -> Iterator[str]:
     if comparison.verdict != "identical":
         yield f"  expected  {_side(comparison.expected)}"
         yield f"  actual    {_side(comparison.actual)}"
+    yield from (f"  note: {note}" for note in comparison.notes)
+    if comparison.departure is not None:
+        yield from _departure(comparison.departure, style)
     if comparison.num_nan:
         yield f"  note: {comparison.num_nan:,} of the golden's tensors hold NaN"
     for kind in FINDING_KINDS:
@@ -104,6 +111,22 @@ def _lines(comparison: Comparison, style: Style) -> Iterator[str]:
     if chance:
         yield ""
         yield f"  (verdicts by sketch: the chance that any is wrong is below {chance:.0e})"
+
+
+def _departure(departure: Departure, style: Style) -> Iterator[str]:
+    finding = departure.finding
+    yield ""
+    yield "  " + style.paint(f"first departs: {departure.culprit}", "1")
+    if finding.difference is not None:
+        yield f"    {printable(finding.key)}  {finding.expected}"
+        yield from (f"      {line}" for line in _differences([finding.difference]))
+    else:
+        yield f"    {printable(finding.key)}: {finding.kind}"
+        yield f"      expected {finding.expected}, actual {finding.actual}"
+    inputs = [f"{name} agrees" for name in departure.agreeing]
+    inputs += [f"{name} departs" for name in departure.departing]
+    before = f"{departure.num_before:,} places before it agree"
+    yield f"    its inputs: {', '.join(inputs) or 'none'}; {before}"
 
 
 def _side(fingerprint: Any) -> str:

@@ -1,0 +1,164 @@
+"""What a model computes on fixed inputs: every submodule's inputs and outputs, in order.
+
+In: a module and inputs. Out: a `Fingerprint` whose keys are places in the computation, in the
+order in which they happened: `encoder.layers.0.norm_out:in.0`, `encoder.layers.0.norm_out:out`;
+a second call of the same module is `norm_out@2`. Memory: the tensors of one call at a time, plus
+what the fingerprint keeps. The model is in eval mode and without gradients, under a fixed seed and
+deterministic algorithms; all of that is put back afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.checkpoint import open_checkpoint
+from harness.errors import HarnessError, ModelError
+from harness.fingerprint import Fingerprint, TensorPrint, fingerprint
+from harness.model.files import seeded, tensors_of
+from harness.model.state import as_checkpoint
+
+_SEED = 0
+# Outputs agree to rounding only: small blocks let the sketch prove it (2 KiB: 512 float32).
+OUTPUT_BLOCK_NBYTES = 2048
+_MAX_KEPT_NUMEL = 256
+_ROOT = "(model)"
+
+
+def inputs_of(module: nn.Module, file: Path | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The fixed inputs, as positional and keyword arguments of the model.
+
+    From `file` (safetensors: keyword arguments by name), else the model's `golden_inputs()`, else
+    Lightning's `example_input_array`. Raises ModelError where there are none.
+    """
+    if file is not None:
+        with open_checkpoint(file) as checkpoint:
+            return (), dict(tensors_of(checkpoint))
+    own: Any = getattr(module, "golden_inputs", None)
+    found = own() if callable(own) else getattr(module, "example_input_array", None)
+    if found is None:
+        raise ModelError(
+            f"{type(module).__name__}: has no inputs to compute outputs from",
+            hint="give the model a golden_inputs() method, or pass --inputs FILE.safetensors",
+        )
+    if isinstance(found, Mapping):
+        return (), dict(found)
+    return (tuple(found) if isinstance(found, (tuple, list)) else (found,)), {}
+
+
+def outputs_of(module: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Fingerprint:
+    """Run the model once and fingerprint what every submodule got and gave."""
+    recorder = _Recorder()
+    positional, keyword = arguments
+    with ExitStack() as stack:
+        stack.enter_context(_quiet_mode(module))
+        stack.enter_context(seeded(_SEED))
+        for path, child in module.named_modules():
+            stack.callback(
+                child.register_forward_pre_hook(recorder.before(path), with_kwargs=True).remove
+            )
+            stack.callback(child.register_forward_hook(recorder.after(path)).remove)
+        try:
+            with torch.no_grad():
+                module(*positional, **keyword)
+        except HarnessError:
+            raise
+        except Exception as error:  # user code: anything may be raised
+            raise ModelError(
+                f"running {type(module).__name__} on its inputs failed: "
+                f"{type(error).__name__}: {error}",
+                hint="run the same forward in a Python shell for its traceback",
+            ) from error
+    return Fingerprint(
+        name="outputs",
+        container="live outputs",
+        section="",
+        tensors=recorder.prints,
+        keeps_aliases=False,
+        block_nbytes=OUTPUT_BLOCK_NBYTES,
+    )
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.prints: dict[str, TensorPrint] = {}
+        self._first: dict[bytes, str] = {}
+        self._calls: Counter[str] = Counter()
+        self._running: list[str] = []
+
+    def before(self, path: str) -> Any:
+        def hook(_: nn.Module, positional: Any, keyword: Any) -> None:
+            self._calls[path] += 1
+            count = self._calls[path]
+            label = (path or _ROOT) + (f"@{count}" if count > 1 else "")
+            self._running.append(label)
+            for index, value in enumerate(positional):
+                self._record(f"{label}:in.{index}", value)
+            for name, value in keyword.items():
+                self._record(f"{label}:in.{name}", value)
+
+        return hook
+
+    def after(self, path: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            self._record(f"{self._running.pop()}:out", output)
+
+        return hook
+
+    def _record(self, key: str, value: Any) -> None:
+        tensors = dict(flatten(key, value))
+        if tensors:
+            with as_checkpoint(tensors, "outputs") as live:
+                found = fingerprint(
+                    live,
+                    keep_values=lambda tensor: tensor.numel <= _MAX_KEPT_NUMEL,
+                    block_nbytes=OUTPUT_BLOCK_NBYTES,
+                    jobs=1,
+                ).tensors
+            for name, tensor in found.items():
+                # Most inputs are what another module has just put out: keep each only once.
+                first = self._first.setdefault(tensor.digest or b"", name)
+                self.prints[name] = dataclasses.replace(
+                    tensor, alias_of=None if first == name else first
+                )
+
+
+def flatten(key: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name the tensors in nested outputs: fields, keys and indices joined by dots."""
+    if isinstance(value, torch.Tensor):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, child in value.items():
+            yield from flatten(f"{key}.{name}", child)
+    elif hasattr(value, "_fields"):
+        for name in value._fields:
+            yield from flatten(f"{key}.{name}", getattr(value, name))
+    elif isinstance(value, (tuple, list)):
+        for index, child in enumerate(value):
+            yield from flatten(f"{key}.{index}", child)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from flatten(f"{key}.{field.name}", getattr(value, field.name))
+
+
+@contextmanager
+def _quiet_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode and deterministic algorithms, put back afterwards, module by module."""
+    modes = [(child, child.training) for child in module.modules()]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        module.eval()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        for child, training in modes:
+            child.training = training

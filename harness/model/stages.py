@@ -1,0 +1,317 @@
+"""The live stages: load, reload and outputs, each compared with the golden or with the file.
+
+In: a checkpoint, what to compare with, and which code is under test. Out: a `Comparison` per
+stage; or, to record, a `LiveRecord`. The checkpoint is never written to: what is saved goes into a
+temporary folder, or beside it under another name where it is to be kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from harness.checkpoint import Checkpoint, open_checkpoint
+from harness.checkpoint.tensors import format_key
+from harness.compare import FINDING_KINDS, Comparison, Departure, Finding, Policy, compare
+from harness.errors import ModelError
+from harness.fingerprint import Fingerprint, fingerprint
+from harness.golden import Golden, LiveRecord, source_of, without_paths
+from harness.measuring import AgainstGolden, BySketches
+from harness.model.files import Loader, Saved, compare_training_state
+from harness.model.outputs import inputs_of, outputs_of
+from harness.model.state import as_checkpoint, state_of, transient_buffers
+from harness.nest.config import load_config
+
+STAGES = ("file", "load", "reload", "outputs")
+_FIRST_SEED, _SECOND_SEED = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveOptions:
+    """Which code is under test, and on what.
+
+    `target` is `package.module:Name`, None for what the registry has; `config` is a YAML
+    that replaces the model's configuration; `inputs` is a safetensors file of keyword arguments;
+    `keep` leaves the saved checkpoint beside the original as `NAME.test.*`; `trust` lets Lightning
+    unpickle.
+    """
+
+    target: str | None = None
+    config: Path | None = None
+    inputs: Path | None = None
+    keep: bool = False
+    trust: bool = False
+    output_atol: float = 1e-4
+    output_rtol: float = 1e-4
+
+    def loader(self, checkpoint: Checkpoint) -> Loader:
+        config = None if self.config is None else load_config(self.config)
+        return Loader(checkpoint, target=self.target, config=config, trust=self.trust)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What the stages are compared with: a golden's record, or the file itself (`roundtrip`)."""
+
+    weights: Fingerprint
+    live: LiveRecord | None = None
+
+
+def remembered(golden: Golden) -> LiveOptions:
+    """The options under which a golden was recorded."""
+    if golden.live is None:
+        return LiveOptions()
+    return LiveOptions(
+        target=golden.live.target,
+        config=golden.beside(golden.live.config),
+        inputs=golden.beside(golden.live.inputs),
+    )
+
+
+def record_live(
+    path: Path, checkpoint: Checkpoint, options: LiveOptions, stage: str, golden: Path
+) -> LiveRecord:
+    """Load the checkpoint and record what the model makes of it, up to a stage.
+
+    `golden` is the file that the record goes into: the files that it names are kept relative to it.
+    """
+    loader = options.loader(checkpoint)
+    module = loader.load(path, seed=_FIRST_SEED)
+    buffers = transient_buffers(module)
+    outputs = None
+    if stage == "outputs":
+        outputs = outputs_of(module, inputs_of(module, options.inputs))
+    return LiveRecord(
+        target=options.target,
+        stages=STAGES[: STAGES.index(stage) + 1],
+        config=None if options.config is None else source_of(options.config, golden),
+        inputs=None if options.inputs is None else source_of(options.inputs, golden),
+        parameters=_parameters(module),
+        buffers=fingerprint(as_checkpoint(buffers, "buffers")) if buffers else None,
+        outputs=outputs,
+    )
+
+
+def live_stages(
+    path: Path, expected: Expected, policy: Policy, options: LiveOptions, last: str
+) -> Iterator[Comparison]:
+    """Yield the comparison of each stage after `file`, up to `last`.
+
+    Raises ModelError and CheckpointError where a stage cannot be run at all.
+    """
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(path))
+        loader = options.loader(checkpoint)
+        stages = _Live(path, checkpoint, loader, expected, policy)
+        module = loader.load(path, seed=_FIRST_SEED)
+        yield stages.compare_load(module)
+        if last == "load":
+            return
+        if options.keep:
+            folder, stem = path.parent, f"{path.name.partition('.')[0]}.test"
+        else:
+            folder, stem = Path(stack.enter_context(tempfile.TemporaryDirectory())), "saved"
+        saved = loader.save(module, folder, stem, original=path)
+        again = loader.load(saved.path, seed=_SECOND_SEED)
+        yield stages.compare_reload(module, again, saved)
+        if last == "reload":
+            return
+        yield _compare_outputs(module, again, expected, policy, options)
+
+
+class _Live:
+    def __init__(
+        self,
+        path: Path,
+        checkpoint: Checkpoint,
+        loader: Loader,
+        expected: Expected,
+        policy: Policy,
+    ) -> None:
+        self.path, self.checkpoint, self.loader = path, checkpoint, loader
+        self.expected, self.policy = expected, policy
+
+    def compare_load(self, module: nn.Module) -> Comparison:
+        """The state after loading; what two loads leave different was never written."""
+        found = self._compare_state(module, "load")
+        suspects = {f.key for f in found.findings if f.kind in ("different", "unexpected")}
+        if suspects:
+            other = self._print(self.loader.load(self.path, seed=_SECOND_SEED))
+            unwritten = {
+                key
+                for key in suspects & set(other.tensors)
+                if other.tensors[key].digest != found.actual.tensors[key].digest
+            }
+            found = replace(
+                found,
+                findings=tuple(
+                    replace(f, kind="unwritten") if f.key in unwritten else f
+                    for f in found.findings
+                ),
+            )
+        return _with(found, self._changed_gradients(module))
+
+    def compare_reload(self, module: nn.Module, again: nn.Module, saved: Saved) -> Comparison:
+        """The state after saving and loading again, the optimizer's, the hyperparameters."""
+        found = self._compare_state(again, "reload")
+        training = compare_training_state(self.path, saved)
+        order = self._changed_order(module) if training is not None else []
+        with open_checkpoint(saved.path) as written:
+            lost = _lost_hyperparameters(self.checkpoint.config, written.config)
+        return _with(found, [*(training or []), *order, *lost])
+
+    def _print(self, module: nn.Module) -> Fingerprint:
+        state, _ = self._state(module)
+        return fingerprint(state, details=lambda tensor: False)
+
+    def _state(self, module: nn.Module) -> tuple[Checkpoint, Fingerprint]:
+        """The module's state, and what it is compared with: buffers only where both have them."""
+        weights = self.expected.weights
+        buffers = self.expected.live.buffers if self.expected.live is not None else None
+        state = state_of(module, f"the loaded {type(module).__name__}")
+        if buffers is None:
+            return state, weights
+        transient = as_checkpoint(transient_buffers(module), state.name)
+        return (
+            replace(state, tensors={**state.tensors, **transient.tensors}),
+            replace(weights, tensors={**weights.tensors, **buffers.tensors}),
+        )
+
+    def _compare_state(self, module: nn.Module, stage: str) -> Comparison:
+        state, expected = self._state(module)
+        found = fingerprint(state, details=lambda tensor: False)
+        # Where the file still is what was recorded, it decides exactly.
+        measure = AgainstGolden(golden=expected, actual=state, partial_reference=self.checkpoint)
+        return compare(expected, found, self.policy, measure, stage=stage)
+
+    def _changed_gradients(self, module: nn.Module) -> list[Finding]:
+        if self.expected.live is None:
+            return []
+        now = dict(_parameters(module))
+        words = {True: "trainable", False: "frozen"}
+        return [
+            Finding(kind="requires_grad", key=name, expected=words[grad], actual=words[now[name]])
+            for name, grad in self.expected.live.parameters
+            if name in now and now[name] != grad
+        ]
+
+    def _changed_order(self, module: nn.Module) -> list[Finding]:
+        """Optimizer state goes by index: another order of parameters gives it to others."""
+        if self.expected.live is None:
+            return []
+        before = [name for name, _ in self.expected.live.parameters]
+        after = [name for name, _ in _parameters(module)]
+        return [
+            Finding(
+                kind="optimizer",
+                key=name,
+                expected=f"parameter {index} of the optimizer",
+                actual=f"parameter {after.index(name)}, and takes another one's state",
+            )
+            for index, name in enumerate(before)
+            if name in after and after.index(name) != index
+        ]
+
+
+def _parameters(module: nn.Module) -> tuple[tuple[str, bool], ...]:
+    return tuple((format_key((n,)), p.requires_grad) for n, p in module.named_parameters())
+
+
+def _with(comparison: Comparison, findings: list[Finding]) -> Comparison:
+    joined = [*comparison.findings, *findings]
+    joined.sort(key=lambda finding: FINDING_KINDS.index(finding.kind))
+    return replace(comparison, findings=tuple(joined))
+
+
+def _lost_hyperparameters(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+) -> list[Finding]:
+    """What the original's configuration says and the saved one does not say, or says otherwise."""
+    ours, theirs = dict(_leaves(without_paths(before))), dict(_leaves(without_paths(after)))
+    return [
+        Finding(
+            kind="hyperparameter",
+            key=key,
+            expected=repr(value),
+            actual=repr(theirs[key]) if key in theirs else "nothing",
+        )
+        for key, value in ours.items()
+        if key not in theirs or theirs[key] != value
+    ]
+
+
+def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(config, Mapping) and config:
+        for key, child in config.items():
+            yield from _leaves(child, f"{path}.{key}" if path else str(key))
+    elif config is not None or path:
+        yield path, config
+
+
+def _compare_outputs(
+    module: nn.Module,
+    again: nn.Module,
+    expected: Expected,
+    policy: Policy,
+    options: LiveOptions,
+) -> Comparison:
+    """What the loaded model computes, against the golden; without one, against the reloaded's."""
+    found = outputs_of(module, inputs_of(module, options.inputs))
+    recorded = expected.live.outputs if expected.live is not None else None
+    if recorded is None:
+        if expected.live is not None:
+            raise ModelError(
+                f"{expected.weights.name}: was recorded without outputs",
+                hint="harness verify --outputs --update-golden records them",
+            )
+        recorded, found = found, outputs_of(again, inputs_of(again, options.inputs))
+        names = "the loaded model", "the reloaded model"
+    else:
+        names = expected.weights.name, f"the loaded {type(module).__name__}"
+    recorded, found = replace(recorded, name=names[0]), replace(found, name=names[1])
+    tolerances = Policy(
+        atol=options.output_atol, rtol=options.output_rtol, exact=policy.exact, check_dtype=True
+    )
+    compared = compare(
+        recorded, found, tolerances, BySketches(recorded.block_nbytes), stage="outputs"
+    )
+    return replace(compared, departure=first_departure(compared))
+
+
+def first_departure(comparison: Comparison) -> Departure | None:
+    """Find the first place, in the golden's execution order, that fails; and whose doing it is.
+
+    An output departs by its own module's code; an input by the code of the module around it.
+    """
+    failing = {f.key: f for f in comparison.findings if f.fails}
+    if not failing:
+        return None
+    order = list(comparison.expected.tensors)
+    first = next((key for key in order if key in failing), next(iter(failing)))
+    module, _, kind = first.rpartition(":")
+    culprit = _around(module, order) if kind.startswith("in.") else module
+    inputs = [key for key in order if key.startswith(f"{culprit}:in.")]
+    return Departure(
+        finding=failing[first],
+        culprit=culprit,
+        agreeing=tuple(key.rpartition(":in.")[2] for key in inputs if key not in failing),
+        departing=tuple(key.rpartition(":in.")[2] for key in inputs if key in failing),
+        num_before=order.index(first) if first in order else 0,
+    )
+
+
+def _around(module: str, order: list[str]) -> str:
+    """The module that called another one: the nearest above it that has a place of its own."""
+    labels = {key.rpartition(":")[0] for key in order}
+    path = module.partition("@")[0]
+    while "." in path:
+        path = path.rpartition(".")[0]
+        if path in labels:
+            return path
+    return "(model)"

@@ -1,0 +1,92 @@
+"""A live module as a `Checkpoint`, so that one fingerprint serves files and models alike.
+
+In: a module. Out: its state dict, its non-persistent buffers, or any table of tensors, as views of
+the memory that they live in (moved to the CPU if they are elsewhere). Refused: tensors without
+values, and layouts that have no single storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from harness.checkpoint.tensors import DTYPES, Checkpoint, Storage, Tensor, format_key, tensor_table
+from harness.errors import ModelError
+
+
+class _Memory:
+    """The bytes of a torch storage, as a source."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.name = "the live model"
+        self.nbytes = storage.nbytes()
+        # Holds the storage: the bytes live as long as this does.
+        self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self._bytes[offset : offset + len(buffer)]
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        return self._bytes[offset : offset + nbytes]
+
+    def close(self) -> None:
+        pass
+
+
+def as_checkpoint(tensors: Mapping[str, torch.Tensor], name: str) -> Checkpoint:
+    """Wrap live tensors; tied ones are aliases. Nothing is copied but what is not on the CPU."""
+    storages: dict[int, Storage] = {}
+
+    def wrapped() -> Iterator[Tensor]:
+        for key, tensor in tensors.items():
+            yield _wrap(format_key((key,)), tensor, storages)
+
+    return Checkpoint(
+        name=name, container="live model", section="", tensors=tensor_table(name, wrapped())
+    )
+
+
+def state_of(module: nn.Module, name: str) -> Checkpoint:
+    """The state dict of a module, the tensors in it that are tensors."""
+    state = module.state_dict()
+    return as_checkpoint({k: v for k, v in state.items() if isinstance(v, torch.Tensor)}, name)
+
+
+def transient_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Non-persistent buffers by their path: no file holds them, yet outputs depend on them."""
+    found = {}
+    for path, child in module.named_modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name in child._non_persistent_buffers_set and buffer.numel():
+                found[f"{path}.{name}" if path else name] = buffer
+    return found
+
+
+def _wrap(key: str, tensor: torch.Tensor, storages: dict[int, Storage]) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.is_meta:
+        raise ModelError(
+            f"{key}: still on the meta device after loading",
+            hint="the load left it without values: is the key in the checkpoint?",
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ModelError(f"{key}: live {tensor.layout} tensors cannot be fingerprinted")
+    tensor = tensor.cpu()
+    untyped = tensor.untyped_storage()
+    place = untyped.data_ptr()
+    storage = storages.get(place) if place else None
+    if storage is None:
+        storage = Storage(source=_Memory(untyped), offset=0, nbytes=untyped.nbytes())
+        storages[place] = storage
+    return Tensor(
+        key=key,
+        dtype=DTYPES[str(tensor.dtype).removeprefix("torch.")],
+        shape=tuple(tensor.shape),
+        storage=storage,
+        offset=int(tensor.storage_offset()),
+        strides=tuple(tensor.stride()),
+        conjugate=tensor.is_conj(),
+        negative=tensor.is_neg(),
+    )

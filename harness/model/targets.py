@@ -1,0 +1,94 @@
+"""Which code builds the model: a target `package.module:Name`, from the user or the registry.
+
+In: a target, or the class name that a NeMo config carries. Out: a class or factory. Refused: names
+outside of the registry (a checkpoint must not choose what is imported), targets that do not import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.errors import ModelError
+
+# NeMo's class names, and the local classes that stand for them.
+REGISTRY: Mapping[str, str] = {
+    "EncDecDenoiseMaskedTokenPredModel": "harness.nest:EncDecDenoiseMaskedTokenPredModel",
+}
+
+
+def resolve(target: str) -> Callable[..., Any]:
+    """Import a target; the current folder is importable, as with `python -m`."""
+    module_name, colon, name = target.partition(":")
+    if not colon or not module_name or not name:
+        raise ModelError(
+            f"--model {target}: not of the form package.module:ClassOrFactory",
+            hint="for instance --model my_package.models:build_model",
+        )
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ModelError(
+            f"--model {target}: {module_name} cannot be imported: {error}",
+            hint="install it, or run from the folder that holds it",
+        ) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ModelError(
+                f"--model {target}: {module_name} has no {name}",
+                hint="check the name behind the colon",
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        raise ModelError(f"--model {target}: is a {type(found).__name__}, not a class or function")
+    return found  # type: ignore[no-any-return]
+
+
+def registered(config: Mapping[str, Any] | None, *, start: Path | None = None) -> str | None:
+    """The target that the registry has for a NeMo config; None for a config that names no class.
+
+    A project adds its own under `[tool.harness.models]` of its pyproject.toml. Raises ModelError
+    for a class that nobody registered.
+    """
+    nemo_class = _nemo_class(config)
+    if nemo_class is None:
+        return None
+    known = {**REGISTRY, **_project_models(start or Path.cwd())}
+    name = nemo_class.rpartition(".")[2]
+    if name not in known:
+        raise ModelError(
+            f"the checkpoint is of the class {nemo_class}, which is not in the registry "
+            f"({', '.join(sorted(known))})",
+            hint=f'give --model package.module:Class, or add {name} = "package.module:Class" to '
+            "[tool.harness.models] in pyproject.toml",
+        )
+    return known[name]
+
+
+def _nemo_class(config: Mapping[str, Any] | None) -> str | None:
+    """The class that NeMo wrote: at the top of a .nemo's config, under `cfg` in a .ckpt's."""
+    for level in (config, (config or {}).get("cfg")):
+        target = level.get("target") if isinstance(level, Mapping) else None
+        if isinstance(target, str):
+            return target
+    return None
+
+
+def _project_models(start: Path) -> dict[str, str]:
+    for folder in (start, *start.parents):
+        path = folder / "pyproject.toml"
+        if path.is_file():
+            try:
+                project = tomllib.loads(path.read_text())
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                raise ModelError(f"{path}: not valid TOML: {error}") from error
+            models = project.get("tool", {}).get("harness", {}).get("models", {})
+            return {str(name): str(target) for name, target in models.items()}
+    return {}

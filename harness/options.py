@@ -1,0 +1,162 @@
+"""The options of the command line, in groups, and what they mean as values of the core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from harness.compare import Policy
+    from harness.model.stages import LiveOptions
+
+PATH = click.Path(path_type=Path)
+
+
+class _Pairs(click.ParamType[tuple[str, str]]):
+    """`LEFT=RIGHT`, split at the last or the first equals sign."""
+
+    name = "LEFT=RIGHT"
+
+    def __init__(self, *, at_last: bool) -> None:
+        self.at_last = at_last
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, str]:
+        left, sign, right = value.rpartition("=") if self.at_last else value.partition("=")
+        if not sign or not left:
+            self.fail(f"{value!r} is not of the form {param.metavar}", param, ctx)
+        return left, right
+
+
+def _tolerance(ctx: click.Context, param: click.Parameter, pairs: Any) -> Any:
+    found = []
+    for glob, numbers in pairs:
+        try:
+            atol, *rest = (float(number) for number in numbers.split(","))
+            rtol = rest.pop() if rest else None
+            if rest:
+                raise ValueError
+        except ValueError:
+            raise click.BadParameter(
+                f"{numbers!r} is not ATOL or ATOL,RTOL", ctx=ctx, param=param
+            ) from None
+        found.append((glob, atol, rtol))
+    return tuple(found)
+
+
+_POLICY = [
+    click.option("--atol", type=float, default=1e-5, show_default=True, help="As in allclose."),
+    click.option("--rtol", type=float, default=1e-5, show_default=True, help="As in allclose."),
+    click.option("--exact", is_flag=True, help="Allow no difference at all."),
+    click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out keys. Repeatable."),
+    click.option(
+        "--tolerance",
+        "tolerances",
+        multiple=True,
+        type=_Pairs(at_last=True),
+        callback=_tolerance,
+        metavar="GLOB=ATOL[,RTOL]",
+        help="Another tolerance for some keys; the last that fits wins. Repeatable.",
+    ),
+    click.option(
+        "--map",
+        "key_map",
+        multiple=True,
+        type=_Pairs(at_last=False),
+        metavar="OLD=NEW",
+        help="The golden's key OLD is now NEW; prefixes end in a dot. Repeatable.",
+    ),
+    click.option("--strip-prefix", default="", metavar="P", help="Take P off the new keys."),
+    click.option("--no-check-dtype", is_flag=True, help="Compare values across dtypes."),
+]
+
+
+def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what counts as the same."""
+    return _add(_POLICY, command)
+
+
+def _add(options: list[Callable[..., Any]], command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def policy_of(options: dict[str, Any]) -> Policy:
+    """The policy that the options ask for."""
+    from harness.compare import Policy
+
+    return Policy(
+        atol=options["atol"],
+        rtol=options["rtol"],
+        exact=options["exact"],
+        ignore=options["ignore"],
+        tolerances=tuple(
+            (glob, atol, options["rtol"] if rtol is None else rtol)
+            for glob, atol, rtol in options["tolerances"]
+        ),
+        key_map=options["key_map"],
+        strip_prefix=options["strip_prefix"],
+        check_dtype=not options["no_check_dtype"],
+    )
+
+
+_STAGES = [
+    click.option("--file", "stage", flag_value="file", help="Stop at the file itself."),
+    click.option("--load", "stage", flag_value="load", help="Also load it into the model."),
+    click.option("--reload", "stage", flag_value="reload", help="Also save and load again."),
+    click.option("--outputs", "stage", flag_value="outputs", help="Also compare what it computes."),
+]
+_LIVE = [
+    click.option("--model", "target", metavar="MODULE:NAME", help="The model's class or factory."),
+    click.option("--config", type=PATH, metavar="YAML", help="Replaces the model's configuration."),
+    click.option(
+        "--inputs", type=PATH, metavar="FILE", help="safetensors of forward's keyword arguments."
+    ),
+    click.option(
+        "--trust-checkpoint", is_flag=True, help="Let Lightning unpickle: runs what the file says."
+    ),
+]
+_RUN = [
+    click.option("--keep", is_flag=True, help="Keep the saved file beside the checkpoint."),
+    click.option("--output-atol", type=float, default=1e-4, show_default=True),
+    click.option("--output-rtol", type=float, default=1e-4, show_default=True),
+]
+
+
+def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags that say how far to go."""
+    return _add(_STAGES, command)
+
+
+def live_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which code is under test."""
+    return _add(_LIVE, command)
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of running the stages."""
+    return _add(_RUN, command)
+
+
+def live_of(options: dict[str, Any], base: LiveOptions | None = None) -> LiveOptions:
+    """What the options say of the code under test; what they leave out is as in `base`.
+
+    Imports torch: call it only where a live stage is wanted.
+    """
+    from dataclasses import replace
+
+    from harness.model.stages import LiveOptions
+
+    names = {"trust_checkpoint": "trust"}
+    given = {
+        names.get(name, name): options[name]
+        for name in (
+            *("target", "config", "inputs", "keep", "trust_checkpoint"),
+            *("output_atol", "output_rtol"),
+        )
+        if options.get(name) is not None
+    }
+    return replace(base or LiveOptions(), **given)

@@ -1,0 +1,431 @@
+"""The live stages: what code does to a checkpoint, caught and named by stage and culprit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from harness import api
+from harness.compare import Comparison
+from harness.errors import ModelError
+from harness.golden import Golden, read_golden
+from harness.model.files import Loader, quiet
+from harness.model.outputs import inputs_of, outputs_of
+from harness.model.stages import LiveOptions
+from tests.conftest import Run
+from tests.model import variants
+
+HERE = "tests.model.variants"
+
+
+def kinds(comparison: Comparison) -> list[tuple[str, str]]:
+    return [(finding.kind, finding.key) for finding in comparison.findings]
+
+
+def by_stage(comparisons: Iterable[Comparison]) -> dict[str, Comparison]:
+    return {comparison.stage: comparison for comparison in comparisons}
+
+
+@pytest.fixture(scope="module")
+def nest_golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    """The NEST golden with all four stages."""
+    data = Path(__file__).parents[1] / "data"
+    path = tmp_path_factory.mktemp("golden") / "nest.safetensors"
+    api.record(data / "nest_tiny.nemo", path, stage="outputs")
+    return read_golden(path)
+
+
+def verify_nest(
+    golden: Golden, checkpoint: Path, model: str, stage: Any = "outputs"
+) -> dict[str, Comparison]:
+    live = LiveOptions(target=f"{HERE}:{model}")
+    return by_stage(api.verify_stages(checkpoint, golden, stage=stage, live=live))
+
+
+def test_the_same_code_passes_every_stage(nest_golden: Golden, data: Path) -> None:
+    found = by_stage(api.verify_stages(data / "nest_tiny.nemo", nest_golden))
+    assert {stage: c.verdict for stage, c in found.items()} == dict.fromkeys(
+        ("file", "load", "reload", "outputs"), "identical"
+    )
+    assert found["outputs"].num_identical > 100
+
+
+def test_the_same_weights_in_a_lightning_checkpoint_pass_as_well(
+    nest_golden: Golden, data: Path
+) -> None:
+    found = by_stage(api.verify_stages(data / "nest_tiny_step0.ckpt", nest_golden))
+    assert {c.verdict for c in found.values()} == {"identical"}
+
+
+def test_a_key_that_a_loose_load_left_random_is_named(nest_golden: Golden, data: Path) -> None:
+    found = verify_nest(nest_golden, data / "nest_tiny_renamed_key.nemo", "Loose", "load")
+    assert kinds(found["file"])[0][0] == "renamed"
+    key = "encoder.layers.0.self_attn.linear_q.weight"
+    assert kinds(found["load"]) == [("unwritten", key)]
+
+
+def test_a_lost_codebook_is_named(nest_golden: Golden, data: Path) -> None:
+    found = verify_nest(nest_golden, data / "nest_tiny_missing_key.nemo", "Loose", "load")
+    assert kinds(found["file"]) == [("missing", "quantizer.codebooks")]
+    assert kinds(found["load"]) == [("unwritten", "quantizer.codebooks")]
+
+
+def test_a_weight_drawn_anew_after_loading_is_named(nest_golden: Golden, data: Path) -> None:
+    found = verify_nest(nest_golden, data / "nest_tiny.nemo", "Reinitialised", "load")
+    key = "encoder.layers.0.feed_forward1.linear1.weight"
+    assert kinds(found["load"]) == [("unwritten", key)]
+
+
+def test_a_bfloat16_file_that_loads_into_a_float32_model_is_named(
+    nest_golden: Golden, data: Path, tmp_path: Path
+) -> None:
+    bf16 = data / "nest_tiny_bf16.nemo"
+    found = by_stage(api.verify_stages(bf16, nest_golden, stage="load"))
+    assert found["file"].count("dtype") == 97
+    assert found["load"].verdict == "different"
+    # Recorded from the bf16 file itself, the load is what casts.
+    golden = api.record(bf16, tmp_path / "golden" / "bf16.safetensors")
+    found = by_stage(api.verify_stages(bf16, golden, stage="load"))
+    assert found["file"].verdict == "identical"
+    assert {(f.kind, f.expected, f.actual) for f in found["load"].findings} == {
+        ("dtype", "bfloat16", "float32"),
+        # NeMo's bf16 archive has a bfloat16 codebook, and the model a float64 one.
+        ("dtype", "bfloat16", "float64"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "culprit"),
+    [
+        ("WrongEpsilon", "encoder.layers.1.norm_conv"),
+        ("NoScaling", "encoder.pos_enc"),
+        ("SwappedResiduals", "encoder.layers.0"),
+    ],
+)
+def test_changed_code_is_named_by_the_first_submodule_that_departs(
+    nest_golden: Golden, data: Path, model: str, culprit: str
+) -> None:
+    found = verify_nest(nest_golden, data / "nest_tiny.nemo", model)
+    assert {found[stage].verdict for stage in ("file", "load")} == {"identical"}
+    departure = found["outputs"].departure
+    assert found["outputs"].verdict == "different"
+    assert departure is not None
+    assert departure.culprit == culprit
+    assert departure.agreeing
+    assert not departure.departing
+
+
+def test_a_parameter_that_was_thawed_is_named(nest_golden: Golden, data: Path) -> None:
+    found = verify_nest(nest_golden, data / "nest_tiny.nemo", "Thawed", "load")
+    (finding,) = found["load"].findings
+    assert (finding.kind, finding.key) == ("requires_grad", "mask_processor.mask_embedding")
+    assert (finding.expected, finding.actual) == ("frozen", "trainable")
+
+
+def test_a_save_that_loses_bits_is_found_by_the_reload(nest_golden: Golden, data: Path) -> None:
+    found = verify_nest(nest_golden, data / "nest_tiny.nemo", "SavesHalf", "reload")
+    assert found["load"].verdict == "identical"
+    assert kinds(found["reload"]) == [("different", "decoder.decoder_layers.0.weight")]
+
+
+# Other people's models
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    torch.save(variants.Plain().state_dict(), tmp_path / "plain.pt")
+    return tmp_path / "plain.pt"
+
+
+def record(path: Path, model: str) -> Golden:
+    golden = path.parent / "golden" / f"{path.stem}.safetensors"
+    api.record(path, golden, stage="outputs", live=LiveOptions(target=f"{HERE}:{model}"))
+    return read_golden(golden)
+
+
+def verify_with(golden: Golden, path: Path, model: str) -> dict[str, Comparison]:
+    live = LiveOptions(target=f"{HERE}:{model}")
+    return by_stage(api.verify_stages(path, golden, live=live))
+
+
+def test_a_plain_module_passes_every_stage(plain: Path) -> None:
+    golden = record(plain, "Plain")
+    found = by_stage(api.verify_stages(plain, golden))
+    assert [c.verdict for c in found.values()] == ["identical"] * 4
+
+
+def test_a_changed_transient_buffer_is_named(plain: Path) -> None:
+    found = verify_with(record(plain, "Plain"), plain, "OtherScale")
+    assert found["file"].verdict == "identical"
+    assert kinds(found["load"]) == [("different", "scale")]
+    assert found["outputs"].departure is not None
+    assert found["outputs"].departure.culprit == "(model)"
+
+
+def test_a_changed_epsilon_is_named_in_somebody_elses_model(plain: Path) -> None:
+    found = verify_with(record(plain, "Plain"), plain, "OtherNorm")
+    assert found["outputs"].departure is not None
+    assert found["outputs"].departure.culprit == "norm"
+    assert found["outputs"].departure.agreeing == ("0",)
+
+
+def test_sharded_safetensors_load_into_a_factorys_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = variants.Plain().state_dict()
+    names = sorted(state)
+    table = {}
+    for number, part in enumerate((names[:3], names[3:])):
+        shard = f"model-{number}.safetensors"
+        save_file({name: state[name] for name in part}, tmp_path / shard)
+        table |= dict.fromkeys(part, shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    found = by_stage(api.roundtrip(index, live=LiveOptions(target=f"{HERE}:Plain")))
+    assert [c.verdict for c in found.values()] == ["identical"] * 3
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A full Lightning checkpoint of a real training: optimizer, scheduler, DictConfig."""
+    torch.manual_seed(0)
+    model = variants.Tied(OmegaConf.create({"vocabulary": 11, "width": 6}))
+    trainer = pl.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model)
+    trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    return tmp_path / "trained.ckpt"
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers.*",
+    "ignore:The number of training batches.*",
+    "ignore:.*`isinstance.treespec, LeafSpec.` is deprecated.*",
+)
+
+
+def test_a_trained_lightning_module_passes_every_stage(trained: Path) -> None:
+    golden = record(trained, "Tied")
+    found = by_stage(api.verify_stages(trained, golden))
+    assert [(c.verdict, kinds(c)) for c in found.values()] == [("identical", [])] * 4
+
+
+def test_tied_weights_that_came_apart_are_named(trained: Path) -> None:
+    found = verify_with(record(trained, "Tied"), trained, "CameApart")
+    assert ("alias", "head.weight") in kinds(found["load"])
+    # The optimizer has one parameter more now, and refuses its old state.
+    (lost,) = [finding for finding in found["reload"].findings if finding.kind == "optimizer"]
+    assert "refused by the optimizer" in (lost.actual or "")
+
+
+def test_optimizer_state_that_would_go_to_other_parameters_is_named(trained: Path) -> None:
+    golden = record(trained, "Tied")
+    live = LiveOptions(target=f"{HERE}:Reordered")
+    found = by_stage(api.verify_stages(trained, golden, stage="load", live=live))
+    assert found["load"].verdict == "identical"
+    found = by_stage(api.verify_stages(trained, golden, stage="reload", live=live))
+    moved = [finding for finding in found["reload"].findings if finding.kind == "optimizer"]
+    assert [finding.key for finding in moved] == ["embed.weight", "body.weight", "body.bias"]
+    assert moved[0].expected == "parameter 0 of the optimizer"
+    assert moved[0].actual == "parameter 2, and takes another one's state"
+
+
+def test_optimizer_state_that_is_lost_is_named(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden = record(trained, "Tied")
+    monkeypatch.setattr(
+        variants.Tied, "on_save_checkpoint", lambda self, c: c.pop("optimizer_states")
+    )
+    found = by_stage(api.verify_stages(trained, golden, stage="reload"))
+    assert kinds(found["reload"]) == [("optimizer", "optimizer_states")]
+
+
+def test_hyperparameters_that_do_not_survive_are_named(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = torch.load(trained, weights_only=False)
+    original["hyper_parameters"]["cfg"]["seed"] = 5
+    torch.save(original, trained)
+    golden = record_again(trained)
+
+    def drop(self: Any, checkpoint: dict[str, Any]) -> None:
+        del checkpoint["hyper_parameters"]["cfg"]["seed"]
+
+    monkeypatch.setattr(variants.Tied, "on_save_checkpoint", drop)
+    found = by_stage(api.verify_stages(trained, golden, stage="reload"))
+    assert [(f.kind, f.key, f.expected, f.actual) for f in found["reload"].findings] == [
+        ("hyperparameter", "cfg.seed", "5", "nothing")
+    ]
+
+
+def record_again(path: Path) -> Golden:
+    golden = path.parent / "golden" / f"{path.stem}.safetensors"
+    api.record(path, golden, stage="load", live=LiveOptions(target=f"{HERE}:Tied"), overwrite=True)
+    return read_golden(golden)
+
+
+# What is refused
+
+
+def test_a_checkpoint_cannot_name_the_class_to_import(tmp_path: Path) -> None:
+    path = tmp_path / "evil.ckpt"
+    torch.save(
+        {
+            "pytorch-lightning_version": "2.4.0",
+            "state_dict": {"w": torch.ones(2)},
+            "hyper_parameters": {"cfg": {"target": "antigravity.Evil"}},
+        },
+        path,
+    )
+    with pytest.raises(
+        ModelError, match=r"antigravity\.Evil, which is not in the registry"
+    ) as error:
+        list(api.roundtrip(path))
+    assert "--model" in (error.value.hint or "")
+    assert "antigravity" not in sys.modules
+
+
+def test_a_project_extends_the_registry(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        f'[tool.harness.models]\nEncDecDenoiseMaskedTokenPredModel = "{HERE}:Thawed"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    with api.open_checkpoint(data / "nest_tiny.nemo") as checkpoint:
+        assert Loader(checkpoint, target=None).target == f"{HERE}:Thawed"
+
+
+def test_pickled_classes_are_refused_by_name_unless_trusted(trained: Path) -> None:
+    original = torch.load(trained, weights_only=False)
+    original["extra"] = Path("somewhere")
+    torch.save(original, trained)
+    live = {"target": f"{HERE}:Tied"}
+    with pytest.raises(ModelError, match=r"would import pathlib") as error:
+        list(api.roundtrip(trained, live=LiveOptions(**live)))
+    assert "--trust-checkpoint" in (error.value.hint or "")
+    found = by_stage(api.roundtrip(trained, live=LiveOptions(**live, trust=True)))
+    assert found["load"].verdict == "identical"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nothing", "not of the form"),
+        ("no_such_module:Model", "cannot be imported"),
+        (f"{HERE}:Nothing", "has no Nothing"),
+        (f"{HERE}:Path", "not a torch.nn.Module"),
+        ("math:pi", "not a class or function"),
+    ],
+)
+def test_targets_that_make_no_model_are_clear_errors(
+    plain: Path, target: str, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        list(api.roundtrip(plain, live=LiveOptions(target=target)))
+    assert error.value.hint or "not a class" in message
+
+
+def test_without_a_model_the_error_asks_for_one(plain: Path) -> None:
+    with pytest.raises(ModelError, match="which model it belongs to is not known") as error:
+        list(api.roundtrip(plain))
+    assert "--model" in (error.value.hint or "")
+
+
+# How the model is run
+
+
+def test_running_leaves_the_model_and_the_random_state_as_they_were(plain: Path) -> None:
+    model = variants.Plain()
+    model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    outputs_of(model, inputs_of(model, None))
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_outputs_are_named_in_execution_order_with_nested_containers_flat() -> None:
+    model = variants.Plain()
+    found = outputs_of(model, inputs_of(model, None)).tensors
+    keys = list(found)
+    assert keys[:4] == ["(model):in.0", "embed:in.0", "embed:out", "layers.0:in.0"]
+    assert keys[-4:] == [
+        "(model):out.last",
+        "(model):out.hidden.0",
+        "(model):out.hidden.1",
+        "(model):out.hidden.2",
+    ]
+    assert found["embed:in.0"].alias_of == "(model):in.0"
+
+
+def test_inputs_come_from_the_model_or_from_a_file(tmp_path: Path) -> None:
+    save_file({"tokens": torch.zeros(1, 2, dtype=torch.int64)}, tmp_path / "inputs.safetensors")
+    model = variants.Plain()
+    positional, keyword = inputs_of(model, tmp_path / "inputs.safetensors")
+    assert positional == ()
+    assert torch.equal(keyword["tokens"], torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(ModelError, match="has no inputs") as error:
+        inputs_of(torch.nn.Linear(2, 2), None)
+    assert "--inputs" in (error.value.hint or "")
+
+
+# The command line
+
+
+def test_the_command_line_reports_a_line_per_stage(
+    data: Path, harness: Callable[..., Run], tmp_path: Path
+) -> None:
+    golden = tmp_path / "golden" / "n.safetensors"
+    with quiet():
+        run = harness("record", data / "nest_tiny.nemo", "-g", golden, "--outputs")
+        assert run.code == 0, run.err
+        run = harness("verify", data / "nest_tiny.nemo", "-g", golden, "--outputs")
+        assert run.code == 0, run.err
+        assert [line.partition("  ")[0] for line in run.out.splitlines()] == ["ok identical"] * 4
+        broken = ["--model", f"{HERE}:WrongEpsilon", "--outputs"]
+        run = harness("verify", data / "nest_tiny.nemo", "-g", golden, *broken)
+    assert run.code == 1
+    assert "first departs: encoder.layers.1.norm_conv" in run.out
+    assert "its inputs: 0 agrees" in run.out
+
+
+def test_roundtrip_needs_no_golden_and_keeps_the_saved_file_where_asked(
+    data: Path, harness: Callable[..., Run], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "nest.nemo"
+    checkpoint.write_bytes((data / "nest_tiny.nemo").read_bytes())
+    run = harness("roundtrip", checkpoint, "--keep", "--format", "json")
+    assert run.code == 0, run.err
+    stages = run.json["goldens"][0]["stages"]
+    assert [stage["stage"] for stage in stages] == ["load", "reload", "outputs"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nest.nemo", "nest.test.nemo"]
+    assert checkpoint.read_bytes() == (data / "nest_tiny.nemo").read_bytes()
+
+
+def test_updating_records_the_stages_anew(plain: Path, harness: Callable[..., Run]) -> None:
+    golden = plain.parent / "golden" / "plain.safetensors"
+    record(plain, "Plain")
+    arguments = ["verify", plain, "-g", golden, "--outputs", "--model", f"{HERE}:OtherNorm"]
+    assert harness(*arguments).code == 1
+    assert harness(*arguments, "--update-golden", "--reason", "new epsilon").code == 0
+    assert harness(*arguments).code == 0
+    assert read_golden(golden).history[-1].reason == "new epsilon"

@@ -1,0 +1,167 @@
+"""Models under test: the local NEST as someone could break it, and models of other people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from harness.nest import EncDecDenoiseMaskedTokenPredModel
+from harness.nest.encoder import ConformerLayer
+
+
+class Loose(EncDecDenoiseMaskedTokenPredModel):
+    """Loads what fits and leaves the rest as it is, without a word."""
+
+    @classmethod
+    def restore_from(cls, path: str | Path, **options: Any) -> Self:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return super().restore_from(path, strict=False, **options)
+
+
+class Reinitialised(EncDecDenoiseMaskedTokenPredModel):
+    """Draws one weight anew after it was loaded."""
+
+    @classmethod
+    def restore_from(cls, path: str | Path, **options: Any) -> Self:
+        model = super().restore_from(path, **options)
+        nn.init.normal_(model.encoder.layers[0].feed_forward1.linear1.weight)
+        return model
+
+
+class WrongEpsilon(EncDecDenoiseMaskedTokenPredModel):
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.encoder.layers[1].norm_conv.eps = 1e-3
+
+
+class NoScaling(EncDecDenoiseMaskedTokenPredModel):
+    def __init__(self, cfg: Any) -> None:
+        super().__init__({**cfg, "encoder": {**cfg["encoder"], "xscaling": False}})
+
+
+class SwappedLayer(ConformerLayer):
+    """The convolution before the attention."""
+
+    def forward(self, x: Tensor, forbidden: Tensor, table: Tensor, padded: Tensor) -> Tensor:
+        x = x + self.dropout(self.feed_forward1(self.norm_feed_forward1(x))) * 0.5
+        x = x + self.dropout(self.conv(self.norm_conv(x), padded))
+        x = x + self.dropout(self.self_attn(self.norm_self_att(x), forbidden, table))
+        x = x + self.dropout(self.feed_forward2(self.norm_feed_forward2(x))) * 0.5
+        normed: Tensor = self.norm_out(x)
+        return normed
+
+
+class SwappedResiduals(EncDecDenoiseMaskedTokenPredModel):
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.encoder.layers[0].__class__ = SwappedLayer
+
+
+class Thawed(EncDecDenoiseMaskedTokenPredModel):
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.mask_processor.mask_embedding.requires_grad_(True)
+
+
+class SavesHalf(EncDecDenoiseMaskedTokenPredModel):
+    """Saves one weight with half of its bits."""
+
+    def save_to(self, path: str | Path) -> None:
+        weight = self.decoder.decoder_layers[0].weight
+        original = weight.data
+        weight.data = original.half().float()
+        super().save_to(path)
+        weight.data = original
+
+
+class Plain(nn.Module):
+    """Somebody's model, saved as a state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+        self.norm = nn.LayerNorm(16)
+        self.register_buffer("scale", torch.full((16,), 2.0), persistent=False)
+
+    def forward(self, tokens: Tensor) -> dict[str, Any]:
+        x = self.embed(tokens) * self.scale
+        hidden = []
+        for layer in self.layers:
+            x = x + torch.relu(layer(x))
+            hidden.append(x)
+        return {"last": self.norm(x), "hidden": hidden}
+
+    def golden_inputs(self) -> tuple[Tensor]:
+        return (torch.arange(12).reshape(2, 6) % 50,)
+
+
+class OtherScale(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale.mul_(1.5)
+
+
+class OtherNorm(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm.eps = 1e-2
+
+
+class Tied(pl.LightningModule):
+    """A Lightning module with a DictConfig, Adam and tied weights."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.embed = nn.Embedding(cfg.vocabulary, cfg.width)
+        self.body = nn.Linear(cfg.width, cfg.width)
+        self.head = nn.Linear(cfg.width, cfg.vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+        self.example_input_array = torch.arange(8).reshape(2, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.body(self.embed(tokens))))
+        return logits
+
+    def training_step(self, batch: tuple[Tensor], index: int) -> Tensor:
+        (tokens,) = batch
+        logits = self(tokens)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    def train_dataloader(self) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.hparams["cfg"].vocabulary, (8, 4), generator=generator)
+        return DataLoader(TensorDataset(tokens), batch_size=4)
+
+
+class CameApart(Tied):
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        self.head.weight = nn.Parameter(self.embed.weight.detach().clone())
+
+
+class Reordered(Tied):
+    """The same keys, registered in another order: the optimizer's indices mean others."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        body = self.body
+        del self.body
+        modules = dict(self._modules)
+        self._modules.clear()
+        self._modules["body"] = body
+        self._modules.update(modules)
