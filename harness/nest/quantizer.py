@@ -60,7 +60,8 @@ class RandomProjectionQuantizer(nn.Module):
         """Quantize `(B, M, T)` into vectors `(B, Q, T', H)` float64 and tokens `(B, T', H)` int64.
 
         T' = T / `combine_time_steps`. With `squeeze_single` and one book the last axis is gone.
-        Features that are 0, as in padding, are equally far from all entries: their token is noise.
+        Features that are 0, as in padding, are equally far from all entries: their token, which
+        NeMo leaves to rounding, is 0.
         """
         books, width = self.config.num_books, self.config.code_dim
         batch, _, num_frames = features.shape
@@ -85,6 +86,8 @@ class RandomProjectionQuantizer(nn.Module):
 
     def _nearest(self, z: Tensor) -> Tensor:
         """Index of the nearest entry, the first of equals, `(B, T', H)`; distances in float64."""
+        # all equally far: without a rule of its own the token would differ between machines
+        silent = (z == 0).all(dim=-1)
         entries = self.codebooks.transpose(1, 2)  # (H, Q, V)
         frames = z.flatten(0, 1)
         chunk = max(1, _CHUNK_NUMEL // entries.numel())
@@ -92,7 +95,7 @@ class RandomProjectionQuantizer(nn.Module):
             (part.unsqueeze(-1) - entries).norm(dim=-2).argmin(dim=-1)
             for part in torch.split(frames, chunk)
         ]
-        return torch.cat(found).view(z.shape[:3])
+        return torch.cat(found).view(z.shape[:3]).masked_fill(silent, 0)
 
 
 class RandomBlockMasking(nn.Module):

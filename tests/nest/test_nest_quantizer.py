@@ -201,3 +201,14 @@ def test_the_embedding_is_small_noise_or_a_frozen_constant() -> None:
     constant = masking(mask_value=0.25, freeze=False).mask_embedding
     assert constant.tolist() == [0.25, 0.25, 0.25]
     assert not constant.requires_grad
+
+
+def test_padding_has_the_token_0_on_every_machine() -> None:
+    # all entries are equally far from it: NeMo leaves the choice to rounding
+    module = quantizer()
+    module.codebooks.data[:, 7] *= 0.999  # what rounding may do, and then decides
+    mel = features(frames=12)
+    mel[..., -3:] = 0.0
+    _, tokens = module(mel)
+    assert tokens[:, -1].tolist() == [[0, 0], [0, 0]]
+    assert tokens[:, :-1].any()
