@@ -147,10 +147,12 @@ def record(
     found = recorded.fingerprint
     nbytes = recorded.path.stat().st_size
     total = sum(t.nbytes for t in found.tensors.values() if t.alias_of is None)
+    beside = f" ({100 * nbytes / max(1, total):.1f} % of the weights)"
+    if recorded.live is not None and recorded.live.outputs is not None:
+        beside = f", with {len(recorded.live.outputs.tensors):,} inputs and outputs of submodules"
     click.echo(
         f"recorded {recorded.path}: {len(found.tensors):,} tensors of {checkpoint} "
-        f"({found.container}), root {found.root.hex()[:16]}, {nbytes:,} bytes "
-        f"({100 * nbytes / max(1, total):.1f} % of the weights)"
+        f"({found.container}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
     )
     command = f"harness verify {shlex.quote(str(checkpoint))}"
     click.echo(f"next: {command}{_golden_option(recorded.path, checkpoint)}")

@@ -103,7 +103,7 @@ def _lines(comparison: Comparison, style: Style) -> Iterator[str]:
         yield f"  note: {comparison.num_nan:,} of the golden's tensors hold NaN"
     for kind in FINDING_KINDS:
         findings = [finding for finding in comparison.findings if finding.kind == kind]
-        if findings:
+        if findings and not _is_aftermath(kind, comparison):
             yield ""
             yield "  " + style.paint(f"{_HEADINGS[kind]} ({comparison.count(kind):,})", "1")
             yield from _findings(findings, style)
@@ -111,6 +111,14 @@ def _lines(comparison: Comparison, style: Style) -> Iterator[str]:
     if chance:
         yield ""
         yield f"  (verdicts by sketch: the chance that any is wrong is below {chance:.0e})"
+
+
+def _is_aftermath(kind: FindingKind, comparison: Comparison) -> bool:
+    """Rounding shows in every output, and what departs once departs everywhere behind it."""
+    if comparison.stage != "outputs":
+        return False
+    departed = comparison.departure is not None
+    return kind == "close" or (departed and kind in ("different", "undecided"))
 
 
 def _departure(departure: Departure, style: Style) -> Iterator[str]:
