@@ -14,7 +14,10 @@ if TYPE_CHECKING:
         open_checkpoint,
         read_golden,
         record,
+        roundtrip,
+        update,
         verify,
+        verify_stages,
     )
     from harness.compare import Comparison, Policy
     from harness.errors import (
@@ -27,7 +30,10 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "harness.api": ("diff", "fingerprint", "open_checkpoint", "read_golden", "record", "verify"),
+    "harness.api": (
+        *("diff", "fingerprint", "open_checkpoint", "read_golden", "record"),
+        *("roundtrip", "update", "verify", "verify_stages"),
+    ),
     "harness.compare": ("Comparison", "Policy"),
     "harness.errors": (
         "CheckpointError",
@@ -53,7 +59,10 @@ __all__ = [
     "open_checkpoint",
     "read_golden",
     "record",
+    "roundtrip",
+    "update",
     "verify",
+    "verify_stages",
 ]
 __version__ = "0.1.0"
 

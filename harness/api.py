@@ -334,9 +334,11 @@ def choose_golden(path: str | Path | None, golden: str | Path | None) -> Path:
 def _update_live(
     path: Path, actual: Checkpoint, golden: Golden, stage: Stage | None, live: LiveOptions | None
 ) -> LiveRecord | None:
-    last = stage or (golden.live.stages[-1] if golden.live is not None else "file")
+    """Record anew what the golden remembers of the model: other weights compute other outputs."""
+    known = golden.live.stages if golden.live is not None else ("file",)
+    last = stage if stage is not None and stage not in known else known[-1]
     if last == "file":
-        return golden.live
+        return None
     from harness.model.stages import record_live, remembered
 
     return record_live(path, actual, live or remembered(golden), last, golden.path)

@@ -421,6 +421,16 @@ def test_roundtrip_needs_no_golden_and_keeps_the_saved_file_where_asked(
     assert checkpoint.read_bytes() == (data / "nest_tiny.nemo").read_bytes()
 
 
+def test_updating_the_weights_records_the_outputs_anew(
+    plain: Path, harness: Callable[..., Run]
+) -> None:
+    golden = record(plain, "Plain")
+    torch.save({k: v + 1 for k, v in torch.load(plain).items()}, plain)
+    # Only the file was looked at, but the golden would remember outputs of the old weights.
+    assert harness("verify", plain, "-g", golden.path, "--update-golden").code == 0
+    assert harness("verify", "-g", golden.path).code == 0
+
+
 def test_updating_records_the_stages_anew(plain: Path, harness: Callable[..., Run]) -> None:
     golden = plain.parent / "golden" / "plain.safetensors"
     record(plain, "Plain")
