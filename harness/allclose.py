@@ -67,6 +67,11 @@ class Tally:
     worst: tuple[tuple[float, int], ...] = ()
     num_nonfinite: tuple[int, int] = (0, 0)
 
+    @property
+    def least_worst(self) -> float:
+        """What an element must exceed to be among the worst of this and later tallies."""
+        return self.worst[-1][0] if len(self.worst) == MAX_ELEMENTS else -math.inf
+
 
 # Elements per pass of the kernel below: its temporaries stay in the second-level cache.
 _PASS_NUMEL = 32768
@@ -95,12 +100,14 @@ def tally_chunk(
         return None
     first = chunk.start // expected.dtype.itemsize
     kernel = _Kernel(expected.dtype, actual.dtype, tolerance)
-    tallies = []
+    tallies: list[Tally] = []
+    least = -math.inf
     for start in range(0, ours.size // expected.dtype.itemsize, _PASS_NUMEL):
         stop = start + _PASS_NUMEL
         a = theirs[start * actual.dtype.itemsize : stop * actual.dtype.itemsize]
         e = ours[start * expected.dtype.itemsize : stop * expected.dtype.itemsize]
-        tallies.append(kernel.tally(e, a, first + start))
+        tallies.append(kernel.tally(e, a, first + start, least))
+        least = max(least, tallies[-1].least_worst)
     return add_tallies(tallies)
 
 
@@ -122,9 +129,10 @@ class _Kernel:
         narrow = self.same_type and expected.name in ("float16", "bfloat16", "complex32")
         self.narrow = numpy_dtype(expected) if narrow else None
 
-    def tally(self, expected: Array, actual: Array, first: int) -> Tally:
+    def tally(self, expected: Array, actual: Array, first: int, least: float) -> Tally:
+        """Tally one pass; of its worst elements only those that are worse than `least`."""
         if not self.floating:
-            return self._tally_exact(expected, actual, first)
+            return self._tally_exact(expected, actual, first, least)
         e, a = self._values(expected, self.expected), self._values(actual, self.actual)
         with np.errstate(all="ignore"):
             atol, rtol = np.array([self.tolerance.atol, self.tolerance.rtol]).astype(self.work)
@@ -153,7 +161,8 @@ class _Kernel:
                     differing = ~_by_element(expected == actual, error.size)
                     error = np.where(differing, error, 0)
                 beyond = differing
-            return _tally(error, differing, beyond, max(0.0, _top(needed)), total, first, nonfinite)
+            min_atol = max(0.0, _top(needed))
+            return _tally(error, differing, beyond, min_atol, total, first, least, nonfinite)
 
     def _values(self, data: Array, dtype: DType) -> Array:
         """Values in the working type: (n,), or components (n, 2) if either side is complex."""
@@ -194,7 +203,7 @@ class _Kernel:
     def _round(self, values: Any) -> Any:
         return values.astype(self.narrow).astype("<f4")
 
-    def _tally_exact(self, expected: Array, actual: Array, first: int) -> Tally:
+    def _tally_exact(self, expected: Array, actual: Array, first: int, least: float) -> Tally:
         e, a = decode(expected, self.expected), decode(actual, self.actual)
         differing = e != a
         wide = "<c16" if self.is_complex else "<f8"
@@ -206,7 +215,7 @@ class _Kernel:
                 error[differing] = np.maximum(error[differing], 1.0)
             total = float(error @ error)
         needed = math.inf if differing.any() else 0.0  # no tolerance makes these equal
-        return _tally(error, differing, differing, needed, total, first)
+        return _tally(error, differing, differing, needed, total, first, least)
 
 
 def roundings(dtype: DType) -> tuple[float, float]:
@@ -228,19 +237,19 @@ def _tally(
     min_atol: float,
     sum_squares: float,
     first: int,
+    least: float,
     num_nonfinite: tuple[int, int] = (0, 0),
 ) -> Tally:
-    where = np.flatnonzero(differing)
-    num_beyond = int(np.count_nonzero(beyond))
+    num_differing, num_beyond = int(np.count_nonzero(differing)), int(np.count_nonzero(beyond))
     return Tally(
-        num_differing=where.size,
+        num_differing=num_differing,
         num_beyond=num_beyond,
         max_abs=_top(error),
         min_atol=min_atol,
         sum_squares=sum_squares,
-        first=first + int(where[0]) if where.size else -1,
-        last=first + int(where[-1]) if where.size else -1,
-        worst=_worst(error, beyond if num_beyond else differing, first),
+        first=first + int(differing.argmax()) if num_differing else -1,
+        last=first + differing.size - 1 - int(differing[::-1].argmax()) if num_differing else -1,
+        worst=_worst(error, beyond if num_beyond else differing, first, least),
         num_nonfinite=num_nonfinite,
     )
 
@@ -260,12 +269,17 @@ def _top(values: Array) -> float:
     return math.inf if math.isnan(top) else top
 
 
-def _worst(error: Array, candidates: Array, first: int) -> tuple[tuple[float, int], ...]:
-    """The few elements that are farthest off, NaN before all others."""
-    chosen = np.flatnonzero(candidates)
+def _worst(
+    error: Array, candidates: Array, first: int, least: float
+) -> tuple[tuple[float, int], ...]:
+    """The few elements that are farthest off, and farther than `least`; NaN before all others."""
+    chosen = np.flatnonzero(candidates & ~(error <= least))
     ranked = np.where(np.isnan(error[chosen]), np.inf, error[chosen])
     if chosen.size > MAX_ELEMENTS:
-        top = np.argpartition(ranked, -MAX_ELEMENTS)[-MAX_ELEMENTS:]
+        limit = np.partition(ranked, -MAX_ELEMENTS)[-MAX_ELEMENTS]
+        top = np.flatnonzero(ranked > limit)
+        equal = np.flatnonzero(ranked == limit)[: MAX_ELEMENTS - top.size]  # the first of them
+        top = np.concatenate([top, equal])
         chosen, ranked = chosen[top], ranked[top]
     found = [(float(size), first + int(i)) for size, i in zip(ranked, chosen, strict=True)]
     return tuple(sorted(found, key=lambda item: (-item[0], item[1])))

@@ -196,9 +196,8 @@ def compare(
     theirs = _stripped(policy, actual)
     named = {_mapped(policy, key): tensor for key, tensor in expected.tensors.items()}
     kept = {k: t for k, t in named.items() if not policy.ignores(t.key) and not policy.ignores(k)}
-    found = {
-        k: t for k, t in theirs.items() if not policy.ignores(k) and k not in named.keys() - kept
-    }
+    ignored = named.keys() - kept
+    found = {k: t for k, t in theirs.items() if not policy.ignores(k) and k not in ignored}
     num_ignored = len(named) - len(kept) + len(theirs) - len(found)
 
     pairs = [_Pair(tensor, found[key]) for key, tensor in kept.items() if key in found]

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from blake3 import blake3
@@ -226,9 +226,14 @@ def _scan_chunk(
     step = _PART_NBYTES if block_nbytes is None else _part_nbytes(tensor.dtype, block_nbytes)
     for start in range(0, chunk.nbytes, step):
         values = widen(data[start : start + step], tensor.dtype)
-        moments.append(_moments(values))
-        if block_nbytes is not None:
-            sketches.append(sketch_values(values, block_numel(tensor.dtype, block_nbytes)))
+        nonfinite = _take_out_nonfinite(values)
+        if block_nbytes is None:
+            sum_squares = _sum_squares(values)
+        else:
+            sketch = sketch_values(values, block_numel(tensor.dtype, block_nbytes))
+            sketches.append(sketch)
+            sum_squares = _sum_squares(sketch.norms)
+        moments.append(_moments(values, sum_squares, nonfinite))
     return _ChunkPrint(digest, tuple(moments), tuple(sketches))
 
 
@@ -266,24 +271,35 @@ def _float8_values(dtype: DType) -> Array:
     return table
 
 
-def _moments(values: Array) -> _Moments:
-    """Statistics of float64 values; sets the non-finite ones to 0 in place, as sketches want."""
-    num_nan = num_posinf = num_neginf = 0
-    finite: Array = values
+class _NonFinite(NamedTuple):
+    """What is not a number in a part: how many of each kind, and where (None: nothing is)."""
+
+    num_nan: int = 0
+    num_posinf: int = 0
+    num_neginf: int = 0
+    where: Array | None = None
+
+
+def _take_out_nonfinite(values: Array) -> _NonFinite:
+    """Count what is not finite, and set it to 0 in place, as sketches want it."""
     with np.errstate(invalid="ignore", over="ignore"):
-        sum_squares = _sum_squares(values)
-        if not math.isfinite(sum_squares):
-            is_finite = np.isfinite(values)
-            num_nan = int(np.count_nonzero(np.isnan(values)))
-            num_posinf = int(np.count_nonzero(values == np.inf))
-            num_neginf = values.size - int(np.count_nonzero(is_finite)) - num_nan - num_posinf
-            if not is_finite.all():
-                finite = values[is_finite]
-                values[~is_finite] = 0.0
-                sum_squares = _sum_squares(finite)
-        count = finite.size
-        if count == 0:
-            return _Moments(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, num_nan, num_posinf, num_neginf)
+        if math.isfinite(float(values.sum())):
+            return _NonFinite()
+    where = ~np.isfinite(values)
+    num_nan = int(np.count_nonzero(np.isnan(values)))
+    num_posinf = int(np.count_nonzero(values == np.inf))
+    num_neginf = int(np.count_nonzero(values == -np.inf))
+    values[where] = 0.0
+    return _NonFinite(num_nan, num_posinf, num_neginf, where)
+
+
+def _moments(values: Array, sum_squares: float, nonfinite: _NonFinite) -> _Moments:
+    """Statistics of float64 values of which the non-finite ones were taken out."""
+    finite = values if nonfinite.where is None else values[~nonfinite.where]
+    count = finite.size
+    if count == 0:
+        return _Moments(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, *nonfinite[:3])
+    with np.errstate(invalid="ignore", over="ignore"):
         mean = float(finite.sum()) / count
         m2 = sum_squares - count * mean * mean
         if not m2 >= sum_squares / 2:  # the mean is no small part of the values: digits cancel
@@ -291,22 +307,21 @@ def _moments(values: Array) -> _Moments:
         # Several times as fast as counting the non-zero numbers themselves.
         is_zero = np.equal(finite, 0.0, out=buffers.get("is zero", count, "?"))
         return _Moments(
-            count=count,
-            min=float(finite.min()),
-            max=float(finite.max()),
-            mean=mean,
-            m2=m2,
-            sum_squares=sum_squares,
-            num_zero=int(np.count_nonzero(is_zero)),
-            num_nan=num_nan,
-            num_posinf=num_posinf,
-            num_neginf=num_neginf,
+            count,
+            float(finite.min()),
+            float(finite.max()),
+            mean,
+            m2,
+            sum_squares,
+            int(np.count_nonzero(is_zero)),
+            *nonfinite[:3],
         )
 
 
 def _sum_squares(values: Array) -> float:
     """As a dot product, but not by BLAS, whose result depends on the number of its threads."""
-    return float(np.einsum("i,i->", values, values))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.einsum("i,i->", values, values))
 
 
 def _join(
