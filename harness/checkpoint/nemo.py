@@ -14,8 +14,10 @@ from harness.checkpoint.sources import RangeSource, Source, read
 from harness.errors import CheckpointError
 
 _BLOCK = 512
-_MAX_EXTENSION_NBYTES = 1 << 20
-_MAX_HEADERS = 10_000
+_MAX_EXTENSION_NBYTES = 16 << 10
+_MAX_CONFIG_NBYTES = 1 << 20
+_MAX_EXTENSIONS_NBYTES = 2 << 20
+_MAX_HEADERS = 4000
 WEIGHTS = "model_weights.ckpt"
 CONFIG = "model_config.yaml"
 
@@ -44,7 +46,7 @@ def read_nemo(source: Source) -> tuple[Source, bytes | None]:
     config = members.get(CONFIG)
     if config is None:
         return weights, None
-    if config.nbytes > _MAX_EXTENSION_NBYTES:
+    if config.nbytes > _MAX_CONFIG_NBYTES:
         raise _damaged(source, f"has a {CONFIG} of {config.nbytes} bytes")
     return weights, read(config, 0, config.nbytes)
 
@@ -60,7 +62,7 @@ def read_tar(source: Source) -> dict[str, Source]:
 
 
 def _members(source: Source) -> Iterator[tuple[str, int, int]]:
-    position = 0
+    position = extended = 0
     override: dict[str, str] = {}
     for _ in range(_MAX_HEADERS):
         if position + _BLOCK > source.nbytes:
@@ -82,7 +84,8 @@ def _members(source: Source) -> Iterator[tuple[str, int, int]]:
             )
         position = start + -(-nbytes // _BLOCK) * _BLOCK
         if kind in b"xgLK":
-            if nbytes > _MAX_EXTENSION_NBYTES:
+            extended += nbytes
+            if nbytes > _MAX_EXTENSION_NBYTES or extended > _MAX_EXTENSIONS_NBYTES:
                 raise _damaged(source, f"has an extended header of {nbytes} bytes at {start}")
             extension = read(source, start, nbytes)
             if kind == b"x":

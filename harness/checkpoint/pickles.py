@@ -109,7 +109,7 @@ class _Machine:
         self.constructors = constructors
         self.persistent = persistent
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []
         self.globals: dict[tuple[str, str], Global] = {}
         self.max_nbytes = max_nbytes
         self.cost = 0
@@ -127,8 +127,8 @@ class _Machine:
                     self.fail(f"holds the byte 0x{data[position]:02x}, which is no opcode")
                 self.spend(costs[data[position]])
                 operation(self)
-        except _Stop:
-            return self.pop()
+        except _Stop as stop:
+            return stop.args[0]
         except CheckpointError:
             raise
         except (
@@ -229,6 +229,21 @@ class _Machine:
             self.fail("takes a value where a mark is")
         return value
 
+    def put(self, index: int) -> None:
+        """Remember the top; picklers count from 0 or 1 without gaps, so a list is enough."""
+        gap = index - len(self.memo)
+        if index < 0 or gap > 1:
+            self.fail(f"skips to the memo entry {index}")
+        if gap >= 0:
+            self.memo.extend([_MARK] * (gap + 1))
+        self.memo[index] = self.top()
+
+    def get(self, index: int) -> None:
+        value = self.memo[index] if 0 <= index < len(self.memo) else _MARK
+        if value is _MARK:
+            self.fail(f"asks for the memo entry {index}, which it never made")
+        self.stack.append(value)
+
     def find_global(self, module: Any, name: Any) -> Global:
         if not isinstance(module, str) or not isinstance(name, str):
             self.fail("names a global by something that is not text")
@@ -264,7 +279,7 @@ class _Machine:
         except (TypeError, ValueError, OverflowError) as error:
             self.fail(f"gives {callee} arguments that do not fit ({str(error)[:200]})")
         if not isinstance(made, (dict, list, tuple, bytes)) and not (args and made is args[0]):
-            self.spend(_TENSOR_NBYTES)
+            self.spend(getattr(made, "structure_nbytes", _TENSOR_NBYTES))
         return made
 
     def append(self, target: Any, items: list[Any]) -> None:
@@ -328,7 +343,7 @@ for _code in b"JMIGFL\x8a\x8b":
 for _code in b"}]\x8ftl\x85\x86\x87\x91dCB\x8e\x96VS":
     _COSTS[_code] = 80  # an object
 for _code in b"qrp\x94":
-    _COSTS[_code] = 80  # an entry of the memo
+    _COSTS[_code] = 32  # an entry of the memo
 for _code in b"PQR\x81\x92io":
     _COSTS[_code] = 112  # a storage, or the result of a call
 
@@ -435,7 +450,7 @@ def _frame(m: _Machine) -> None:
 
 @_opcode(b".")
 def _stop(m: _Machine) -> None:
-    raise _Stop
+    raise _Stop(m.pop())
 
 
 @_opcode(b"0")
@@ -501,37 +516,37 @@ def _setitems(m: _Machine) -> None:
 
 @_opcode(b"h")
 def _binget(m: _Machine) -> None:
-    m.push(m.memo[m.take(1)[0]])
+    m.get(m.take(1)[0])
 
 
 @_opcode(b"j")
 def _long_binget(m: _Machine) -> None:
-    m.push(m.memo[m.number("<I")])
+    m.get(m.number("<I"))
 
 
 @_opcode(b"g")
 def _get(m: _Machine) -> None:
-    m.push(m.memo[int(m.line())])
+    m.get(int(m.line()))
 
 
 @_opcode(b"q")
 def _binput(m: _Machine) -> None:
-    m.memo[m.take(1)[0]] = m.top()
+    m.put(m.take(1)[0])
 
 
 @_opcode(b"r")
 def _long_binput(m: _Machine) -> None:
-    m.memo[m.number("<I")] = m.top()
+    m.put(m.number("<I"))
 
 
 @_opcode(b"p")
 def _put(m: _Machine) -> None:
-    m.memo[int(m.line())] = m.top()
+    m.put(int(m.line()))
 
 
 @_opcode(b"\x94")
 def _memoize(m: _Machine) -> None:
-    m.memo[len(m.memo)] = m.top()
+    m.put(len(m.memo))
 
 
 @_opcode(b"\x93")

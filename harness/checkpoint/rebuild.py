@@ -12,7 +12,7 @@ import struct
 from collections import ChainMap
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from harness.checkpoint.pickles import Constructors, Global, plain_key
 from harness.checkpoint.tensors import DTYPES, DType, Storage, Tensor
@@ -60,6 +60,7 @@ class Composite:
     """
 
     parts: MutableMapping[Any, Any]
+    structure_nbytes: ClassVar[int] = 2048  # what it costs in memory, for the unpickler
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -267,6 +268,10 @@ def _from_bytes(*args: Any) -> bytes:
     return text.encode("latin-1")
 
 
+def _empty_bytes() -> bytes:
+    return b""
+
+
 def _collection(*args: Any) -> list[Any]:
     (items,) = args or ([],)
     if not isinstance(items, list):
@@ -298,6 +303,7 @@ CONSTRUCTORS: Constructors = {
             ("set", _collection),
             ("frozenset", _collection),
             ("list", _collection),
+            ("bytes", _empty_bytes),
         ]
     },
     ("_codecs", "encode"): _from_bytes,

@@ -97,6 +97,8 @@ class _Tree:
     def _holds_weights(self, value: Any) -> bool:
         if isinstance(value, (Tensor, Composite)) or is_module(value) or self._is_script(value):
             return True
+        if isinstance(value, Record):  # a dict of a class of its own
+            value = value.pairs
         children = value.values() if isinstance(value, dict) else value
         if isinstance(children, (list, tuple)) or isinstance(value, dict):
             return any(isinstance(child, (Tensor, Composite)) for child in children)
@@ -139,6 +141,7 @@ class _Tree:
                     continue
                 if len(levels) > _MAX_DEPTH:
                     raise self._unbounded(f"are nested deeper than {_MAX_DEPTH} levels", path)
+                self._steps += 4  # to enter costs more than to look at
                 above.add(id(child))
                 levels.append(_Level(_joined(path, step), length, child, self._children(child)))
                 break
@@ -242,7 +245,7 @@ class _Level(NamedTuple):
 
 def _length(step: Any) -> int:
     text = step.name if isinstance(step, Component) else step
-    return len(text) if isinstance(text, (str, bytes)) else 16
+    return 4 + len(text) if isinstance(text, (str, bytes)) else 16
 
 
 class _Dotted(str):
@@ -260,6 +263,8 @@ def _joined(path: Path, step: Any) -> Path:
 
 
 def _step(key: Any) -> Any:
+    if isinstance(key, OpaqueKey) and isinstance(key.value, int):
+        return key.value
     if isinstance(key, OpaqueKey):
         return Component(f"key {type(key.value).__name__}")
     return Component(str(key)) if isinstance(key, Global) else key

@@ -134,7 +134,7 @@ def _encodes(text: str) -> bool:
     return True
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Storage:
     """A run of bytes that tensors are views of; `source` is None for meta tensors."""
 
@@ -216,7 +216,7 @@ class Tensor:
             )
             first = start // itemsize
             gathered = elements.flat[first : first + len(buffer) // itemsize]
-            buffer[:] = memoryview(gathered.view("|u1"))
+            buffer[:] = gathered.view("|u1").data
         if self.storage.big_endian or self.conjugate or self.negative:
             self._normalise(np.frombuffer(buffer, dtype="|u1"))
 
@@ -260,7 +260,8 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     if dtype.kind == "float" and dtype.real[0] not in "<|":
         import ml_dtypes  # 30 ms that only bfloat16 and float8 should cost
 
-        return np.dtype(getattr(ml_dtypes, dtype.real))
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype.real))
+        return found
     return np.dtype(dtype.real)
 
 

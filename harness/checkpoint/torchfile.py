@@ -227,7 +227,7 @@ def _damaged(name: str, why: str) -> CheckpointError:
 _CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:(?: {2}.*)?\n)*)", re.MULTILINE)
 _NAMES = r"^ {{2}}__{}__ = \[(.*)\]"
 _QUOTED = re.compile(r'"([^"\\]*)"')
-_MAX_CODE_NBYTES = 8 << 20
+_MAX_CODE_NBYTES = 4 << 20
 
 
 def _script_classes(

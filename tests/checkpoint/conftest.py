@@ -1,0 +1,52 @@
+"""Shared by the tests of reading: how torch reads the same file, and what bits a tensor has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from harness.checkpoint import Checkpoint, open_checkpoint
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """A tensor's logical bytes as torch sees them: C order, little-endian."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().flatten()
+    if not plain.numel():
+        return b""
+    return plain.view(torch.uint8).numpy().tobytes()
+
+
+def read_bits(checkpoint: Checkpoint, key: str) -> bytes:
+    tensor = checkpoint.tensors[key]
+    data = bytearray(tensor.nbytes)
+    # In odd pieces, as callers with small buffers do.
+    step = 3 * tensor.dtype.itemsize
+    for start in range(0, len(data), step):
+        tensor.read_into(start, memoryview(data)[start : start + step])
+    assert np.frombuffer(tensor.array().tobytes(), "u1").tobytes() == bytes(data)
+    return bytes(data)
+
+
+Assert = Callable[[Path, dict[str, torch.Tensor]], Checkpoint]
+
+
+@pytest.fixture
+def assert_reads() -> Assert:
+    """Open a file and check every key, dtype, shape and bit against plain tensors of torch."""
+
+    def check(path: Path, expected: dict[str, torch.Tensor], **options: Any) -> Checkpoint:
+        with open_checkpoint(path, **options) as checkpoint:
+            assert list(checkpoint.tensors) == list(expected)
+            for key, tensor in expected.items():
+                found = checkpoint.tensors[key]
+                assert f"torch.{found.dtype}" == str(tensor.dtype)
+                assert found.shape == tuple(tensor.shape)
+                assert read_bits(checkpoint, key) == bits(tensor), key
+        return checkpoint
+
+    return check
