@@ -8,7 +8,7 @@ behind that function. Refused (UsageError): options of the policy that fit no te
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -53,7 +53,7 @@ FINDING_KINDS: tuple[FindingKind, ...] = (
 )
 
 # Inserted into keys by torch.compile, data parallelism and activation checkpointing.
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ def compare(
     kept = {k: t for k, t in named.items() if not policy.ignores(t.key) and not policy.ignores(k)}
     ignored = named.keys() - kept
     found = {k: t for k, t in theirs.items() if not policy.ignores(k) and k not in ignored}
-    num_ignored = len(named) - len(kept) + len(theirs) - len(found)
+    num_ignored = len(ignored | (theirs.keys() - found.keys()))
 
     pairs = [_Pair(tensor, found[key]) for key, tensor in kept.items() if key in found]
     missing = {key: tensor for key, tensor in kept.items() if key not in found}
@@ -353,11 +353,12 @@ def _find_prefix(
         votes.update(("", prefix) for prefix in _prefixes(key) if key[len(prefix) :] in missing)
     for key in missing:
         votes.update((prefix, "") for prefix in _prefixes(key) if key[len(prefix) :] in unexpected)
-    wrapped = [(_unwrapped(key), key) for key in unexpected]
-    num_wrapped = sum(1 for plain, key in wrapped if plain != key and plain in missing)
+    plain = {_unwrapped(key): key for key in missing}
+    wrapped = {plain.get(_unwrapped(key), ""): key for key in unexpected}
+    wrapped.pop("", None)
     if votes:
         (ours, theirs), count = votes.most_common(1)[0]
-        if count >= max(2, num_wrapped):
+        if count >= max(2, len(wrapped)):
             pairs = [
                 (key, theirs + key[len(ours) :])
                 for key in missing
@@ -370,15 +371,14 @@ def _find_prefix(
                 actual=f"prefix {theirs!r}" if theirs else "no prefix",
                 count=len(pairs),
             )
-    if num_wrapped >= 2:
-        pairs = [(plain, key) for plain, key in wrapped if plain != key and plain in missing]
-        names = [name for name in _WRAPPERS if any(name in key for _, key in pairs)]
-        return pairs, Finding(
+    if len(wrapped) >= 2:
+        ours, theirs = _wrappers(wrapped.keys()), _wrappers(wrapped.values())
+        return [*wrapped.items()], Finding(
             kind="prefix",
-            key=names[0],
-            expected="no wrapper",
-            actual=f"wrapped as {' '.join(names)!r}",
-            count=len(pairs),
+            key=theirs or ours,
+            expected=f"wrapped as {ours!r}" if ours else "no wrapper",
+            actual=f"wrapped as {theirs!r}" if theirs else "no wrapper",
+            count=len(wrapped),
         )
     return [], None
 
@@ -391,9 +391,12 @@ def _prefixes(key: str) -> Iterator[str]:
 
 
 def _unwrapped(key: str) -> str:
-    for wrapper in _WRAPPERS:
-        key = key.replace(wrapper, "")
-    return key
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def _wrappers(keys: Iterable[str]) -> str:
+    parts = {part for key in keys for part in key.split(".")}
+    return " ".join(f"{name}." for name in _WRAPPERS if name in parts)
 
 
 def _find_renamed(

@@ -23,7 +23,6 @@ from harness.fingerprint import TensorPrint, block_numel, digest_of
 from harness.sketch import (
     CHANCE,
     NUM_PROJECTIONS,
-    UNDERFLOW,
     Gap,
     block_ranges,
     compare_sketches,
@@ -222,14 +221,14 @@ def _bounded(
     # An element is off by no more than its block is, and some element by no less than the mean.
     numels = gap.numels / factor
     upper = float(gap.upper.max(initial=0.0))
-    # Where the expected side has its greatest element, the actual one has no greater than its own;
-    # with infinities these may not be the same elements.
+    # Where the expected side has its greatest element, the actual one has no greater than its own.
+    # Infinities that moved may hide that element, but then no tolerance is enough.
     outer = max(abs(theirs.max - ours.max), abs(theirs.min - ours.min))
-    outer = 0.0 if any(blank.num_nonfinite) else outer
     lower = max(outer, float((gap.lower / np.sqrt(numels)).max(initial=0.0)))
-    # Stats are of components, |expected| is at most so much; norms are rounded, and may underflow.
+    # Stats are of components, |expected| is at most so much; norms are rounded (where they
+    # overflow, the bounds are infinite).
     greatest = ours.absmax * math.sqrt(factor)
-    norms = sketch.norms * (1 + 1e-11) + UNDERFLOW
+    norms = np.minimum(sketch.norms, 1e300) * (1 + 1e-11)
     needed = max(
         outer - tolerance.rtol * greatest,
         float(((gap.lower - tolerance.rtol * norms) / np.sqrt(numels)).max(initial=0.0)),

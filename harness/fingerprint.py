@@ -227,13 +227,9 @@ def _scan_chunk(
     for start in range(0, chunk.nbytes, step):
         values = widen(data[start : start + step], tensor.dtype)
         nonfinite = _take_out_nonfinite(values)
-        if block_nbytes is None:
-            sum_squares = _sum_squares(values)
-        else:
-            sketch = sketch_values(values, block_numel(tensor.dtype, block_nbytes))
-            sketches.append(sketch)
-            sum_squares = _sum_squares(sketch.norms)
-        moments.append(_moments(values, sum_squares, nonfinite))
+        moments.append(_moments(values, nonfinite))
+        if block_nbytes is not None:
+            sketches.append(sketch_values(values, block_numel(tensor.dtype, block_nbytes)))
     return _ChunkPrint(digest, tuple(moments), tuple(sketches))
 
 
@@ -248,14 +244,14 @@ def widen(data: Array, dtype: DType) -> Array:
     """Logical bytes as float64 values, components side by side for complex, in thread scratch."""
     count = data.size // (dtype.itemsize // (2 if dtype.kind == "complex" else 1))
     values = buffers.get("widened", count, "<f8")
-    if dtype.name == "bfloat16":
-        bits = buffers.get("bits", count, "<u4")
-        np.left_shift(data.view("<u2"), np.uint32(16), out=bits, casting="unsafe")
-        np.copyto(values, bits.view("<f4"))
-    elif dtype.name.startswith("float8"):
-        np.take(_float8_values(dtype), data, out=values)
-    else:
-        with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        if dtype.name == "bfloat16":
+            bits = buffers.get("bits", count, "<u4")
+            np.left_shift(data.view("<u2"), np.uint32(16), out=bits, casting="unsafe")
+            np.copyto(values, bits.view("<f4"))
+        elif dtype.name.startswith("float8"):
+            np.take(_float8_values(dtype), data, out=values)
+        else:
             np.copyto(values, data.view(numpy_dtype(dtype)), casting="unsafe")
     return values
 
@@ -293,7 +289,7 @@ def _take_out_nonfinite(values: Array) -> _NonFinite:
     return _NonFinite(num_nan, num_posinf, num_neginf, where)
 
 
-def _moments(values: Array, sum_squares: float, nonfinite: _NonFinite) -> _Moments:
+def _moments(values: Array, nonfinite: _NonFinite) -> _Moments:
     """Statistics of float64 values of which the non-finite ones were taken out."""
     finite = values if nonfinite.where is None else values[~nonfinite.where]
     count = finite.size
@@ -301,6 +297,7 @@ def _moments(values: Array, sum_squares: float, nonfinite: _NonFinite) -> _Momen
         return _Moments(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, *nonfinite[:3])
     with np.errstate(invalid="ignore", over="ignore"):
         mean = float(finite.sum()) / count
+        sum_squares = _sum_squares(finite)
         m2 = sum_squares - count * mean * mean
         if not m2 >= sum_squares / 2:  # the mean is no small part of the values: digits cancel
             m2 = _sum_squares(np.subtract(finite, mean, out=buffers.get("centred", count, "<f8")))
@@ -320,8 +317,7 @@ def _moments(values: Array, sum_squares: float, nonfinite: _NonFinite) -> _Momen
 
 def _sum_squares(values: Array) -> float:
     """As a dot product, but not by BLAS, whose result depends on the number of its threads."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.einsum("i,i->", values, values))
+    return float(np.einsum("i,i->", values, values))
 
 
 def _join(

@@ -30,7 +30,7 @@ CHANCE = 1e-12
 _CHI2_LOW = 0.241289  # rounded down
 _CHI2_HIGH = 92.15756  # rounded up
 # Norms below this may have lost squares to underflow: nothing is proved of so small numbers.
-UNDERFLOW = 1e-150
+_UNDERFLOW = 1e-150
 
 
 @lru_cache(maxsize=8)
@@ -96,27 +96,30 @@ class Gap:
     @property
     def changed(self) -> Array:
         """Indices of the blocks that differ by more than rounding of the sketches can explain."""
-        return np.flatnonzero(~(np.linalg.norm(self.difference, axis=1) <= self.noise))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.flatnonzero(~(np.linalg.norm(self.difference, axis=1) <= self.noise))
 
     @property
     def rms(self) -> float:
         """Estimate of the root mean square of d over all elements."""
-        total = float(np.square(self.difference).sum()) / NUM_PROJECTIONS
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = float(np.square(self.difference).sum()) / NUM_PROJECTIONS
         return float(np.sqrt(total / max(1, int(self.numels.sum()))))
 
 
 def compare_sketches(expected: Sketch, actual: Sketch, block_numel: int, numel: int) -> Gap:
     """Bound the distance of two tensors of `numel` elements from their sketches."""
-    difference = actual.projections - expected.projections
-    size = np.linalg.norm(difference, axis=1)
-    numels = np.full(len(difference), block_numel)
+    numels = np.full(len(expected.norms), block_numel)
     if len(numels):
         numels[-1] = numel - block_numel * (len(numels) - 1)
-    # Summing m products in floating point errs by at most gamma_m |x| |P| (Higham 2002, 3.5).
-    gamma = numels * 2.0**-53 * 1.01
-    rounding = gamma * (expected.norms + actual.norms) * np.sqrt(numels * NUM_PROJECTIONS * 2.0)
-    upper = (size + rounding + UNDERFLOW) / np.sqrt(_CHI2_LOW)
-    lower = np.maximum(0.0, size - rounding - UNDERFLOW) / np.sqrt(_CHI2_HIGH)
+    with np.errstate(over="ignore", invalid="ignore"):
+        difference = actual.projections - expected.projections
+        size = np.linalg.norm(difference, axis=1)
+        # Summing m products in floating point errs by at most gamma_m |x| |P| (Higham 2002, 3.5).
+        gamma = numels * 2.0**-53 * 1.01
+        rounding = gamma * (expected.norms + actual.norms) * np.sqrt(numels * NUM_PROJECTIONS * 2.0)
+        upper = (size + rounding + _UNDERFLOW) / np.sqrt(_CHI2_LOW)
+        lower = np.maximum(0.0, size - rounding - _UNDERFLOW) / np.sqrt(_CHI2_HIGH)
     return Gap(
         difference=difference,
         lower=np.where(np.isfinite(lower), lower, 0.0),
@@ -127,8 +130,6 @@ def compare_sketches(expected: Sketch, actual: Sketch, block_numel: int, numel: 
 
 
 _MAX_BLOCKS_TO_RECOVER = 64
-# Steps of a search take time in proportion to the block: 30 of them take 40 ms where it has 8192.
-_STARTS_TIMES_NUMEL = 64_000
 _MAX_GREEDY = 4
 
 
@@ -156,6 +157,11 @@ def recover(gap: Gap, block_numel: int, *, thorough: bool = True) -> list[tuple[
     return sorted(found)
 
 
+def _num_starts(numel: int) -> int:
+    """As many as take about 40 ms: a step takes time in proportion to the block."""
+    return min(40, max(1, 128_000 // numel))
+
+
 class _Search:
     """The search for a sparse d with P'd = z.
 
@@ -169,7 +175,8 @@ class _Search:
         self.z, self.matrix = z, matrix
         self.rows = np.ascontiguousarray(matrix.T)
         self.squares = np.einsum("ij,ij->j", self.rows, self.rows)
-        size = float(np.linalg.norm(z))
+        with np.errstate(over="ignore", invalid="ignore"):
+            size = float(np.linalg.norm(z))
         # The residual of a wrong support is of the size of z; that of the right one is noise.
         self.tolerance = noise + 1e-12 * size
         self.is_possible = math.isfinite(size) and noise <= 1e-2 * size
@@ -179,7 +186,7 @@ class _Search:
             return None
         gains, pair = self._extend([])
         found = self._solve([int(np.argmax(gains))]) or self._solve(pair)
-        num_starts = max(1, _STARTS_TIMES_NUMEL // len(self.matrix)) if thorough else 1
+        num_starts = _num_starts(len(self.matrix)) if thorough else 1
         for start in np.argsort(-gains)[:num_starts]:
             support = [int(start)]
             for _ in range(_MAX_GREEDY if thorough else 1):
@@ -197,7 +204,8 @@ class _Search:
         deltas = np.linalg.lstsq(columns, self.z, rcond=None)[0]
         if not np.linalg.norm(self.z - columns @ deltas) <= self.tolerance:
             return None
-        return [(index, float(delta)) for index, delta in zip(support, deltas, strict=True)]
+        found = zip(support, deltas, strict=True)
+        return [(index, float(delta)) for index, delta in found if abs(delta) > self.tolerance]
 
     def _extend(self, support: list[int]) -> tuple[Array, list[int]]:
         """What each element would explain beside `support`, and the pair to try with it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ TOLERANCES = [(1e-5, 1e-5), (1e-3, 0.0), (0.0, 1e-2), (1e-9, 1e-6), (2.0, 0.3), 
 # One element; less than a block; blocks of which the last is partial (float32: 8192 a block).
 SIZES = [1, 5, 300, 8192, 9001, 20000]
 
-State = dict[str, torch.Tensor]
+BYTES = torch.uint8
 Change = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
@@ -201,7 +202,7 @@ def cases(seed: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     for dtype in [*FLOATS, *FLOAT8]:
         for base, make in BASES.items():
             number += 1
-            for change, apply in list(CHANGES.items())[number % 2 :: 2]:
+            for change, apply in list(CHANGES.items())[number % 4 :: 4]:
                 number += 1
                 size = SIZES[number % len(SIZES)]
                 count = size * 2 if dtype.is_complex else size
@@ -214,11 +215,11 @@ def integer_cases(seed: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]
     g = torch.Generator().manual_seed(seed)
     for dtype in INTS:
         for size in SIZES:
-            data = torch.randint(0, 2, (size,), generator=g).to(dtype)
+            data = torch.randint(0, 2, (size,), generator=g).to(dtype).clone()
             yield f"{dtype}.{size}.same", data, data.clone()
             changed = data.view(torch.uint8).clone()
             changed[int(torch.randint(size, (), generator=g)) * data.element_size()] ^= 1
-            yield f"{dtype}.{size}.one changed", data, changed.view(dtype)
+            yield f"{dtype}.{size}.one changed", data.clone(), changed.view(dtype)
 
 
 def allclose(actual: torch.Tensor, expected: torch.Tensor, atol: float, rtol: float) -> bool:
@@ -227,10 +228,6 @@ def allclose(actual: torch.Tensor, expected: torch.Tensor, atol: float, rtol: fl
     if not (actual.is_floating_point() or actual.is_complex()):
         return torch.equal(actual, expected)
     return torch.allclose(actual, expected, atol=atol, rtol=rtol)
-
-
-def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def verdicts(comparison: Comparison, keys: list[str]) -> dict[str, str]:
@@ -252,11 +249,16 @@ class Pairs:
         self.sketched: Golden = api.record(self.reference, folder / "none", values="none")
         self.full: Golden = api.record(self.reference, folder / "all", values="all")
 
-    def truth(self, key: str, atol: float, rtol: float) -> bool:
-        return allclose(self.actual[key], self.expected[key], atol, rtol)
+        self.same = {key for key, a, b in found if torch.equal(a.view(BYTES), b.view(BYTES))}
+
+    @cache  # noqa: B019
+    def close(self, atol: float, rtol: float) -> set[str]:
+        """The keys of the tensors that torch calls close."""
+        sides = self.expected.items()
+        return {key for key, e in sides if allclose(self.actual[key], e, atol, rtol)}
 
 
-@pytest.fixture(scope="module", params=range(2))
+@pytest.fixture(scope="module", params=[0])
 def pairs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     found = [*cases(request.param), *integer_cases(request.param)]
     return Pairs(tmp_path_factory.mktemp("pairs"), found)
@@ -267,19 +269,21 @@ def test_no_verdict_from_the_golden_alone_is_wrong(pairs: Pairs, atol: float, rt
     found = api.verify(pairs.path, pairs.sketched, policy=Policy(atol=atol, rtol=rtol))
     wrong, counts = [], Counter[str]()
     for key, verdict in verdicts(found, list(pairs.expected)).items():
-        truth = pairs.truth(key, atol, rtol)
+        truth = key in pairs.close(atol, rtol)
         counts[verdict] += 1
         if verdict == "identical":
-            assert same_bytes(pairs.actual[key], pairs.expected[key]), key
+            assert key in pairs.same, key
         elif (verdict == "close" and not truth) or (verdict == "different" and truth):
             wrong.append((key, verdict))
     assert wrong == []
-    assert counts["different"] > 300
+    assert counts["different"] > 200
     assert counts["close"] > 20 or atol + rtol == 0
 
 
-@pytest.mark.parametrize("how", ["values", "reference", "diff"])
-@pytest.mark.parametrize(("atol", "rtol"), TOLERANCES)
+@pytest.mark.parametrize(
+    ("atol", "rtol", "how"),
+    [(1e-5, 1e-5, "reference"), (1e-5, 1e-5, "diff"), *((*pair, "values") for pair in TOLERANCES)],
+)
 def test_verdicts_with_all_values_are_those_of_torch(
     pairs: Pairs, atol: float, rtol: float, how: str
 ) -> None:
@@ -292,8 +296,8 @@ def test_verdicts_with_all_values_are_those_of_torch(
         found = api.diff(pairs.reference, pairs.path, policy=policy)
     wrong = []
     for key, verdict in verdicts(found, list(pairs.expected)).items():
-        same = same_bytes(pairs.actual[key], pairs.expected[key])
-        truth = "identical" if same else "close" if pairs.truth(key, atol, rtol) else "different"
+        close = "close" if key in pairs.close(atol, rtol) else "different"
+        truth = "identical" if key in pairs.same else close
         if verdict != truth:
             wrong.append((key, verdict, truth))
     assert wrong == []
@@ -304,8 +308,7 @@ def test_exact_allows_the_same_bytes_alone(pairs: Pairs, values: str) -> None:
     golden = pairs.full if values == "all" else pairs.sketched
     found = api.verify(pairs.path, golden, policy=Policy(exact=True))
     for key, verdict in verdicts(found, list(pairs.expected)).items():
-        same = same_bytes(pairs.actual[key], pairs.expected[key])
-        assert verdict == ("identical" if same else "different"), key
+        assert verdict == ("identical" if key in pairs.same else "different"), key
 
 
 def test_intervals_from_the_golden_alone_hold_what_all_values_say(pairs: Pairs) -> None:
@@ -325,4 +328,4 @@ def test_intervals_from_the_golden_alone_hold_what_all_values_say(pairs: Pairs) 
                 assert low <= value + slack + 1e-45, (finding.key, name, low, value)
                 assert value <= high * (1 + 1e-6) + 1e-45, (finding.key, name, high, value)
             checked += 1
-    assert checked > 500
+    assert checked > 300
