@@ -29,8 +29,9 @@ from harness.streaming import Chunk, Progress, buffers, chunks, map_chunks, para
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_KEPT_NUMEL = 4096
-# Small enough that the float64 copy of a part stays in the cache between its passes.
-_PART_NBYTES = 512 << 10
+# Small enough that the float64 copy of a part stays in the cache between its passes, large enough
+# that threads seldom wait for each other (0.30 s at 512 KiB, 0.22 s at 1 MiB on two cores).
+_PART_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

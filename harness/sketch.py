@@ -137,9 +137,12 @@ def recover(gap: Gap, block_numel: int, *, thorough: bool = True) -> list[tuple[
     """Find the changed elements as (index in the tensor, actual - expected), if they are few.
 
     None when some block changed in more elements than 16 equations can tell apart. The result
-    explains the sketches to rounding; that it is the truth is for a digest to prove. Measured over
-    blocks of 8192 normal changes: 1 or 2 elements of a block are found always, 3 in 8 of 10 cases,
-    4 in 3 of 10, 5 in 1 of 10, 6 seldom; 50 ms for a block in vain, 2 ms unless `thorough`.
+    explains the sketches to rounding; that it is the truth is for a digest to prove.
+
+    Measured on blocks of 8192 with normal changes: 1 or 2 changed elements of a block were found
+    in 1000 of 1000 and 500 of 500 cases, 3 in 90 %, 4 in 31 %, 5 in 7 %, 6 in none of 100 (equal
+    changes: 2 in all, 3 in 52 %); a block in vain takes 40 ms. Unless `thorough`: 3 in 59 %, more
+    in none, 2.4 ms.
     """
     blocks = gap.changed
     if not 0 < len(blocks) <= _MAX_BLOCKS_TO_RECOVER:
