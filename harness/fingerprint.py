@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,11 +20,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from blake3 import blake3
 
-from harness.checkpoint.sources import Source
-from harness.checkpoint.tensors import Checkpoint, DType, Tensor, numpy_dtype
+from harness.checkpoint.tensors import Checkpoint, Checksum, DType, Tensor, numpy_dtype
 from harness.errors import CheckpointError
 from harness.sketch import DEFAULT_BLOCK_NBYTES, Sketch, sketch_values
-from harness.streaming import Chunk, Progress, buffers, chunks, map_chunks, parallel
+from harness.streaming import (
+    CHUNK_NBYTES,
+    Chunk,
+    Progress,
+    buffers,
+    chunks,
+    map_chunks,
+    parallel,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -364,8 +371,25 @@ def _stats(parts: list[_Moments]) -> Stats:
 
 
 def _check_integrity(checkpoint: Checkpoint, jobs: int | None) -> None:
-    def check(entry: tuple[Source, int, int, int]) -> None:
-        source, offset, nbytes, expected = entry
+    for _ in parallel(_check_entries, list(_batches(checkpoint.checksums)), jobs=jobs):
+        pass
+
+
+def _batches(checksums: Sequence[Checksum]) -> Iterator[list[Checksum]]:
+    """Group the entries of an archive, most of which are too small for a task of their own."""
+    batch: list[Checksum] = []
+    total = 0
+    for entry in checksums:
+        batch.append(entry)
+        total += entry.nbytes
+        if total >= CHUNK_NBYTES:
+            yield batch
+            batch, total = [], 0
+    yield batch
+
+
+def _check_entries(entries: Sequence[Checksum]) -> None:
+    for source, offset, nbytes, expected in entries:
         actual = 0
         for chunk in chunks(nbytes):
             data = buffers.get("chunk", chunk.nbytes)
@@ -376,6 +400,3 @@ def _check_integrity(checkpoint: Checkpoint, jobs: int | None) -> None:
                 f"{source.name}: its CRC-32 is {actual:08x}, but the archive says {expected:08x}",
                 hint="the bytes have changed since they were saved: get the file again",
             )
-
-    for _ in parallel(check, checkpoint.checksums, jobs=jobs):
-        pass

@@ -18,7 +18,8 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -37,6 +38,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 SCHEMA = 1
 SUFFIX = ".safetensors"
 _NUM_STATS = len(fields(Stats))
+_stats_of = attrgetter(*(field.name for field in fields(Stats)))
 # What safetensors can write from numpy; everything else is stored as bytes.
 _NATIVE = frozenset(
     {
@@ -191,7 +193,7 @@ def serialize(golden: Golden) -> bytes:
     if len(digests) != 32 * len(tensors):
         raise ValueError("a golden needs a digest of every tensor")
     nothing = (float("nan"),) * _NUM_STATS
-    stats = np.array([astuple(t.stats) if t.stats else nothing for t in tensors], "<f8")
+    stats = np.array([_stats_of(t.stats) if t.stats else nothing for t in tensors], "<f8")
     rows = np.concatenate([np.empty((0, NUM_PROJECTIONS)), *(s.projections for s in sketches)])
     norms = np.concatenate([np.empty(0), *(s.norms for s in sketches)])
     columns: dict[str, Array] = {

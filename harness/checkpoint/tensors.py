@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -270,13 +270,22 @@ _EXPANSION_LIMIT = 16
 _EXPANSION_FREE_NBYTES = 1 << 30
 
 
+class Checksum(NamedTuple):
+    """The CRC-32 that a container has of some of its bytes."""
+
+    source: Source
+    offset: int
+    nbytes: int
+    crc32: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
     """An open checkpoint: its tensors in the order of the file. Close it, or use it as a context.
 
         `container` is the format's name; `section` the path of the state dict inside ("" for the
     root); `keeps_aliases` tells whether the format can say that two tensors are tied;
-        `checksums` are the container's own, as (source, offset, nbytes, crc32).
+        `checksums` are the container's own.
     """
 
     name: str
@@ -285,7 +294,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     sources: tuple[Source, ...] = ()
     keeps_aliases: bool = True
-    checksums: tuple[tuple[Source, int, int, int], ...] = ()
+    checksums: tuple[Checksum, ...] = ()
     read_config: Callable[[], Mapping[str, Any] | None] = lambda: None
 
     @cached_property

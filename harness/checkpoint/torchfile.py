@@ -17,7 +17,7 @@ from typing import Any
 from harness.checkpoint.pickles import MAX_STRUCTURE_NBYTES, Global, Record, unpickle
 from harness.checkpoint.rebuild import CONSTRUCTORS, STORAGE_DTYPES, StorageRef, brief
 from harness.checkpoint.sources import RangeSource, Source, read
-from harness.checkpoint.tensors import DTYPES, DType, Storage
+from harness.checkpoint.tensors import DTYPES, Checksum, DType, Storage
 from harness.checkpoint.zips import Entry, read_zip
 from harness.errors import CheckpointError
 
@@ -35,7 +35,7 @@ class TorchFile:
 
     container: str
     root: Any
-    checksums: tuple[tuple[Source, int, int, int], ...] = ()
+    checksums: tuple[Checksum, ...] = ()
     script_classes: Mapping[Global, tuple[tuple[str, ...], tuple[str, ...]]] = field(
         default_factory=dict
     )
@@ -91,7 +91,7 @@ def read_torch_zip(source: Source) -> TorchFile:
         container="TorchScript" if script else "torch zip",
         root=root,
         checksums=tuple(
-            (entry.source, 0, entry.nbytes, entry.crc32)
+            Checksum(entry.source, 0, entry.nbytes, entry.crc32)
             for entry in entries.values()
             if entry.crc32 and entry.nbytes
         ),
