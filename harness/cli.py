@@ -11,8 +11,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -30,6 +29,7 @@ from harness.options import (
     run_options,
     stage_options,
 )
+from harness.progress import progress_bar
 
 if TYPE_CHECKING:
     from harness.compare import Policy
@@ -131,7 +131,7 @@ def record(
     from harness.sketch import DEFAULT_BLOCK_NBYTES
 
     stage = stage or ("load" if options["target"] else "file")
-    with _progress(checkpoint) as progress:
+    with progress_bar(checkpoint) as progress:
         recorded = api.record(
             checkpoint,
             golden,
@@ -269,7 +269,7 @@ class _Run:
         recorded = api.read_golden(golden)
         result["stages"] = []
         worst = None
-        with _progress(checkpoint or recorded.checkpoint) as progress:
+        with progress_bar(checkpoint or recorded.checkpoint) as progress:
             for comparison in api.verify_stages(
                 checkpoint,
                 recorded,
@@ -302,7 +302,7 @@ class _Run:
         from harness import api
 
         recorded, before = api.read_golden(golden), golden.read_bytes()
-        with _progress(checkpoint or recorded.checkpoint) as progress:
+        with progress_bar(checkpoint or recorded.checkpoint) as progress:
             updated = api.update(
                 checkpoint,
                 recorded,
@@ -380,7 +380,7 @@ def diff(expected: Path, actual: Path, form: str, jobs: int | None, **options: A
     from harness.report.json import comparison_as_json
     from harness.report.text import render
 
-    with _progress(expected) as progress:
+    with progress_bar(expected) as progress:
         comparison = api.diff(
             expected, actual, policy=policy_of(options), jobs=jobs, progress=progress
         )
@@ -416,7 +416,7 @@ def show(file: Path, as_json: bool, stats: bool, section: str | None, jobs: int 
         found, history = recorded.fingerprint, recorded.history
     else:
         wanted = as_json or stats
-        with _progress(file) as progress, api.open_checkpoint(file, section=section) as opened:
+        with progress_bar(file) as progress, api.open_checkpoint(file, section=section) as opened:
             found = fingerprint(
                 opened,
                 details=lambda tensor: wanted,
@@ -463,47 +463,3 @@ def _failure(error: HarnessError | click.ClickException) -> dict[str, Any]:
 
 def _echo_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2))
-
-
-@contextmanager
-def _progress(path: Path | None) -> Iterator[Callable[[int], None] | None]:
-    """Show a bar on a terminal, for work that takes longer than a second."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    import time
-
-    started = time.monotonic()
-    bar: Any = None
-    done = 0
-    total = path.stat().st_size if path is not None and path.is_file() else None
-
-    def advance(nbytes: int) -> None:
-        nonlocal bar, done
-        done += nbytes
-        if bar is None and time.monotonic() - started > 1:
-            bar = _start_bar(path, total)
-        if bar is not None:
-            bar.update(0, completed=done)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.stop()
-
-
-def _start_bar(path: Path | None, total: int | None) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    bar.add_task(_printable(path.name) if path else "", total=total)
-    bar.start()
-    return bar

@@ -11,20 +11,21 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, get_args
 
 from harness.allclose import Tolerance
 from harness.difference import Difference, Measure, Verdict
 from harness.errors import GoldenMismatch, UsageError
 from harness.fingerprint import Fingerprint, TensorPrint
 
+# Worst first: what stops a load, then what computes something else, then what is only noted.
 FindingKind = Literal[
     "missing",
     "unexpected",
     "prefix",
     "renamed",
-    "dtype",
     "shape",
+    "dtype",
     "unwritten",
     "different",
     "alias",
@@ -34,23 +35,7 @@ FindingKind = Literal[
     "undecided",
     "close",
 ]
-# Worst first: what stops a load, then what computes something else, then what is only noted.
-FINDING_KINDS: tuple[FindingKind, ...] = (
-    "missing",
-    "unexpected",
-    "prefix",
-    "renamed",
-    "shape",
-    "dtype",
-    "unwritten",
-    "different",
-    "alias",
-    "requires_grad",
-    "optimizer",
-    "hyperparameter",
-    "undecided",
-    "close",
-)
+FINDING_KINDS: tuple[FindingKind, ...] = get_args(FindingKind)
 
 # Inserted into keys by torch.compile, data parallelism and activation checkpointing.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")

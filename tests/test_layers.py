@@ -26,7 +26,7 @@ LAYERS = [
     ["harness.nest"],
     ["harness.model"],
     ["harness.api"],
-    ["harness.options"],
+    ["harness.options", "harness.progress"],
     ["harness.cli"],
     ["harness.__main__"],
 ]

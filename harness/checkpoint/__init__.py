@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint.inert import Record
 from harness.checkpoint.nemo import is_tar, read_nemo
-from harness.checkpoint.pickles import Record
 from harness.checkpoint.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.sections import find_tensors, plain_config
 from harness.checkpoint.sharded import MAX_INDEX_NBYTES, join_shards, read_index

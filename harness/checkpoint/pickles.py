@@ -17,9 +17,9 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from harness.checkpoint.inert import Global, Record, plain_key
 from harness.errors import CheckpointError
 
 # What the objects of a pickle may cost in memory: a tensor's structure costs about 2.5 KB, so this
@@ -33,36 +33,6 @@ _TENSOR_NBYTES = 480
 _GLOBAL_NBYTES = 320
 _PAIR_NBYTES = 120
 _ITEM_NBYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    """A name that the pickle refers to: a class or function that is not imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False, slots=True)
-class Record:
-    """An object that the pickle would have made: what was to be called, and what followed."""
-
-    callee: Any
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[Any, Any] = field(default_factory=dict)
-    state: Any = None
-    items: list[Any] = field(default_factory=list)
-    pairs: dict[Any, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class OpaqueKey:
-    """A dictionary key that is neither text nor a number: kept, but equal to itself only."""
-
-    value: Any
 
 
 Constructors = Mapping[tuple[str, str], Callable[..., Any]]
@@ -306,33 +276,6 @@ class _Machine:
         # What a constructor of ours made (an OrderedDict with its _metadata) needs no state.
         if isinstance(target, Record):
             target.state = state
-
-
-class TupleKey(tuple[Any, ...]):
-    """A tuple as a dictionary key, hashed by what it looks like.
-
-    CPython hashes tuples of numbers without a secret: they can be made to collide at will.
-    """
-
-    __slots__ = ()
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
-
-
-def plain_key(key: Any) -> Any:
-    """Keys that hash in constant time and stack; anything else is kept apart by identity."""
-    if key is None or isinstance(key, (str, bytes, bool, float, Global)):
-        return key
-    if isinstance(key, int):
-        # CPython hashes integers modulo 2**61-1: larger ones can be made to collide at will.
-        return key if -(1 << 63) <= key < 1 << 64 else OpaqueKey(key)
-    if isinstance(key, tuple) and len(key) <= 16:
-        plain = all(item is None or isinstance(item, (str, bool, float, int)) for item in key)
-        short = all(len(item) <= 256 for item in key if isinstance(item, str))
-        if plain and short and all(plain_key(item) is item for item in key):
-            return TupleKey(key)
-    return OpaqueKey(key)
 
 
 Operation = Callable[[_Machine], None]

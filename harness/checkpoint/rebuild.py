@@ -14,7 +14,8 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from harness.checkpoint.pickles import Constructors, Global, plain_key
+from harness.checkpoint.inert import Global, plain_key
+from harness.checkpoint.pickles import Constructors
 from harness.checkpoint.tensors import DTYPES, DType, Storage, Tensor
 
 # torch.storage._dtype_to_storage_type_map, turned around

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from harness.checkpoint.pickles import Global, OpaqueKey, Record
+from harness.checkpoint.inert import Global, OpaqueKey, Record
 from harness.checkpoint.rebuild import Composite
 from harness.checkpoint.tensors import Component, Tensor, format_key
 from harness.checkpoint.torchfile import TorchFile, is_module

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.checkpoint.pickles import MAX_STRUCTURE_NBYTES, Global, Record, unpickle
+from harness.checkpoint.inert import Global, Record
+from harness.checkpoint.pickles import MAX_STRUCTURE_NBYTES, unpickle
 from harness.checkpoint.rebuild import CONSTRUCTORS, STORAGE_DTYPES, StorageRef, brief
 from harness.checkpoint.sources import RangeSource, Source, read
 from harness.checkpoint.tensors import DTYPES, Checksum, DType, Storage

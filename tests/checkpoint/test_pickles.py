@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.checkpoint.pickles import Global, Record, unpickle
+from harness.checkpoint.inert import Global, Record
+from harness.checkpoint.pickles import unpickle
 from harness.checkpoint.rebuild import CONSTRUCTORS
 from harness.errors import CheckpointError
 

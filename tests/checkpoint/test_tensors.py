@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.pickles import TupleKey
+from harness.checkpoint.inert import TupleKey
 from harness.checkpoint.tensors import DTYPES, Component, format_key
 from harness.errors import CheckpointError
 
