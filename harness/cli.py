@@ -126,7 +126,10 @@ def record(
     jobs: int | None,
     **options: Any,
 ) -> None:
-    """Record the golden of CHECKPOINT (default: golden/<stem>.safetensors)."""
+    """Record the golden of CHECKPOINT.
+
+    It goes to golden/<stem>.safetensors unless --golden says otherwise.
+    """
     from harness import api
     from harness.sketch import DEFAULT_BLOCK_NBYTES
 
@@ -189,9 +192,10 @@ def verify(
     jobs: int | None,
     **options: Any,
 ) -> int:
-    """Compare CHECKPOINT with its golden; without it, every golden in golden/ with its source.
+    """Compare CHECKPOINT with its golden.
 
-    Without CHECKPOINT the stages that a golden was recorded with are repeated as well.
+    Without CHECKPOINT, every golden in golden/ is compared with the checkpoint that it names, in
+    all the stages that it was recorded with.
     """
     from harness.report.json import error_as_json
 
@@ -350,7 +354,10 @@ def _rank(code: int) -> int:
 @run_options
 @_FORMAT
 def roundtrip(checkpoint: Path, form: str, **options: Any) -> int:
-    """Load CHECKPOINT, save it, load it again and run it, against the file itself: no golden."""
+    """Load, save, reload and run CHECKPOINT.
+
+    Each is compared with the file itself, and the outputs with each other: no golden is needed.
+    """
     from harness import api
     from harness.report.json import comparison_as_json
     from harness.report.text import render
@@ -375,7 +382,10 @@ def roundtrip(checkpoint: Path, form: str, **options: Any) -> int:
 @_FORMAT
 @_JOBS
 def diff(expected: Path, actual: Path, form: str, jobs: int | None, **options: Any) -> int:
-    """Compare two checkpoints element by element; either may be a golden instead."""
+    """Compare two checkpoints, or goldens.
+
+    Two checkpoints are compared element by element, a golden by what it keeps.
+    """
     from harness import api
     from harness.report.json import comparison_as_json
     from harness.report.text import render
@@ -403,7 +413,10 @@ def diff(expected: Path, actual: Path, form: str, jobs: int | None, **options: A
 @click.option("--section", help="Another part than the state dict; '.' for every tensor.")
 @_JOBS
 def show(file: Path, as_json: bool, stats: bool, section: str | None, jobs: int | None) -> None:
-    """List the tensors of FILE, a golden or a checkpoint (fit for git's textconv)."""
+    """List the tensors of a golden or checkpoint.
+
+    The table is fit for git's textconv.
+    """
     from harness import api
     from harness.fingerprint import fingerprint
     from harness.golden import is_golden
