@@ -157,8 +157,9 @@ def record(
         f"recorded {recorded.path}: {len(found.tensors):,} tensors of {checkpoint} "
         f"({found.container}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
     )
-    command = f"harness verify {shlex.quote(str(checkpoint))}"
-    click.echo(f"next: {command}{_golden_option(recorded.path, checkpoint)}")
+    # Without the checkpoint, verify repeats the stages that were recorded.
+    given = f" {shlex.quote(str(checkpoint))}" if recorded.live is None else ""
+    click.echo(f"next: harness verify{given}{_golden_option(recorded.path, checkpoint)}")
 
 
 def _golden_option(golden: Path, checkpoint: Path) -> str:
@@ -297,7 +298,9 @@ class _Run:
                     worst = comparison
         assert worst is not None
         if self.form == "text" and not updating:
-            for line in how_to_accept(worst, self._command(checkpoint, golden)):
+            there = recorded.checkpoint
+            known = [shlex.quote(str(there))] if there is not None and there.exists() else []
+            for line in how_to_accept(worst, self._command(checkpoint, golden), *known):
                 click.echo(f"\n  {line}")
         return worst.exit_code
 

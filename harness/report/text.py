@@ -77,12 +77,17 @@ def headline(comparison: Comparison, style: Style = PLAIN) -> str:
     )
 
 
-def how_to_accept(comparison: Comparison, command: str) -> list[str]:
-    """The one next step for what was found; `command` verifies again."""
+def how_to_accept(
+    comparison: Comparison, command: str, reference: str = "RECORDED_CKPT"
+) -> list[str]:
+    """The one next step for what was found.
+
+    `command` verifies again; `reference` is the recorded checkpoint, where it is known.
+    """
     if comparison.ok:
         return []
     if comparison.verdict == "undecided":
-        return [f"to decide exactly:   {command} --reference RECORDED_CKPT"]
+        return [f"to decide exactly:   {command} --reference {reference}"]
     prefixes = [f for f in comparison.findings if f.kind == "prefix"]
     lines = []
     if prefixes and prefixes[0].actual != "no prefix" and prefixes[0].expected == "no prefix":
