@@ -64,7 +64,9 @@ def outputs_of(module: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, An
             stack.callback(
                 child.register_forward_pre_hook(recorder.before(path), with_kwargs=True).remove
             )
-            stack.callback(child.register_forward_hook(recorder.after(path)).remove)
+            # Also where the call raises, which the model around it may catch.
+            after = child.register_forward_hook(recorder.after(path), always_call=True)
+            stack.callback(after.remove)
         try:
             with torch.no_grad():
                 module(*positional, **keyword)

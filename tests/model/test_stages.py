@@ -377,6 +377,31 @@ def test_outputs_are_named_in_execution_order_with_nested_containers_flat() -> N
     assert found["embed:in.0"].alias_of == "(model):in.0"
 
 
+class Fragile(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("not today")
+
+
+class Forgiving(torch.nn.Module):
+    """Catches what a submodule raises, and goes on without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fragile, self.after = Fragile(), torch.nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | None:
+        try:
+            return self.fragile(x)
+        except ValueError:
+            self.after(x + 1)
+            return None
+
+
+def test_a_call_that_raises_and_is_caught_does_not_shift_the_names() -> None:
+    found = outputs_of(Forgiving(), ((torch.ones(2),), {})).tensors
+    assert list(found) == ["(model):in.0", "fragile:in.0", "after:in.0", "after:out"]
+
+
 def test_inputs_come_from_the_model_or_from_a_file(tmp_path: Path) -> None:
     save_file({"tokens": torch.zeros(1, 2, dtype=torch.int64)}, tmp_path / "inputs.safetensors")
     model = variants.Plain()
