@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.report.folding import fold, printable
 from harness.report.json import number
+from harness.report.mismatch import brief_mismatch
 
 
 def unfold(pattern: str) -> set[str]:
@@ -77,3 +80,17 @@ def test_numbers_that_json_lacks_are_words() -> None:
     assert number(float("-inf")) == "-Infinity"
     assert number(1 + 2j) == [1.0, 2.0]
     assert number(True) is True
+
+
+def test_a_state_dict_that_does_not_fit_is_told_in_one_line() -> None:
+    small = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    large = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(40)))
+    large[0] = torch.nn.Linear(3, 2)
+    with pytest.raises(RuntimeError) as error:
+        large.load_state_dict({**small.state_dict(), "extra": torch.ones(1)})
+    assert brief_mismatch(str(error.value)) == (
+        "missing keys: 74 ({3..39}.weight, {3..39}.bias), unexpected keys: 1 (extra), "
+        "other shapes: 1 (0.weight: file [2, 2], model [2, 3])"
+    )
+    assert brief_mismatch("something\n\telse") == "something else"
+    assert len(brief_mismatch("x" * 5000)) < 310

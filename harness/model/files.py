@@ -31,6 +31,7 @@ from harness.errors import CheckpointError, HarnessError, ModelError
 from harness.fingerprint import fingerprint
 from harness.measuring import AgainstCheckpoint
 from harness.model.targets import registered, resolve
+from harness.report.mismatch import brief_mismatch
 
 # What Lightning's checkpoints of DictConfig models hold besides tensors; all inert.
 SAFE_GLOBALS: list[Any] = [
@@ -132,7 +133,8 @@ class Loader:
             raise
         except Exception as error:  # user code: anything may be raised
             raise ModelError(
-                f"{path}: loading it into {self.target} failed: {type(error).__name__}: {error}",
+                f"{path}: loading it into {self.target} failed: {type(error).__name__}: "
+                f"{brief_mismatch(str(error))}",
                 hint="run the same load in a Python shell for its traceback",
             ) from error
 

@@ -44,6 +44,7 @@ from harness.nest.encoder import ConformerEncoder
 from harness.nest.mel import MelPreprocessor
 from harness.nest.quantizer import RandomBlockMasking, RandomProjectionQuantizer
 from harness.nest.schema import resolve
+from harness.report.mismatch import brief_mismatch
 
 # NeMo's .ckpt files carry their config as a pickled DictConfig; these inert classes and no others.
 _CONFIG_CLASSES: list[Any] = [
@@ -227,8 +228,9 @@ class EncDecDenoiseMaskedTokenPredModel(pl.LightningModule):
             result = model.load_state_dict(state, strict=strict)
         except RuntimeError as error:
             raise ModelError(
-                f"{path}: the weights do not fit the model: {error}",
-                hint="compare the keys: the weights or the config are another model's",
+                f"{path}: the weights do not fit the model: {brief_mismatch(str(error))}",
+                hint="the weights or the config are another model's: compare the keys, listed by "
+                f"harness show {path}",
             ) from error
         if result.missing_keys or result.unexpected_keys:
             warnings.warn(
