@@ -55,13 +55,16 @@ class Values(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What one chunk adds to an exact difference."""
+    """What one chunk adds to an exact difference.
+
+    `squares` are sums of squared differences over runs of `run_numel` elements.
+    """
 
     num_differing: int = 0
     num_beyond: int = 0
     max_abs: float = 0.0
     min_atol: float = 0.0
-    sum_squares: float = 0.0
+    squares: tuple[float, ...] = ()
     first: int = -1
     last: int = -1
     worst: tuple[tuple[float, int], ...] = ()
@@ -75,10 +78,20 @@ class Tally:
 
 # Elements per pass of the kernel below: its temporaries stay in the second-level cache.
 _PASS_NUMEL = 32768
+_MIN_RUN_NUMEL = 64
+MAX_STRIP = 64
 # A float32 sum of squares below this has lost terms to underflow.
 _SAFE_SQUARES = 1e-25
 # Differences beyond these may be infinite in the narrow type.
 _HUGE = {"float16": 65504.0, "complex32": 65504.0, "bfloat16": 3.38e38}
+
+
+def run_numel(numel: int) -> int:
+    """Elements of a run: about `MAX_STRIP` runs make a tensor, none is longer than a pass."""
+    run = _MIN_RUN_NUMEL
+    while run < _PASS_NUMEL and run * MAX_STRIP < numel:
+        run *= 2
+    return run
 
 
 def tally_chunk(
@@ -99,7 +112,7 @@ def tally_chunk(
     ):
         return None
     first = chunk.start // expected.dtype.itemsize
-    kernel = _Kernel(expected.dtype, actual.dtype, tolerance)
+    kernel = _Kernel(expected.dtype, actual.dtype, tolerance, run_numel(expected.numel))
     tallies: list[Tally] = []
     least = -math.inf
     for start in range(0, ours.size // expected.dtype.itemsize, _PASS_NUMEL):
@@ -117,8 +130,9 @@ _WORD = {0: "<u8", **dict.fromkeys(range(1, 8), "|u1")}
 class _Kernel:
     """allclose over one pass, in the arithmetic that torch would use."""
 
-    def __init__(self, expected: DType, actual: DType, tolerance: Tolerance) -> None:
+    def __init__(self, expected: DType, actual: DType, tolerance: Tolerance, run: int) -> None:
         self.expected, self.actual, self.tolerance = expected, actual, tolerance
+        self.run = run
         self.same_type = expected == actual
         self.floating = expected.is_floating and actual.is_floating
         self.is_complex = "complex" in (expected.kind, actual.kind)
@@ -140,7 +154,8 @@ class _Kernel:
             allowed = self._magnitude(e * rtol)
             needed = error - allowed
             allowed += atol
-            total = float(np.dot(error, error))
+            squares = self._squares(error)
+            total = float(squares.sum())
             beyond = ~(error <= allowed)
             nonfinite = (0, 0)
             if not math.isfinite(total) or not math.isfinite(float(allowed.sum())):
@@ -152,7 +167,7 @@ class _Kernel:
                 needed = np.where(same, 0, needed)
             if not _SAFE_SQUARES < total < math.inf:
                 measured = np.where(np.isfinite(error), error, 0).astype("<f8")
-                total = float(measured @ measured)
+                squares = self._squares(measured)
             if self.narrow is not None:
                 self._decide_again(e, a, error, allowed, beyond)
             differing = error != 0
@@ -162,7 +177,16 @@ class _Kernel:
                     error = np.where(differing, error, 0)
                 beyond = differing
             min_atol = max(0.0, _top(needed))
-            return _tally(error, differing, beyond, min_atol, total, first, least, nonfinite)
+            return _tally(error, differing, beyond, min_atol, squares, first, least, nonfinite)
+
+    def _squares(self, error: Array) -> Array:
+        """Sums of squares, run by run; of float32 in float32."""
+        whole = error.size // self.run * self.run
+        runs = error[:whole].reshape(-1, self.run)
+        squares = np.einsum("ij,ij->i", runs, runs)
+        if whole < error.size:
+            squares = np.append(squares, np.dot(error[whole:], error[whole:]))
+        return np.asarray(squares)
 
     def _values(self, data: Array, dtype: DType) -> Array:
         """Values in the working type: (n,), or components (n, 2) if either side is complex."""
@@ -213,9 +237,9 @@ class _Kernel:
             if self.same_type:
                 # Neighbours beyond 2**53 are equal as float64, but they are not equal.
                 error[differing] = np.maximum(error[differing], 1.0)
-            total = float(error @ error)
+            squares = self._squares(error)
         needed = math.inf if differing.any() else 0.0  # no tolerance makes these equal
-        return _tally(error, differing, differing, needed, total, first, least)
+        return _tally(error, differing, differing, needed, squares, first, least)
 
 
 def roundings(dtype: DType) -> tuple[float, float]:
@@ -235,7 +259,7 @@ def _tally(
     differing: Array,
     beyond: Array,
     min_atol: float,
-    sum_squares: float,
+    squares: Array,
     first: int,
     least: float,
     num_nonfinite: tuple[int, int] = (0, 0),
@@ -246,7 +270,7 @@ def _tally(
         num_beyond=num_beyond,
         max_abs=_top(error),
         min_atol=min_atol,
-        sum_squares=sum_squares,
+        squares=tuple(squares.tolist()),
         first=first + int(differing.argmax()) if num_differing else -1,
         last=first + differing.size - 1 - int(differing[::-1].argmax()) if num_differing else -1,
         worst=_worst(error, beyond if num_beyond else differing, first, least),
@@ -294,7 +318,7 @@ def add_tallies(tallies: Sequence[Tally]) -> Tally:
         num_beyond=sum(t.num_beyond for t in tallies),
         max_abs=max((t.max_abs for t in tallies), default=0.0),
         min_atol=max((t.min_atol for t in tallies), default=0.0),
-        sum_squares=math.fsum(t.sum_squares for t in tallies),
+        squares=tuple(square for tally in tallies for square in tally.squares),
         first=min((t.first for t in changed), default=-1),
         last=max((t.last for t in changed), default=-1),
         worst=tuple(worst[:MAX_ELEMENTS]),

@@ -1,29 +1,26 @@
-"""The verbs: record, verify, update and diff, from paths to values.
+"""The verbs: record, verify, update and diff, from checkpoints to values.
 
-In: paths and policies. Out: `Golden` and `Comparison` values; nothing is printed, and a mismatch
-is not an exception (`Comparison.raise_for_mismatch()` makes it one). Raises HarnessError where
-something cannot be read or written.
+In: subjects (a path, an open checkpoint, a module, a state dict) and policies. Out: `Golden` and
+`Comparison` values; nothing is printed, and a mismatch is not an exception
+(`Comparison.raise_for_mismatch()` makes it one). Raises HarnessError where something cannot be
+read or written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
 from harness.compare import Comparison, Policy, compare
-from harness.errors import CheckpointError, GoldenError, UsageError
-from harness.fingerprint import (
-    MAX_KEPT_NUMEL,
-    Fingerprint,
-    outline,
-)
+from harness.errors import UsageError
+from harness.fingerprint import MAX_KEPT_NUMEL, Fingerprint, outline
 from harness.fingerprint import fingerprint as fingerprint_checkpoint
 from harness.golden import (
-    SUFFIX,
     Golden,
     LiveRecord,
     Update,
@@ -32,14 +29,29 @@ from harness.golden import (
     source_of,
     write_golden,
 )
-from harness.measuring import AgainstCheckpoint, AgainstGolden, BySketches, part
+from harness.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
+from harness.ranks import by_leader
 from harness.sketch import DEFAULT_BLOCK_NBYTES
 from harness.streaming import CHUNK_NBYTES, Progress
+from harness.subjects import (
+    GOLDEN_FOLDER,
+    Subject,
+    choose_golden,
+    golden_path,
+    named_source,
+    new_golden,
+    only_of_files,
+    opened,
+    path_of,
+    source_after,
+)
 
 if TYPE_CHECKING:
     from harness.model.stages import LiveOptions
 
 __all__ = [
+    "GOLDEN_FOLDER",
+    "Subject",
     "choose_golden",
     "diff",
     "fingerprint",
@@ -58,36 +70,25 @@ KeptValues = Literal["small", "all", "none"]
 _KEEP: Mapping[KeptValues, Callable[[Tensor], bool]] = {
     "small": lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,
     "all": lambda tensor: True,
-    "none": lambda tensor: False,
+    "none": nothing,
 }
-_NOTHING = _KEEP["none"]
-GOLDEN_FOLDER = Path("golden")
-_SUFFIXES = (".index.json", ".safetensors", ".nemo", ".ckpt", ".pth", ".pt", ".bin", ".gz")
-
-
-def golden_path(checkpoint: str | Path) -> Path:
-    """Where the golden of a checkpoint goes by default: golden/<stem>.safetensors."""
-    path = Path(checkpoint)
-    name = path.resolve().name if path.name in ("", "..") else path.name
-    for suffix in (*_SUFFIXES, *_SUFFIXES):
-        name = name.removesuffix(suffix)
-    return GOLDEN_FOLDER / f"{name or path.name}{SUFFIX}"
 
 
 def fingerprint(
-    path: str | Path,
+    subject: Subject,
     *,
     section: str | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Fingerprint:
     """Fingerprint a checkpoint in full. Memory: see `harness.fingerprint.fingerprint`."""
-    with open_checkpoint(path, section=section) as checkpoint:
+    only_of_files(subject, section=section)
+    with opened(subject, section) as checkpoint:
         return fingerprint_checkpoint(checkpoint, jobs=jobs, progress=progress)
 
 
 def record(
-    path: str | Path,
+    subject: Subject,
     golden: str | Path | None = None,
     *,
     section: str | None = None,
@@ -99,7 +100,9 @@ def record(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Golden:
-    """Record the golden of a checkpoint, by default at `golden_path(path)`.
+    """Record the golden of a checkpoint, by default at `golden_path(subject)`.
+
+    What is no path needs `golden`, and has no `section` and no live stages.
 
     `block_nbytes` (a power of two, 1024 to 1 MiB) of a tensor share one row of the sketch: less
     localises and proves more, more makes the golden smaller. `stage` beyond "file" also records
@@ -107,18 +110,15 @@ def record(
     CheckpointError, ModelError, and GoldenError where a golden is there already and `overwrite`
     is not given.
     """
-    target = golden_path(path) if golden is None else Path(golden)
+    only_of_files(subject, section=section, stage=stage)
+    path = path_of(subject)
     if not 1024 <= block_nbytes <= CHUNK_NBYTES // 4 or block_nbytes & (block_nbytes - 1):
         raise UsageError(
             f"--block-size {block_nbytes}: must be a power of two from 1024 to {CHUNK_NBYTES // 4}",
             hint=f"leave it out for {DEFAULT_BLOCK_NBYTES}",
         )
-    if target.exists() and not overwrite:
-        raise GoldenError(
-            f"{target}: a golden is recorded there already",
-            hint=f"to replace it: harness verify {path} -g {target} --update-golden --reason WHY",
-        )
-    with open_checkpoint(path, section=section) as checkpoint:
+    target = new_golden(subject, golden, overwrite=overwrite)
+    with opened(subject, section) as checkpoint:
         found = fingerprint_checkpoint(
             checkpoint,
             keep_values=_KEEP[values],
@@ -130,18 +130,18 @@ def record(
         recorded = Golden(
             path=target,
             fingerprint=replace(found, config=checkpoint.config),
-            source=source_of(Path(path), target),
+            source="" if path is None else source_of(path, target),
             section=section,
-            live=_record_live(Path(path), checkpoint, target, stage, live),
+            live=_record_live(path, checkpoint, target, stage, live),
         )
-    write_golden(recorded, overwrite=overwrite)
+    by_leader(partial(write_golden, recorded, overwrite=overwrite))
     return recorded
 
 
 def _record_live(
-    path: Path, checkpoint: Checkpoint, golden: Path, stage: Stage, live: LiveOptions | None
+    path: Path | None, checkpoint: Checkpoint, golden: Path, stage: Stage, live: LiveOptions | None
 ) -> LiveRecord | None:
-    if stage == "file":
+    if stage == "file" or path is None:
         return None
     from harness.model.stages import LiveOptions, record_live
 
@@ -149,7 +149,7 @@ def _record_live(
 
 
 def verify(
-    path: str | Path | None = None,
+    subject: Subject | None = None,
     golden: str | Path | Golden | None = None,
     *,
     policy: Policy | None = None,
@@ -157,19 +157,22 @@ def verify(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare a checkpoint with its golden; without `path`, the checkpoint that the golden names.
+    """Compare a checkpoint with its golden; without one, the checkpoint that the golden names.
 
     `reference` is the checkpoint that the golden was recorded from: where it is at hand, changed
-    tensors are compared with it element by element. Raises CheckpointError and GoldenError.
+    tensors are compared with it element by element. What is no path needs `golden`. Raises
+    CheckpointError, GoldenError, and UsageError for options that fit nothing.
     """
     policy = policy or Policy()
-    recorded = golden if isinstance(golden, Golden) else read_golden(choose_golden(path, golden))
+    recorded = golden if isinstance(golden, Golden) else read_golden(choose_golden(subject, golden))
     with ExitStack() as stack:
-        actual = stack.enter_context(_opened(path, recorded))
+        actual = stack.enter_context(
+            opened(named_source(recorded) if subject is None else subject, recorded.section)
+        )
         beside = None
         if reference is not None:
             beside = stack.enter_context(open_checkpoint(reference, section=recorded.section))
-        found = fingerprint_checkpoint(actual, details=_NOTHING, jobs=jobs, progress=progress)
+        found = fingerprint_checkpoint(actual, details=nothing, jobs=jobs, progress=progress)
         measure = AgainstGolden(
             golden=recorded.fingerprint,
             actual=actual,
@@ -177,6 +180,10 @@ def verify(
             jobs=jobs,
             progress=progress,
         )
+        # What fits another stage alone is no typing error.
+        elsewhere = {key for one in recorded.parts.values() for key in one.tensors}
+        here = {*recorded.fingerprint.tensors, *found.tensors}
+        policy = policy.at_stage(here, elsewhere)
         return compare(recorded.fingerprint, found, policy, measure)
 
 
@@ -204,7 +211,7 @@ def verify_stages(
     from harness.model.stages import Expected, live_stages, remembered
 
     expected = Expected(weights=golden.fingerprint, live=golden.live)
-    source = _source(path, golden)
+    source = named_source(golden) if path is None else Path(path)
     yield from live_stages(source, expected, policy, live or remembered(golden), last)
 
 
@@ -214,8 +221,8 @@ def roundtrip(
     """Load, save, reload and run a checkpoint, each compared with the file itself; no golden."""
     from harness.model.stages import Expected, LiveOptions, live_stages
 
-    with open_checkpoint(path) as checkpoint:
-        weights = fingerprint_checkpoint(checkpoint, details=_NOTHING)
+    with opened(path, None) as checkpoint:
+        weights = fingerprint_checkpoint(checkpoint, details=nothing)
     expected = Expected(weights=weights)
     yield from live_stages(
         Path(path), expected, policy or Policy(), live or LiveOptions(), "outputs"
@@ -223,7 +230,7 @@ def roundtrip(
 
 
 def update(
-    path: str | Path | None,
+    subject: Subject | None,
     golden: Golden,
     *,
     reason: str = "",
@@ -236,10 +243,15 @@ def update(
 
     What the golden remembers of the model, or what `stage` and `live` say, is recorded anew.
     Rows of unchanged tensors are copied, so that the file changes only where the weights did.
+    What is no path has no live stages (UsageError), and leaves the golden without a source.
     """
     old = golden.fingerprint
-    with _opened(path, golden) as actual:
-        digests = fingerprint_checkpoint(actual, details=_NOTHING, jobs=jobs, progress=progress)
+    found_at = named_source(golden) if subject is None else subject
+    last = _last_stage(golden, stage)
+    only_of_files(found_at, stage=last)
+    path = path_of(found_at)
+    with opened(found_at, golden.section) as actual:
+        digests = fingerprint_checkpoint(actual, details=nothing, jobs=jobs, progress=progress)
         same = {
             key
             for key, tensor in digests.tensors.items()
@@ -261,13 +273,13 @@ def update(
         updated = replace(
             golden,
             fingerprint=replace(found, tensors=tensors, config=actual.config),
-            source=golden.source if path is None else source_of(Path(path), golden.path),
-            live=_update_live(_source(path, golden), actual, golden, stage, live),
+            source=source_after(subject, golden),
+            live=_update_live(path, actual, golden, last, live),
         )
     if updated.fingerprint.root != old.root or updated.live != golden.live:
         entry = Update(root=old.root.hex(), reason=reason)
         updated = replace(updated, history=(*golden.history, entry))
-    write_golden(updated, overwrite=True)
+    by_leader(partial(write_golden, updated, overwrite=True))
     return updated
 
 
@@ -279,7 +291,10 @@ def diff(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare two checkpoints element by element, or goldens with either by their sketches."""
+    """Compare two checkpoints element by element, or goldens with either by their sketches.
+
+    Raises CheckpointError, GoldenError, and UsageError for options of the policy that fit nothing.
+    """
     policy = policy or Policy()
     one, other = Path(expected), Path(actual)
     if is_golden(one):
@@ -315,51 +330,21 @@ def diff(
         return compare(ours, theirs, policy, measure)
 
 
-def choose_golden(path: str | Path | None, golden: str | Path | None) -> Path:
-    """The golden to verify against: the one given, else the default one of the checkpoint."""
-    if golden is not None:
-        return Path(golden)
-    if path is None:
-        raise UsageError("give a checkpoint, a golden, or both")
-    chosen = golden_path(path)
-    if not chosen.exists():
-        if not Path(path).exists():
-            open_checkpoint(path).close()  # says what is wrong with the path
-        raise GoldenError(
-            f"{chosen}: no golden is recorded for {path}", hint=f"harness record {path}"
-        )
-    return chosen
+def _last_stage(golden: Golden, stage: Stage | None) -> str:
+    """How far an update goes: as far as the golden remembers, further where it is asked to."""
+    known = golden.live.stages if golden.live is not None else ("file",)
+    return stage if stage is not None and stage not in known else known[-1]
 
 
 def _update_live(
-    path: Path, actual: Checkpoint, golden: Golden, stage: Stage | None, live: LiveOptions | None
+    path: Path | None, actual: Checkpoint, golden: Golden, last: str, live: LiveOptions | None
 ) -> LiveRecord | None:
     """Record anew what the golden remembers of the model: other weights compute other outputs."""
-    known = golden.live.stages if golden.live is not None else ("file",)
-    last = stage if stage is not None and stage not in known else known[-1]
-    if last == "file":
+    if last == "file" or path is None:
         return None
     from harness.model.stages import record_live, remembered
 
     return record_live(path, actual, live or remembered(golden), last, golden.path)
-
-
-@contextmanager
-def _opened(path: str | Path | None, golden: Golden) -> Iterator[Checkpoint]:
-    with open_checkpoint(_source(path, golden), section=golden.section) as checkpoint:
-        yield checkpoint
-
-
-def _source(path: str | Path | None, golden: Golden) -> Path:
-    """The checkpoint to verify: the one given, else the one that the golden names."""
-    source = golden.checkpoint if path is None else Path(path)
-    if source is None or (path is None and not source.exists()):
-        raise CheckpointError(
-            f"{golden.path}: the checkpoint that it was recorded from is not there: "
-            f"{golden.source}",
-            hint=f"harness verify CKPT -g {golden.path}",
-        )
-    return source
 
 
 def _kept_as_before(old: Fingerprint) -> Callable[[Tensor], bool]:
@@ -376,7 +361,7 @@ def _kept_as_before(old: Fingerprint) -> Callable[[Tensor], bool]:
 def _with_digests(
     outlined: Fingerprint, checkpoint: Checkpoint, keys: set[str], jobs: int | None
 ) -> Fingerprint:
-    digests = fingerprint_checkpoint(part(checkpoint, keys), details=_NOTHING, jobs=jobs).tensors
+    digests = fingerprint_checkpoint(part(checkpoint, keys), details=nothing, jobs=jobs).tensors
     return replace(
         outlined,
         tensors={

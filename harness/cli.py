@@ -9,39 +9,41 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from harness import __version__
-from harness.errors import GoldenError, HarnessError, UsageError
+from harness.errors import GoldenError, HarnessError, ModelError, NotRecorded, UsageError
 from harness.options import (
     PATH,
     live_of,
     live_options,
     policy_of,
     policy_options,
+    report_options,
     run_options,
+    stage_of,
     stage_options,
 )
 from harness.progress import progress_bar
+from harness.ranks import agreed, by_leader
 
 if TYPE_CHECKING:
-    from harness.compare import Policy
+    from harness.compare import Comparison, Policy
     from harness.golden import Golden
     from harness.model.stages import LiveOptions
+    from harness.report.outcome import Outcome, Result
     from harness.report.text import Style
 
-_WORST_FIRST = (2, 1, 3, 0)
 _GOLDEN = click.option("-g", "--golden", type=PATH, help="The golden file.")
-_FORMAT = click.option(
-    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
 _JOBS = click.option(
     "--jobs", type=click.IntRange(min=1), help="Threads; all the cores allowed by default."
 )
@@ -50,13 +52,24 @@ _JOBS = click.option(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: run the command and exit with its code; a crash is a 2, never a 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        from harness.model.team import team_of_torchrun
+
+        with team_of_torchrun():
+            code = _run(arguments)
+    else:
+        code = _run(arguments)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
     try:
-        code = cli.main(arguments, prog_name="harness", standalone_mode=False)
+        return cli.main(arguments, prog_name="harness", standalone_mode=False, obj=arguments) or 0
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
-        code = 130
+        return 130
     except (HarnessError, click.ClickException) as error:
-        code = 2
+        error = agreed(error) if isinstance(error, HarnessError) else error
         if {"--json", "--format=json", "json"} & set(arguments):
             _echo_json(_failure(error))
         elif isinstance(error, HarnessError):
@@ -65,12 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             error.show()
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 2
-    except Exception:  # exit code 1 would say that a checkpoint differs
+    except SystemExit as error:  # 0 would say that all is well, 1 that a checkpoint differs
+        _echo_error(agreed(ModelError(f"the code under test called sys.exit({error.code!r})")))
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        _echo_error(agreed(UsageError(f"{what}{error.strerror or error}", hint="check the path")))
+    except Exception as error:  # exit code 1 would say that a checkpoint differs
+        agreed(HarnessError(f"{type(error).__name__}: {error}"))
         traceback.print_exc()
         click.echo("error: this is a bug in the harness; please report it", err=True)
-        code = 2
-    sys.exit(code or 0)
+    return 2
 
 
 @click.group(
@@ -133,7 +150,7 @@ def record(
     from harness import api
     from harness.sketch import DEFAULT_BLOCK_NBYTES
 
-    stage = stage or ("load" if options["target"] else "file")
+    stage = stage_of(stage, options)
     with progress_bar(checkpoint) as progress:
         recorded = api.record(
             checkpoint,
@@ -158,7 +175,8 @@ def record(
         f"({found.container}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
     )
     # Without the checkpoint, verify repeats the stages that were recorded.
-    given = f" {shlex.quote(str(checkpoint))}" if recorded.live is None else ""
+    there = recorded.live is not None and recorded.checkpoint is not None
+    given = "" if there else f" {shlex.quote(str(checkpoint))}"
     click.echo(f"next: harness verify{given}{_golden_option(recorded.path, checkpoint)}")
 
 
@@ -180,9 +198,12 @@ def _golden_option(golden: Path, checkpoint: Path) -> str:
 @stage_options
 @live_options
 @run_options
-@_FORMAT
+@report_options
 @_JOBS
+@click.pass_obj
 def verify(
+    arguments: list[str],
+    /,
     checkpoint: Path | None,
     golden: Path | None,
     reference: Path | None,
@@ -190,6 +211,7 @@ def verify(
     reason: str,
     stage: Any,
     form: str,
+    reports: tuple[Path, ...],
     jobs: int | None,
     **options: Any,
 ) -> int:
@@ -198,12 +220,10 @@ def verify(
     Without CHECKPOINT, every golden in golden/ is compared with the checkpoint that it names, in
     all the stages that it was recorded with.
     """
-    from harness.report.json import error_as_json
+    from harness.report.outcome import Result
 
     if reason and not update_golden:
         raise UsageError("--reason goes with --update-golden")
-    if stage is None and checkpoint is not None:
-        stage = "load" if options["target"] else "file"
     run = _Run(
         policy=policy_of(options),
         stage=stage,
@@ -211,30 +231,13 @@ def verify(
         reference=reference,
         jobs=jobs,
         form=form,
+        updating=update_golden,
+        reason=reason,
+        arguments=arguments,
     )
-    results: list[dict[str, Any]] = []
-    codes = []
-    for target in _goldens(checkpoint, golden):
-        result: dict[str, Any] = {"golden": str(target), "checkpoint": None}
-        results.append(result)
-        try:
-            code = run.verify(checkpoint, target, result, updating=update_golden)
-            if update_golden:
-                result["updated"] = run.update(checkpoint, target, reason)
-                code = 0
-            codes.append(code)
-        except HarnessError as error:
-            if checkpoint is not None or golden is not None:
-                raise
-            codes.append(2)
-            result["error"] = error_as_json(error)
-            result.setdefault("stages", [])
-            if form == "text":
-                _echo_error(error)
-    exit_code = min(codes, key=_rank)
-    if form == "json":
-        _echo_json({"exit_code": exit_code, "goldens": results})
-    return exit_code
+    goldens = _goldens(checkpoint, golden)
+    outcomes = tuple(run.outcome(checkpoint, target) for target in goldens)
+    return _finish(Result(command="verify", outcomes=outcomes), form, reports)
 
 
 def _goldens(checkpoint: Path | None, golden: Path | None) -> list[Path]:
@@ -243,13 +246,28 @@ def _goldens(checkpoint: Path | None, golden: Path | None) -> list[Path]:
 
     if checkpoint is not None or golden is not None:
         return [choose_golden(checkpoint, golden)]
-    found = sorted(GOLDEN_FOLDER.glob(f"*{SUFFIX}"))
+    found = [path for path in sorted(GOLDEN_FOLDER.glob(f"*{SUFFIX}")) if not _is_other(path)]
     if not found:
         raise GoldenError(
             f"no goldens in {GOLDEN_FOLDER}/ of the current folder",
             hint="record one: harness record CHECKPOINT",
         )
     return found
+
+
+def _is_other(path: Path) -> bool:
+    """Whether a file among the goldens is something else in good order, such as inputs."""
+    from harness.api import open_checkpoint
+    from harness.golden import is_golden
+
+    if is_golden(path):
+        return False
+    try:
+        open_checkpoint(path).close()
+    except HarnessError:
+        return False
+    click.echo(f"note: {path} is no golden, and is left out", err=True)
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,92 +280,164 @@ class _Run:
     reference: Path | None
     jobs: int | None
     form: str
+    updating: bool
+    reason: str
+    arguments: list[str]
 
-    def verify(
-        self, checkpoint: Path | None, golden: Path, result: dict[str, Any], *, updating: bool
-    ) -> int:
-        """Run the stages of one golden, reporting each as it ends; returns the worst exit code."""
+    def outcome(self, checkpoint: Path | None, golden: Path) -> Outcome:
+        """Verify one golden and report each stage as it ends; update it if that is asked for."""
         from harness import api
-        from harness.report.json import comparison_as_json
-        from harness.report.text import how_to_accept, render
+        from harness.report.outcome import Outcome
 
-        recorded = api.read_golden(golden)
-        result["stages"] = []
-        worst = None
+        stages: list[Comparison] = []
+        steps: tuple[str, ...] = ()
+        updated, error = None, None
+        try:
+            recorded = api.read_golden(golden)
+            try:
+                self._verify(checkpoint, recorded, stages)
+            except NotRecorded:
+                if not self.updating:
+                    raise
+            if self.updating:
+                updated = self._update(checkpoint, recorded)
+                # What a golden cannot hold is still there: it holds the file, not the code.
+                if any(not s.ok for s in stages if s.stage in ("load", "reload")):
+                    stages.clear()
+                    self._verify(checkpoint, api.read_golden(golden), stages)
+            else:
+                steps = self._next_steps(stages, checkpoint, recorded)
+        except HarnessError as found:
+            error = agreed(found)
+        for line in steps if self.form == "text" else ():
+            click.echo(f"\n  {line}")
+        if error is not None and self.form == "text":
+            _echo_error(error)
+        name = stages[0].actual.name if stages else None
+        return Outcome(
+            expected=str(golden),
+            actual=name if name is not None or checkpoint is None else str(checkpoint),
+            stages=tuple(stages),
+            error=error,
+            updated=updated,
+            next_steps=steps,
+        )
+
+    def _verify(self, checkpoint: Path | None, recorded: Golden, stages: list[Comparison]) -> None:
+        from harness import api
+
+        stage = self._stage(checkpoint, recorded)
         with progress_bar(checkpoint or recorded.checkpoint) as progress:
             for comparison in api.verify_stages(
                 checkpoint,
                 recorded,
                 policy=self.policy,
-                stage=self.stage,
-                live=self._live(recorded),
+                stage=stage,
+                live=self._live(recorded, stage),
                 reference=self.reference,
                 jobs=self.jobs,
                 progress=progress,
             ):
-                if comparison.stage == "file":
-                    result["checkpoint"] = comparison.actual.name
-                    result["root"] = {
-                        "expected": comparison.expected.root.hex(),
-                        "actual": comparison.actual.root.hex(),
-                    }
-                result["stages"].append(comparison_as_json(comparison))
-                if self.form == "text":
-                    click.echo(render(comparison, _style()))
-                if worst is None or _rank(comparison.exit_code) < _rank(worst.exit_code):
-                    worst = comparison
-        assert worst is not None
-        if self.form == "text" and not updating:
-            there = recorded.checkpoint
-            known = [shlex.quote(str(there))] if there is not None and there.exists() else []
-            for line in how_to_accept(worst, self._command(checkpoint, golden), *known):
-                click.echo(f"\n  {line}")
-        return worst.exit_code
+                stages.append(comparison)
+                _echo_stage(comparison, self.form)
 
-    def update(self, checkpoint: Path | None, golden: Path, reason: str) -> bool:
+    def _update(self, checkpoint: Path | None, recorded: Golden) -> bool:
         """Accept what is there now; returns whether the golden changed."""
         from harness import api
 
-        recorded, before = api.read_golden(golden), golden.read_bytes()
+        stage = self._stage(checkpoint, recorded)
+        before = recorded.path.read_bytes()
         with progress_bar(checkpoint or recorded.checkpoint) as progress:
             updated = api.update(
                 checkpoint,
                 recorded,
-                reason=reason,
-                stage=self.stage,
-                live=self._live(recorded),
+                reason=self.reason,
+                stage=stage,
+                live=self._live(recorded, stage),
                 jobs=self.jobs,
                 progress=progress,
             )
-        changed = golden.read_bytes() != before
+        changed = recorded.path.read_bytes() != before
         if self.form == "text" and not changed:
-            click.echo(f"{golden} is up to date, and was not touched")
+            click.echo(f"{recorded.path} is up to date, and was not touched")
         elif self.form == "text":
             roots = (recorded.fingerprint.root.hex()[:16], updated.fingerprint.root.hex()[:16])
-            click.echo(f"updated {golden}: root {roots[0]} is now {roots[1]}")
+            click.echo(f"updated {recorded.path}: root {roots[0]} is now {roots[1]}")
             for entry in updated.history:
                 click.echo(f"  replaced {entry.root[:16]}  {entry.reason or '(no reason given)'}")
         return changed
 
-    def _live(self, golden: Golden) -> LiveOptions | None:
-        if self.stage == "file" or (self.stage is None and golden.live is None):
+    def _stage(self, checkpoint: Path | None, golden: Golden) -> Any:
+        """How far to go: as asked for, else as the golden remembers where no file is named."""
+        remembered = golden.live.stages[-1] if golden.live is not None else "file"
+        return stage_of(self.stage, self.options, remembered if checkpoint is None else "file")
+
+    def _live(self, golden: Golden, stage: Any) -> LiveOptions | None:
+        if stage == "file":
             return None
         from harness.model.stages import remembered
 
         return live_of(self.options, remembered(golden))
 
-    def _command(self, checkpoint: Path | None, golden: Path) -> str:
-        parts = ["harness", "verify", *([str(checkpoint)] if checkpoint else [])]
-        parts += ["-g", str(golden)]
-        if checkpoint and self.stage != "file":
-            parts.append(f"--{self.stage}")
-        if self.options["target"]:
-            parts += ["--model", self.options["target"]]
-        return shlex.join(parts)
+    def _next_steps(
+        self, stages: Sequence[Comparison], checkpoint: Path | None, golden: Golden
+    ) -> tuple[str, ...]:
+        from harness.report.outcome import worst
+        from harness.report.text import how_to_accept
+
+        code = worst(stage.exit_code for stage in stages)
+        found = next(stage for stage in stages if stage.exit_code == code)
+        kinds = {finding.kind for finding in found.findings if finding.fails}
+        if found.stage in ("load", "reload") and kinds - {"requires_grad"}:
+            return (
+                "the golden holds the file, not what the code makes of it: mend the code, "
+                "or save what it makes as a checkpoint and record that",
+            )
+        there = golden.checkpoint
+        known = [shlex.quote(str(there))] if there is not None and there.exists() else []
+        # As it was asked, so that the same question is asked again.
+        which = [] if checkpoint or self._names_golden() else ["-g", str(golden.path)]
+        command = shlex.join(["harness", *_without_reports(self.arguments), *which])
+        return tuple(how_to_accept(found, command, *known))
+
+    def _names_golden(self) -> bool:
+        return any(a == "-g" or a.startswith("--golden") for a in self.arguments)
 
 
-def _rank(code: int) -> int:
-    return _WORST_FIRST.index(code)
+def _without_reports(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command without those that only say how to report."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in ("--report", "--format"):
+            next(rest, None)
+        elif not argument.startswith(("--report=", "--format=")):
+            kept.append(argument)
+    return kept
+
+
+def _echo_stage(comparison: Comparison, form: str) -> None:
+    from harness.report.text import render
+
+    if form == "text":
+        click.echo(render(comparison, _style()))
+
+
+def _finish(result: Result, form: str, reports: Sequence[Path]) -> int:
+    """Print the JSON, write the reports, and give the exit code of all."""
+    from harness.report.files import append_step_summary, write_report
+    from harness.report.json import result_as_json
+
+    if form == "json":
+        _echo_json(result_as_json(result))
+    for path in reports:
+        by_leader(partial(write_report, result, path))
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary:
+        try:
+            by_leader(partial(append_step_summary, result, Path(summary)))
+        except HarnessError as error:  # no reason for a run to fail
+            click.echo(f"note: {error}", err=True)
+    return result.exit_code
 
 
 @cli.command()
@@ -355,58 +445,58 @@ def _rank(code: int) -> int:
 @policy_options
 @live_options
 @run_options
-@_FORMAT
-def roundtrip(checkpoint: Path, form: str, **options: Any) -> int:
+@report_options
+def roundtrip(checkpoint: Path, form: str, reports: tuple[Path, ...], **options: Any) -> int:
     """Load, save, reload and run CHECKPOINT.
 
     Each is compared with the file itself, and the outputs with each other: no golden is needed.
     """
     from harness import api
-    from harness.report.json import comparison_as_json
-    from harness.report.text import render
+    from harness.report.outcome import Outcome, Result
 
-    stages, codes = [], []
-    for comparison in api.roundtrip(checkpoint, policy=policy_of(options), live=live_of(options)):
-        stages.append(comparison_as_json(comparison))
-        codes.append(comparison.exit_code)
+    stages, error = [], None
+    try:
+        for comparison in api.roundtrip(
+            checkpoint, policy=policy_of(options), live=live_of(options)
+        ):
+            stages.append(comparison)
+            _echo_stage(comparison, form)
+    except HarnessError as found:
+        error = agreed(found)
         if form == "text":
-            click.echo(render(comparison, _style()))
-    exit_code = min(codes, key=_rank)
-    if form == "json":
-        result = {"golden": None, "checkpoint": str(checkpoint), "stages": stages}
-        _echo_json({"exit_code": exit_code, "goldens": [result]})
-    return exit_code
+            _echo_error(error)
+    outcome = Outcome(expected=None, actual=str(checkpoint), stages=tuple(stages), error=error)
+    return _finish(Result(command="roundtrip", outcomes=(outcome,)), form, reports)
 
 
 @cli.command()
 @click.argument("expected", type=PATH)
 @click.argument("actual", type=PATH)
 @policy_options
-@_FORMAT
+@report_options
 @_JOBS
-def diff(expected: Path, actual: Path, form: str, jobs: int | None, **options: Any) -> int:
+def diff(
+    expected: Path,
+    actual: Path,
+    form: str,
+    reports: tuple[Path, ...],
+    jobs: int | None,
+    **options: Any,
+) -> int:
     """Compare two checkpoints, or goldens.
 
     Two checkpoints are compared element by element, a golden by what it keeps.
     """
     from harness import api
-    from harness.report.json import comparison_as_json
-    from harness.report.text import render
+    from harness.report.outcome import Outcome, Result
 
     with progress_bar(expected) as progress:
         comparison = api.diff(
             expected, actual, policy=policy_of(options), jobs=jobs, progress=progress
         )
-    if form == "json":
-        result = {
-            "golden": str(expected),
-            "checkpoint": str(actual),
-            "stages": [comparison_as_json(comparison)],
-        }
-        _echo_json({"exit_code": comparison.exit_code, "goldens": [result]})
-    else:
-        click.echo(render(comparison, _style()))
-    return comparison.exit_code
+    _echo_stage(comparison, form)
+    outcome = Outcome(expected=str(expected), actual=str(actual), stages=(comparison,))
+    return _finish(Result(command="diff", outcomes=(outcome,)), form, reports)
 
 
 @cli.command()
@@ -455,7 +545,8 @@ def _style() -> Style:
     terminal = sys.stdout.isatty()
     plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    return Style(color=terminal and not plain, unicode=terminal and utf8)
+    width = shutil.get_terminal_size().columns if terminal else None
+    return Style(color=terminal and not plain, unicode=terminal and utf8, width=width)
 
 
 def _echo_error(error: HarnessError) -> None:

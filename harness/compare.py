@@ -2,20 +2,21 @@
 
 In: the expected and the actual `Fingerprint`, a `Policy`, and a function that measures pairs of
 tensors whose digests differ. Out: a frozen `Comparison`. No I/O: what must be read to measure is
-behind that function. Refused (UsageError): options of the policy that fit no tensor.
+behind that function. Refused: options of the policy that fit no tensor (UsageError), and a side
+that changed while it was read (CheckpointError).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 from harness.allclose import Tolerance
 from harness.difference import Difference, Measure, Verdict
-from harness.errors import GoldenMismatch, UsageError
+from harness.errors import CheckpointError, GoldenMismatch, UsageError
 from harness.fingerprint import Fingerprint, TensorPrint
 
 # Worst first: what stops a load, then what computes something else, then what is only noted.
@@ -39,6 +40,7 @@ FINDING_KINDS: tuple[FindingKind, ...] = get_args(FindingKind)
 
 # Inserted into keys by torch.compile, data parallelism and activation checkpointing.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+_STRANGERS = "no key in common: is it a checkpoint of another model?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,22 @@ class Policy:
 
     def ignores(self, key: str) -> bool:
         return any(fnmatchcase(key, glob) for glob in self.ignore)
+
+    def at_stage(self, keys: Collection[str], elsewhere: Collection[str]) -> Policy:
+        """Leave out the globs that fit none of a stage's `keys`, but some of another one's."""
+
+        def is_here(glob: str) -> bool:
+            return _fits(glob, keys) or not _fits(glob, elsewhere)
+
+        return replace(
+            self,
+            ignore=tuple(glob for glob in self.ignore if is_here(glob)),
+            tolerances=tuple(one for one in self.tolerances if is_here(one[0])),
+        )
+
+
+def _fits(glob: str, keys: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, glob) for key in keys)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +212,8 @@ def compare(
     if finding is not None:
         findings.append(finding)
         pairs += [_Pair(missing.pop(a), unexpected.pop(b)) for a, b in prefixed]
-    for expected_key, actual_key in _find_renamed(missing, unexpected):
+    renamed = _find_renamed(missing, unexpected)
+    for expected_key, actual_key in renamed:
         ours, other = missing.pop(expected_key), unexpected.pop(actual_key)
         findings.append(
             Finding(
@@ -209,6 +228,7 @@ def compare(
     findings += [
         Finding(kind="unexpected", key=t.key, actual=describe(t)) for t in unexpected.values()
     ]
+    strangers = missing and unexpected and not pairs and not renamed
     aliases = _alias_changes(expected, actual, pairs)
     to_measure: list[_Pair] = []
     num_identical = 0
@@ -226,6 +246,7 @@ def compare(
     triples = [(p.expected, p.actual, policy.tolerance(p.expected.key)) for p in to_measure]
     for pair, difference in zip(to_measure, measure(triples), strict=True):
         if difference.verdict == "identical":
+            _refuse_contradiction(pair, actual)
             num_identical += pair.expected.key not in aliases
         elif difference.verdict == "different" or pair.expected.key not in aliases:
             findings.append(
@@ -247,7 +268,18 @@ def compare(
         num_ignored=num_ignored,
         num_nan=sum(1 for t in kept.values() if t.stats is not None and t.stats.num_nan),
         stage=stage,
+        notes=(_STRANGERS,) if strangers else (),
     )
+
+
+def _refuse_contradiction(pair: _Pair, actual: Fingerprint) -> None:
+    """Equal bytes have equal digests, unless they were read at two times."""
+    ours, theirs = pair.expected, pair.actual
+    if ours.dtype == theirs.dtype and None not in (ours.digest, theirs.digest):
+        raise CheckpointError(
+            f"{actual.name}: the values of {theirs.key!r} are as expected, but their digest not",
+            hint="something writes to it while it is read: try again when that is done",
+        )
 
 
 def describe(tensor: TensorPrint) -> str:
@@ -448,7 +480,7 @@ def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> 
     options = [("--ignore", glob, both) for glob in policy.ignore]
     options += [("--tolerance", glob, keys) for glob, _, _ in policy.tolerances]
     for option, glob, candidates in options:
-        if not any(fnmatchcase(key, glob) for key in candidates):
+        if not _fits(glob, candidates):
             raise UsageError(
                 f"{option} {glob}: fits no key of {expected.name}",
                 hint=f"harness show {expected.name} lists the keys",

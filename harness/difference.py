@@ -17,7 +17,17 @@ from typing import Any, Literal
 import numpy as np
 from blake3 import blake3
 
-from harness.allclose import Tally, Tolerance, Values, add_tallies, element, roundings, tally_chunk
+from harness.allclose import (
+    MAX_STRIP,
+    Tally,
+    Tolerance,
+    Values,
+    add_tallies,
+    element,
+    roundings,
+    run_numel,
+    tally_chunk,
+)
 from harness.checkpoint.tensors import numpy_dtype
 from harness.fingerprint import TensorPrint, block_numel, digest_of
 from harness.sketch import (
@@ -32,7 +42,6 @@ from harness.streaming import buffers, chunks
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Verdict = Literal["identical", "close", "different", "undecided"]
-VERDICTS: tuple[Verdict, ...] = ("identical", "close", "undecided", "different")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +61,9 @@ class Difference:
     the greatest |actual - expected|, and the least atol under which the tensor would pass with
     the rtol in force. `rms` is of actual - expected, estimated unless `is_exact`. `num_differing`
     and `num_beyond` (the tolerance) are known only where the values are. `where` names the range
-    of the first axis that changed. `chance` bounds the probability that a proved verdict is wrong.
+    of the first axis that changed. `strip` shows where: the rms of actual - expected over up to
+    `MAX_STRIP` equal ranges of the tensor in logical order, 0.0 where nothing changed, empty where
+    it is not known. `chance` bounds the probability that a proved verdict is wrong.
     """
 
     verdict: Verdict
@@ -67,6 +78,7 @@ class Difference:
     num_beyond: int | None = None
     elements: tuple[Element, ...] = ()
     where: str | None = None
+    strip: tuple[float, ...] = ()
     num_nonfinite: tuple[int, int] = (0, 0)
     chance: float = 0.0
 
@@ -99,7 +111,7 @@ def conclude(
         numel=numel,
         max_abs=(total.max_abs, total.max_abs),
         min_atol=(total.min_atol, total.min_atol),
-        rms=math.sqrt(total.sum_squares / numel) if numel else 0.0,
+        rms=math.sqrt(math.fsum(total.squares) / numel) if numel else 0.0,
         num_differing=total.num_differing,
         num_beyond=total.num_beyond,
         elements=tuple(
@@ -113,8 +125,30 @@ def conclude(
         where=_where(expected.shape, [(total.first, total.last + 1)])
         if total.num_differing
         else None,
+        strip=_exact_strip(expected, tallies) if total.num_differing else (),
         num_nonfinite=total.num_nonfinite,
     )
+
+
+def _exact_strip(tensor: Values, tallies: Sequence[Tally | None]) -> tuple[float, ...]:
+    run = run_numel(tensor.numel)
+    squares: list[float] = []
+    for chunk, tally in zip(chunks(tensor.nbytes), tallies, strict=True):
+        num_runs = -(-chunk.nbytes // tensor.dtype.itemsize // run)
+        squares += [0.0] * num_runs if tally is None else tally.squares
+    return _strip(squares, run, tensor.numel)
+
+
+def _strip(squares: Sequence[float], run: int, numel: int) -> tuple[float, ...]:
+    """The rms over at most MAX_STRIP ranges, from sums of squares over runs of elements."""
+    per_range = -(-len(squares) // MAX_STRIP)
+    if len(squares) < 2:
+        return ()
+    found = []
+    for first in range(0, len(squares), per_range):
+        count = min((first + per_range) * run, numel) - first * run
+        found.append(math.sqrt(math.fsum(squares[first : first + per_range]) / count))
+    return tuple(found)
 
 
 def unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -180,18 +214,21 @@ def difference_from_sketch(
         rms=math.nan,
         num_nonfinite=nonfinite,
     )
+    same_type = expected.dtype == actual.dtype
     if not expected.dtype.is_floating or not actual.dtype.is_floating:
-        return replace(blank, why=f"{expected.dtype} must be equal, and its digest differs")
+        if same_type:
+            return replace(blank, why=f"{expected.dtype} must be equal, and its digest differs")
+        return _across_types(blank, expected, actual)
     if ours is None or theirs is None or expected.sketch is None or actual.sketch is None:
         return replace(
             blank,
-            verdict="different" if tolerance.exact else "undecided",
+            verdict="different" if tolerance.exact and same_type else "undecided",
             why="the golden keeps neither its values nor a sketch",
         )
     if expected.sketch.projections.shape != actual.sketch.projections.shape:
         return replace(
             blank,
-            verdict="different" if tolerance.exact else "undecided",
+            verdict="different" if tolerance.exact and same_type else "undecided",
             why="the two goldens have sketches of different block sizes",
         )
     components = expected.numel * (2 if expected.dtype.kind == "complex" else 1)
@@ -201,6 +238,30 @@ def difference_from_sketch(
     if values is not None and expected.dtype == actual.dtype and expected.dtype.kind == "float":
         return _recovered(bounded, gap, size, expected, values, thorough)
     return bounded
+
+
+def _across_types(blank: Difference, expected: TensorPrint, actual: TensorPrint) -> Difference:
+    """Decide whether elements of two dtypes are equal: digests are of the dtype as well."""
+    ours, theirs = expected.stats, actual.stats
+    if (
+        ours is not None
+        and theirs is not None
+        and {"int", "bool", "float"}
+        >= {
+            expected.dtype.kind,
+            actual.dtype.kind,
+        }
+    ):
+        if (ours.min, ours.max) != (theirs.min, theirs.max):
+            return replace(blank, why="its least or greatest element is another one")
+        if ours.num_zero != theirs.num_zero or any(blank.num_nonfinite):
+            return replace(blank, why="it holds another number of zeros or of numbers at all")
+    return replace(
+        blank,
+        verdict="undecided",
+        why="the golden keeps no values of it, and digests of "
+        f"{expected.dtype} and {actual.dtype} cannot be compared",
+    )
 
 
 def exact_difference(expected: Values, actual: Values, tolerance: Tolerance) -> Difference:
@@ -243,6 +304,7 @@ def _bounded(
         min_atol=(max(0.0, needed), upper),
         rms=gap.rms * math.sqrt(factor),
         where=_where(expected.shape, ranges),
+        strip=_strip((gap.squares * factor).tolist(), size, expected.numel * factor),
         chance=CHANCE * 2 * len(gap.upper),
     )
     if any(blank.num_nonfinite):

@@ -4,7 +4,9 @@
     ├── CheckpointError    a checkpoint cannot be read, or is not what it claims to be
     ├── GoldenError        a golden is missing, exists already, or cannot be read
     ├── ModelError         the code under test cannot be built, loaded or run
+    │   └── NotRecorded    the golden does not hold what a stage compares with
     ├── UsageError         options that do not fit together or fit no tensor
+    ├── TeamError          another process of the same run has died, or failed unexpectedly
     └── GoldenMismatch     a comparison failed (also an AssertionError); only raised on request
 
 `str(error)` is the message; `error.hint` is the next step, one command or sentence.
@@ -41,10 +43,20 @@ class ModelError(HarnessError):
     kind = "model"
 
 
+class NotRecorded(ModelError):  # noqa: N818 - reads as what is the case
+    """The golden does not hold what a stage compares with; an update records it."""
+
+
 class UsageError(HarnessError):
     """Options that do not fit together, or that fit no tensor."""
 
     kind = "usage"
+
+
+class TeamError(HarnessError):
+    """Another process of the same run has died, or failed in an unexpected way."""
+
+    kind = "team"
 
 
 class GoldenMismatch(HarnessError, AssertionError):  # noqa: N818 - reads as what happened

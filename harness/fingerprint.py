@@ -30,7 +30,7 @@ from harness.streaming import (
     buffers,
     chunks,
     map_chunks,
-    parallel,
+    share,
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -371,7 +371,7 @@ def _stats(parts: list[_Moments]) -> Stats:
 
 
 def _check_integrity(checkpoint: Checkpoint, jobs: int | None) -> None:
-    for _ in parallel(_check_entries, list(_batches(checkpoint.checksums)), jobs=jobs):
+    for _ in share(_check_entries, list(_batches(checkpoint.checksums)), jobs=jobs):
         pass
 
 

@@ -4,12 +4,9 @@ In: a `Golden` (a fingerprint, where it came from, its history). Out: bytes that
 else, written atomically. Refused: overwriting without being told to, files that are no goldens,
 goldens of a newer schema, columns that do not fit the table of tensors.
 
-    digest      U8  [N, 32]      stats  F64 [N, 9]     one row per tensor (stats: NaN where none)
-    sketch      F64 [M, 16]      block_norm F64 [M]    one row per block, tensors in table order
-    value/KEY   the tensor's own dtype and shape (U8 where safetensors lacks the dtype)
-
-The metadata has one entry, `harness`: canonical JSON, see `_describe`. safetensors writes several
-entries in random order, which would make equal goldens differ.
+Its arrays are those of `harness.columns`. The metadata has one entry, `harness`: canonical JSON,
+see `_describe`. safetensors writes several entries in random order, which would make equal goldens
+differ.
 """
 
 from __future__ import annotations
@@ -17,9 +14,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from operator import attrgetter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -27,25 +23,20 @@ import numpy as np
 
 from harness.checkpoint.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.sources import FileSource, read
-from harness.checkpoint.tensors import DTYPES, Tensor, format_key, numpy_dtype
+from harness.checkpoint.tensors import Tensor
+from harness.columns import Columns, columns_of, rows_of
 from harness.errors import CheckpointError, GoldenError
-from harness.fingerprint import Fingerprint, Stats, TensorPrint, block_numel
-from harness.sketch import NUM_PROJECTIONS, SEED, Sketch, num_blocks
+from harness.fingerprint import Fingerprint
+from harness.sketch import NUM_PROJECTIONS, SEED
 from harness.streaming import CHUNK_NBYTES
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SCHEMA = 1
 SUFFIX = ".safetensors"
-_NUM_STATS = len(fields(Stats))
-_stats_of = attrgetter(*(field.name for field in fields(Stats)))
-# What safetensors can write from numpy; everything else is stored as bytes.
-_NATIVE = frozenset(
-    {
-        *("float64", "float32", "float16", "bfloat16", "bool"),
-        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
-    }
-)
+_LFS = b"version https://git-lfs"
+_RESTORE = "restore it from version control, or record it again with --overwrite"
+_NOT_A_GOLDEN = "give the golden with -g, and the checkpoint without"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +70,9 @@ class LiveRecord:
 class Golden:
     """A fingerprint in a file.
 
-    `source` is the checkpoint's path relative to the golden's folder, or its bare name where it
-    lies outside of the project; `section` is what the user asked for, None for the state dict;
-    `live` is there where the golden was recorded with a model.
+    `source` is the checkpoint's path relative to the golden's folder, its bare name where it lies
+    outside of the project, "" where it was no file; `section` is what the user asked for, None for
+    the state dict; `live` is there where the golden was recorded with a model.
     """
 
     path: Path
@@ -108,8 +99,10 @@ class Golden:
     @property
     def checkpoint(self) -> Path | None:
         """Where the recorded checkpoint should be, if the golden knows."""
+        if not self.source:
+            return None
         path = Path(os.path.normpath(self.path.parent / self.source))
-        return path if "/" in self.source or path.exists() else None
+        return path if "/" in self.source or is_there(path) else None
 
 
 def source_of(checkpoint: Path, golden: Path) -> str:
@@ -125,7 +118,7 @@ def source_of(checkpoint: Path, golden: Path) -> str:
 def _project(golden: Path) -> Path:
     folder = golden.resolve().parent
     for candidate in (folder, *folder.parents):
-        if (candidate / ".git").exists() or (candidate / "pyproject.toml").exists():
+        if any(is_there(candidate / name) for name in (".git", "pyproject.toml")):
             return candidate
     return folder.parent if folder.name == "golden" else folder
 
@@ -146,6 +139,7 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
                     f"{path}: a golden is recorded there already",
                     hint=f"to replace it: harness verify CKPT -g {path} --update-golden",
                 )
+            refuse_other(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, data)
     except OSError as error:
@@ -153,6 +147,15 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
             f"{path}: cannot be written: {error.strerror}", hint="check the folder's permissions"
         ) from error
     return True
+
+
+def refuse_other(path: Path) -> None:
+    """Raise GoldenError for a file that is neither a golden, whole or damaged, nor empty."""
+    if path.stat().st_size and not is_golden(path):
+        raise GoldenError(
+            f"{path}: is there, and is not a golden",
+            hint="give another file with -g, or remove it",
+        )
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -185,38 +188,9 @@ def serialize(golden: Golden) -> bytes:
     """The bytes of a golden file: the same for the same golden, always."""
     from safetensors.numpy import save
 
-    parts = golden.parts
-    tensors = [tensor for part in parts.values() for tensor in part.tensors.values()]
-    originals = [tensor for tensor in tensors if tensor.alias_of is None]
-    sketches = [t.sketch for t in originals if t.sketch is not None]
-    digests = b"".join(tensor.digest or b"" for tensor in tensors)
-    if len(digests) != 32 * len(tensors):
-        raise ValueError("a golden needs a digest of every tensor")
-    nothing = (float("nan"),) * _NUM_STATS
-    stats = np.array([_stats_of(t.stats) if t.stats else nothing for t in tensors], "<f8")
-    rows = np.concatenate([np.empty((0, NUM_PROJECTIONS)), *(s.projections for s in sketches)])
-    norms = np.concatenate([np.empty(0), *(s.norms for s in sketches)])
-    columns: dict[str, Array] = {
-        "digest": np.frombuffer(digests, "|u1").reshape(-1, 32),
-        "stats": stats.reshape(-1, _NUM_STATS),
-        "sketch": rows,
-        "block_norm": norms,
-    }
-    for prefix, part in parts.items():
-        for tensor in part.tensors.values():
-            if tensor.values is not None and tensor.alias_of is None:
-                columns[_value_name(prefix, tensor.key)] = _native(tensor)
+    columns = columns_of(golden.parts)
     metadata = json.dumps(_describe(golden), sort_keys=True, separators=(",", ":"))
     return save(columns, metadata={"harness": metadata})
-
-
-def _native(tensor: TensorPrint) -> Array:
-    """The values as safetensors can write them: as what they are, or as bytes."""
-    values = np.frombuffer(tensor.values or b"", "|u1")
-    if tensor.dtype.name not in _NATIVE:
-        return values
-    dtype = "?" if tensor.dtype.name == "bool" else numpy_dtype(tensor.dtype)
-    return values.view(dtype).reshape(tensor.shape)
 
 
 def _describe(golden: Golden) -> dict[str, Any]:
@@ -239,7 +213,7 @@ def _describe(golden: Golden) -> dict[str, Any]:
             "keeps_aliases": found.keeps_aliases,
         },
         "root": found.root.hex(),
-        "tensors": _rows(found),
+        "tensors": rows_of(found),
         "config": without_paths(found.config),
         "history": [{"root": update.root, "reason": update.reason} for update in golden.history],
         "live": None if golden.live is None else _describe_live(golden.live),
@@ -256,28 +230,10 @@ def _describe_live(live: LiveRecord) -> dict[str, Any]:
         **{
             name: None
             if part is None
-            else {"block_nbytes": part.block_nbytes, "tensors": _rows(part)}
+            else {"block_nbytes": part.block_nbytes, "tensors": rows_of(part)}
             for name, part in (("buffers", live.buffers), ("outputs", live.outputs))
         },
     }
-
-
-def _rows(part: Fingerprint) -> list[list[Any]]:
-    return [
-        [
-            t.key,
-            t.dtype.name,
-            list(t.shape),
-            t.alias_of,
-            "values" if t.values is not None else "sketch" if t.sketch is not None else None,
-        ]
-        for t in part.tensors.values()
-    ]
-
-
-def _value_name(prefix: str, key: str) -> str:
-    """The name of a tensor's values in the golden: lone surrogates have no UTF-8."""
-    return f"{prefix}/" + key.encode("utf-8", "backslashreplace").decode()
 
 
 def without_paths(value: Any) -> Any:
@@ -295,6 +251,14 @@ def without_paths(value: Any) -> Any:
     return value
 
 
+def is_there(path: Path) -> bool:
+    """Whether something is at a path; False for one that cannot even be looked at."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def is_golden(path: Path) -> bool:
     """Whether a file is a golden, by its content; False for anything that cannot be read."""
     try:
@@ -310,30 +274,46 @@ def is_golden(path: Path) -> bool:
 
 def read_golden(path: str | Path) -> Golden:
     """Read a golden of any schema that was ever released; raises GoldenError."""
-    path = Path(path)
-    if not path.is_file():
-        raise GoldenError(f"{path}: no golden there", hint=f"harness record CKPT -g {path}")
+    path, opened = Path(path), False
     try:
+        _refuse_no_file(path)
         with contextlib.closing(FileSource(path)) as source:
-            head = read(source, 0, min(9, source.nbytes))
-            if not is_safetensors(head, source.nbytes):
+            head = read(source, 0, min(len(_LFS), source.nbytes))
+            if head == _LFS:
                 raise GoldenError(
-                    f"{path}: not a golden (no safetensors file)",
-                    hint="restore it from version control, or record it again with --overwrite",
+                    f"{path}: a Git LFS pointer, not the golden itself", hint="git lfs pull"
                 )
+            if not is_safetensors(head, source.nbytes):
+                raise GoldenError(f"{path}: not a golden (no safetensors file)", hint=_NOT_A_GOLDEN)
+            opened = True
             columns, metadata = read_safetensors(path, source)
             return _parse(path, {c.key: c for c in columns}, metadata)
     except CheckpointError as error:
+        raise GoldenError(str(error), hint=_RESTORE if opened else error.hint) from error
+    except OSError as error:
         raise GoldenError(
-            str(error), hint="restore it from version control, or record it again with --overwrite"
+            f"{path}: {(error.strerror or 'cannot be read').lower()}",
+            hint="check the path and its permissions",
         ) from error
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Say what is at a path that is no file; may raise OSError."""
+    if path.is_dir():
+        inside = next((p for p in sorted(path.glob(f"*{SUFFIX}")) if is_golden(p)), None)
+        raise GoldenError(
+            f"{path}: a folder, not a golden",
+            hint=f"-g {inside or path / f'NAME{SUFFIX}'}",
+        )
+    if not path.is_file():
+        raise GoldenError(f"{path}: no golden there", hint=f"harness record CKPT -g {path}")
 
 
 def _parse(path: Path, columns: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Golden:
     if "harness" not in metadata:
         raise GoldenError(
             f"{path}: a safetensors file, but not a golden",
-            hint=f"to record it as a checkpoint: harness record {path} -g golden/NAME{SUFFIX}",
+            hint=_NOT_A_GOLDEN,
         )
     try:
         header = json.loads(metadata["harness"])
@@ -349,9 +329,9 @@ def _parse(path: Path, columns: Mapping[str, Tensor], metadata: Mapping[str, str
         if fixed != ("blake3", CHUNK_NBYTES, SEED) or not 0 < block_nbytes <= CHUNK_NBYTES:
             raise GoldenError(
                 f"{path}: made in a way that this version does not know: {made}",
-                hint="restore it from version control, or record it again with --overwrite",
+                hint=_RESTORE,
             )
-        reader = _Columns(columns)
+        reader = Columns(columns)
         fingerprint = Fingerprint(
             name=str(path),
             container=source["container"],
@@ -380,11 +360,11 @@ def _parse(path: Path, columns: Mapping[str, Tensor], metadata: Mapping[str, str
     except (KeyError, TypeError, ValueError, IndexError, RecursionError, AttributeError) as error:
         raise GoldenError(
             f"{path}: a damaged golden ({type(error).__name__}: {error})",
-            hint="restore it from version control, or record it again with --overwrite",
+            hint=_RESTORE,
         ) from error
 
 
-def _parse_live(reader: _Columns, described: Any) -> LiveRecord | None:
+def _parse_live(reader: Columns, described: Any) -> LiveRecord | None:
     if described is None:
         return None
 
@@ -410,87 +390,4 @@ def _parse_live(reader: _Columns, described: Any) -> LiveRecord | None:
         parameters=tuple((str(name), bool(grad)) for name, grad in described["parameters"]),
         buffers=part("buffers"),
         outputs=part("outputs"),
-    )
-
-
-class _Columns:
-    """Takes the rows of the columns in order, as the tables of tensors need them."""
-
-    def __init__(self, columns: Mapping[str, Tensor]) -> None:
-        self._columns = columns
-        self._digests, self._stats = columns["digest"].array(), columns["stats"].array()
-        self._sketch, self._norms = columns["sketch"].array(), columns["block_norm"].array()
-        if self._digests.shape[1:] != (32,) or self._stats.shape[1:] != (_NUM_STATS,):
-            raise ValueError("the columns have other widths")
-        self._row = self._block = 0
-
-    def check_used_up(self) -> None:
-        rows, blocks = {len(self._digests), len(self._stats)}, {len(self._sketch), len(self._norms)}
-        if rows != {self._row} or blocks != {self._block}:
-            raise ValueError(f"{self._row} tensors, but {sorted(rows)} rows in the columns")
-
-    def prints(
-        self, prefix: str, table: list[Any], block_nbytes: int
-    ) -> Iterator[tuple[str, TensorPrint]]:
-        """Read the fingerprints of one table of tensors."""
-        if not 0 < block_nbytes <= CHUNK_NBYTES:
-            raise ValueError(f"blocks of {block_nbytes} bytes")
-        known: dict[str, TensorPrint] = {}
-        for key, dtype, shape, alias_of, kept in table:
-            if self._row >= min(len(self._digests), len(self._stats)):
-                raise ValueError("the columns end early")
-            tensor = TensorPrint(
-                key=str(key),
-                dtype=DTYPES[dtype],
-                shape=tuple(int(size) for size in shape),
-                digest=self._digests[self._row].tobytes(),
-                alias_of=alias_of,
-                stats=_stats(self._stats[self._row]),
-            )
-            self._row += 1
-            if alias_of is not None:
-                original = known[alias_of]
-                tensor = replace(tensor, values=original.values, sketch=original.sketch)
-            elif kept == "values":
-                tensor = replace(tensor, values=self._values(prefix, tensor))
-            elif kept == "sketch":
-                tensor = replace(tensor, sketch=self._take_sketch(tensor, block_nbytes))
-            if tensor.key in known:
-                raise ValueError(f"two tensors have the key {key!r}")
-            known[tensor.key] = tensor
-            yield tensor.key, tensor
-
-    def _values(self, prefix: str, tensor: TensorPrint) -> bytes:
-        # The reader of safetensors files lists its tensors under formatted keys.
-        values = self._columns[format_key((_value_name(prefix, tensor.key),))].array().tobytes()
-        if len(values) != tensor.nbytes:
-            raise ValueError(f"the values of {tensor.key!r} do not fit its shape {tensor.shape}")
-        return values
-
-    def _take_sketch(self, tensor: TensorPrint, block_nbytes: int) -> Sketch:
-        factor = 2 if tensor.dtype.kind == "complex" else 1
-        count = num_blocks(tensor.numel * factor, block_numel(tensor.dtype, block_nbytes))
-        rows = slice(self._block, self._block + count)
-        self._block += count
-        if self._block > min(len(self._sketch), len(self._norms)):
-            raise ValueError(f"the sketch ends before {tensor.key!r}")
-        return Sketch(projections=self._sketch[rows], norms=self._norms[rows])
-
-
-def _stats(row: Array) -> Stats | None:
-    if np.isnan(row).all():
-        return None
-    values = [float(value) for value in row]
-    low, high, mean, std, l2, *counts = values
-    zero, nan, posinf, neginf = (int(count) for count in counts)
-    return Stats(
-        min=low,
-        max=high,
-        mean=mean,
-        std=std,
-        l2=l2,
-        num_zero=zero,
-        num_nan=nan,
-        num_posinf=posinf,
-        num_neginf=neginf,
     )

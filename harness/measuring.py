@@ -108,7 +108,7 @@ class AgainstGolden:
         if reference is None:
             return {}
         keys = {tensor.key for tensor in expected} & set(reference.tensors)
-        digests = fingerprint(part(reference, keys), details=_nothing, jobs=self.jobs).tensors
+        digests = fingerprint(part(reference, keys), details=nothing, jobs=self.jobs).tensors
         found = {}
         for tensor in expected:
             other = digests.get(tensor.key)
@@ -131,7 +131,7 @@ class AgainstGolden:
         for block_nbytes, keys in by_block.items():
             details |= fingerprint(
                 part(self.actual, keys),
-                keep_values=_nothing,
+                keep_values=nothing,
                 block_nbytes=block_nbytes,
                 jobs=self.jobs,
                 progress=self.progress,
@@ -168,7 +168,8 @@ class BySketches:
         ]
 
 
-def _nothing(tensor: Tensor) -> bool:
+def nothing(tensor: Tensor) -> bool:
+    """As `details` of `fingerprint`: digests alone."""
     return False
 
 

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from harness.errors import UsageError
+
 if TYPE_CHECKING:
     from harness.compare import Policy
     from harness.model.stages import LiveOptions
 
-PATH = click.Path(path_type=Path)
+# Not checked by click, whose complaints lack the next step.
+PATH = click.Path(path_type=Path, readable=False)
 
 
 class _Pairs(click.ParamType[tuple[str, str]]):
@@ -121,9 +124,38 @@ _LIVE = [
 ]
 _RUN = [
     click.option("--keep", is_flag=True, help="Keep the saved file beside the checkpoint."),
-    click.option("--output-atol", type=float, default=1e-4, show_default=True),
-    click.option("--output-rtol", type=float, default=1e-4, show_default=True),
+    click.option("--output-atol", type=float, help="As --atol, of outputs (default 1e-4)."),
+    click.option("--output-rtol", type=float, help="As --rtol, of outputs (default 1e-4)."),
 ]
+
+
+def _report_paths(ctx: click.Context, param: click.Parameter, paths: Any) -> Any:
+    from harness.report.files import check_report
+
+    for path in paths:
+        check_report(path)
+    return paths
+
+
+_REPORT = [
+    click.option(
+        "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
+    ),
+    click.option(
+        "--report",
+        "reports",
+        multiple=True,
+        type=PATH,
+        callback=_report_paths,
+        metavar="FILE",
+        help="Also write a report: .html, .md, .xml (JUnit) or .json. Repeatable.",
+    ),
+]
+
+
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how to report."""
+    return _add(_REPORT, command)
 
 
 def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,6 +171,37 @@ def live_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of running the stages."""
     return _add(_RUN, command)
+
+
+_ORDER = ("file", "load", "reload", "outputs")
+# The first stage at which an option has an effect.
+_NEEDED_BY = {
+    "target": ("--model", "load"),
+    "config": ("--config", "load"),
+    "trust_checkpoint": ("--trust-checkpoint", "load"),
+    "keep": ("--keep", "reload"),
+    "inputs": ("--inputs", "outputs"),
+    "output_atol": ("--output-atol", "outputs"),
+    "output_rtol": ("--output-rtol", "outputs"),
+}
+
+
+def stage_of(given: str | None, options: dict[str, Any], otherwise: str = "file") -> Any:
+    """How far to go: as asked for, else as far as the options have an effect.
+
+    Raises UsageError for an option that would be silently without one.
+    """
+    last = given or otherwise
+    for name, (flag, needed) in _NEEDED_BY.items():
+        if options.get(name) in (None, False) or _ORDER.index(needed) <= _ORDER.index(last):
+            continue
+        if given is not None:
+            raise UsageError(
+                f"{flag} has no effect with --{given}",
+                hint=f"leave it out, or give --{needed} in place of --{given}",
+            )
+        last = needed
+    return last
 
 
 def live_of(options: dict[str, Any], base: LiveOptions | None = None) -> LiveOptions:

@@ -100,6 +100,15 @@ class Gap:
             return np.flatnonzero(~(np.linalg.norm(self.difference, axis=1) <= self.noise))
 
     @property
+    def squares(self) -> Array:
+        """Estimates of |d|**2 per block, 0 where it is within the rounding of the sketches."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = np.square(self.difference).sum(axis=1) / NUM_PROJECTIONS
+        changed = np.zeros(len(squares), dtype=bool)
+        changed[self.changed] = True
+        return np.where(changed, squares, 0.0)
+
+    @property
     def rms(self) -> float:
         """Estimate of the root mean square of d over all elements."""
         with np.errstate(over="ignore", invalid="ignore"):

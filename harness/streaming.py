@@ -1,7 +1,8 @@
 """Run through tensors of any size in bounded memory, on as many threads as there are cores.
 
 In: tensors, and a function from (tensor, chunk) to a small result. Out: the results per tensor, in
-order, whatever the number of threads. Memory: one buffer of `CHUNK_NBYTES` a side and thread.
+order, whatever the number of threads, and of processes where a `Team` shares the work. Memory: one
+buffer of `CHUNK_NBYTES` a side and thread.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+
+from harness.ranks import current_team
 
 CHUNK_NBYTES = 4 << 20
 _Item = TypeVar("_Item", bound="Sized")
@@ -90,10 +93,23 @@ def map_chunks(
             progress(sum(chunk.nbytes for _, chunk in unit))
         return done
 
-    for unit, done in zip(units, parallel(run, units, jobs=jobs), strict=True):
+    for unit, done in zip(units, share(run, units, jobs=jobs), strict=True):
         for (index, _), result in zip(unit, done, strict=True):
             results[index].append(result)
     return results
+
+
+def share(
+    function: Callable[[Any], _Result], tasks: Sequence[Any], *, jobs: int | None = None
+) -> Iterable[_Result]:
+    """Map in order over tasks of about equal cost, on all threads of all ranks of the team."""
+    team = current_team()
+    if team is None:
+        return parallel(function, tasks, jobs=jobs)
+    # Consecutive tasks read consecutive bytes.
+    first, last = (len(tasks) * rank // team.size for rank in (team.rank, team.rank + 1))
+    shares = team.exchange(lambda: list(parallel(function, tasks[first:last], jobs=jobs)))
+    return [result for done in shares for result in done]
 
 
 def parallel(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,12 @@ import safetensors.torch
 import torch
 
 from harness import api
-from harness.compare import Comparison, Finding, Policy
-from harness.errors import GoldenMismatch, UsageError
+from harness.checkpoint.tensors import DTYPES
+from harness.compare import Comparison, Finding, Policy, compare
+from harness.difference import Difference, exact_difference
+from harness.errors import CheckpointError, GoldenMismatch, UsageError
+from harness.fingerprint import Fingerprint, TensorPrint
+from harness.measuring import BySketches, Triple
 
 State = dict[str, torch.Tensor]
 
@@ -461,3 +466,74 @@ def test_a_tolerance_that_is_no_number_is_an_error(bad: float) -> None:
     ):
         with pytest.raises(UsageError, match="a tolerance must be a finite number"):
             make()
+
+
+def test_equal_values_of_unequal_digest_are_never_identical() -> None:
+    def fingerprint(digest: bytes, dtype: str = "float32") -> Fingerprint:
+        weight = TensorPrint(key="weight", dtype=DTYPES[dtype], shape=(2,), digest=digest)
+        return Fingerprint(name="it", container="", section="", tensors={"weight": weight})
+
+    def measure(triples: Sequence[Triple]) -> list[Difference]:
+        (triple,) = triples
+        equal = replace(triple[0], values=bytes(8))
+        return [exact_difference(equal, equal, triple[2])]
+
+    with pytest.raises(CheckpointError, match="'weight' are as expected, but their digest not"):
+        compare(fingerprint(b"a"), fingerprint(b"b"), Policy(), measure)
+
+
+def test_a_checkpoint_without_a_common_key_is_asked_whether_it_is_another_model(
+    compared: Compared,
+) -> None:
+    note = ("no key in common: is it a checkpoint of another model?",)
+    assert compared({"other": torch.ones(3)}).notes == note
+    assert compared({"other": torch.ones(3), "norm.steps": torch.tensor(1)}).notes == ()
+    assert compared({f"module.{k}": v for k, v in state().items()}).notes == ()
+    assert compared({"other": state()["norm.half"]}).notes == ()  # renamed
+
+
+def test_globs_of_another_stage_are_no_typing_errors() -> None:
+    policy = Policy(ignore=("a*", "b*"), tolerances=(("b", 1, 1), ("a", 2, 2)))
+    here = policy.at_stage({"a"}, {"b"})
+    assert (here.ignore, here.tolerances) == (("a*",), (("a", 2, 2),))
+    assert policy.at_stage({"a"}, {"c"}) == policy
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_without_kept_values_other_dtypes_are_different_only_where_stats_prove_it(
+    tmp_path: Path, exact: bool
+) -> None:
+    policy = Policy(check_dtype=False, exact=exact)
+    steps = torch.arange(5000)
+    steps[0] = 5
+    golden = tmp_path / "golden"
+
+    def verdict(expected: torch.Tensor, actual: torch.Tensor) -> tuple[str, str]:
+        torch.save({"x": expected}, tmp_path / "expected.pt")
+        torch.save({"x": actual}, tmp_path / "actual.pt")
+        recorded = api.record(tmp_path / "expected.pt", golden, values="none", overwrite=True)
+        found = api.verify(tmp_path / "actual.pt", recorded, policy=policy)
+        assert found.findings[0].difference is not None
+        return found.verdict, found.findings[0].difference.why
+
+    why = "the golden keeps no values of it, and digests of int64 and {} cannot be compared"
+    assert verdict(steps, steps.int()) == ("undecided", why.format("int32"))
+    assert verdict(steps, steps.double()) == ("undecided", why.format("float64"))
+    greater, zeros = steps.int(), steps.int()
+    greater[-1] += 1
+    zeros[7] = 0
+    assert verdict(steps, greater)[0] == "different"
+    assert verdict(steps, zeros)[0] == "different"
+    assert verdict(steps, steps.flip(0))[0] == "different"  # one dtype: by its digest
+    # bool and float32 keep no values nor sketch either.
+    assert verdict(steps > 5, (steps > 5).float())[0] == "undecided"
+
+
+def test_exactness_does_not_compare_digests_of_two_dtypes() -> None:
+    def fingerprint(dtype: str) -> Fingerprint:
+        weight = TensorPrint(key="x", dtype=DTYPES[dtype], shape=(2,), digest=dtype.encode())
+        return Fingerprint(name="it", container="", section="", tensors={"x": weight})
+
+    policy = Policy(check_dtype=False, exact=True)
+    found = compare(fingerprint("float32"), fingerprint("float64"), policy, BySketches(32768))
+    assert found.verdict == "undecided"

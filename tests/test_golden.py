@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
+from safetensors.torch import save_file
 
 from harness import api
 from harness.errors import GoldenError
@@ -288,3 +289,74 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(golden: Golden, tmp_pa
     blocked.touch()
     with pytest.raises(GoldenError, match="cannot be written"):
         write_golden(replace(golden, path=blocked / "g.safetensors"))
+
+
+def test_values_that_do_not_make_their_digest_are_refused(tmp_path: Path) -> None:
+    weight = torch.arange(7.0) + 0.12345
+    torch.save({"weight": weight}, tmp_path / "net.pt")
+    path = api.record(tmp_path / "net.pt", tmp_path / "net.safetensors").path
+    data, old = path.read_bytes(), weight.numpy().tobytes()
+    assert data.count(old) == 1
+    weight[3] = 123.0
+    path.write_bytes(data.replace(old, weight.numpy().tobytes()))
+    with pytest.raises(GoldenError, match="the values of 'weight' do not make its digest"):
+        read_golden(path)
+
+
+@pytest.mark.parametrize("make", ["checkpoint", "text", "pickle"])
+def test_overwriting_replaces_nothing_but_a_golden(golden: Golden, make: str) -> None:
+    other = golden.path.with_name("other.safetensors")
+    if make == "checkpoint":
+        save_file({"weight": torch.ones(3)}, other)
+    elif make == "text":
+        other.write_text("version https://git-lfs")
+    else:
+        torch.save({"weight": torch.ones(3)}, other)
+    before = other.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(GoldenError, match=r"is there|already") as caught:
+            write_golden(replace(golden, path=other), overwrite=overwrite)
+    assert str(caught.value) == f"{other}: is there, and is not a golden"
+    assert caught.value.hint == "give another file with -g, or remove it"
+    assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize("keep", [0, 300, 5000, -1])
+def test_a_damaged_golden_can_be_overwritten(golden: Golden, keep: int) -> None:
+    data = golden.path.read_bytes()
+    golden.path.write_bytes(data[:keep])
+    write_golden(golden, overwrite=True)
+    assert golden.path.read_bytes() == data
+
+
+def test_what_is_given_as_a_golden_and_is_none_is_named(golden: Golden, tmp_path: Path) -> None:
+    folder = golden.path.parent
+    pointer = tmp_path / "lfs.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    save_file({"weight": torch.ones(3)}, tmp_path / "net.safetensors")
+    for path, message, hint in [
+        (folder, "a folder, not a golden", f"-g {golden.path}"),
+        (tmp_path, "a folder, not a golden", f"-g {tmp_path / 'NAME.safetensors'}"),
+        (pointer, "a Git LFS pointer, not the golden itself", "git lfs pull"),
+        (
+            tmp_path / "net.safetensors",
+            "a safetensors file, but not a golden",
+            "give the golden with -g, and the checkpoint without",
+        ),
+        (tmp_path / ("x" * 300), "file name too long", "check the path and its permissions"),
+    ]:
+        with pytest.raises(GoldenError) as caught:
+            read_golden(path)
+        assert (str(caught.value), caught.value.hint) == (f"{path}: {message}", hint)
+
+
+def test_a_golden_that_may_not_be_read_says_so(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(GoldenError, match="cannot be opened: Permission denied") as caught:
+        read_golden(golden.path)
+    assert caught.value.hint == "check the path and that you may read the file"

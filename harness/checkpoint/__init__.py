@@ -20,7 +20,7 @@ from harness.checkpoint.nemo import is_tar, read_nemo
 from harness.checkpoint.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.sections import find_tensors, plain_config
 from harness.checkpoint.sharded import MAX_INDEX_NBYTES, join_shards, read_index
-from harness.checkpoint.sources import FileSource, InflatedSource, Source, read
+from harness.checkpoint.sources import InflatedSource, Source, open_source, read
 from harness.checkpoint.tensors import Checkpoint, DType, Tensor, tensor_table
 from harness.checkpoint.torchfile import TorchFile, read_torch_legacy, read_torch_zip
 from harness.errors import CheckpointError
@@ -67,7 +67,7 @@ def open_checkpoint(path: str | Path, *, section: str | None = None) -> Checkpoi
         ) from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise CheckpointError(f"{path}: not a regular file", hint="give a file or a folder")
-    source = FileSource(path)
+    source = open_source(path)
     try:
         if read(source, 0, min(_HEAD_NBYTES, source.nbytes)).lstrip()[:1] == b"{":
             _no_section(path, section)
@@ -152,7 +152,7 @@ def _sharded(path: Path, source: Source) -> Checkpoint:
     table = read_index(path, read(source, 0, min(source.nbytes, MAX_INDEX_NBYTES + 1)))
 
     def open_shard(shard: Path) -> Checkpoint:
-        source = FileSource(shard)
+        source = open_source(shard)
         try:
             return _open(shard, source, None)
         except BaseException:

@@ -103,6 +103,11 @@ class FileSource:
     __del__ = close
 
 
+def open_source(path: Path) -> Source:
+    """Open a file as a source; raises CheckpointError."""
+    return FileSource(path)
+
+
 class RangeSource:
     """A part of another source: a tar member, a stored zip entry."""
 

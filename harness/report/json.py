@@ -6,11 +6,11 @@ The schema, to which later versions only add:
                    "stages": [{"stage", "verdict", "num_identical", "num_ignored", "findings",
                    "notes", "first_departure": {"culprit", "key", "inputs_agree",
                    "inputs_depart", "num_before"} | null}],
-                   "error"?, "updated"?}]}
+                   "error"?, "updated"?, "next_steps"}]}
     finding       {"kind", "key", "expected", "actual", "actual_key"?, "count"?}, and for
                   close, different and undecided also
                   {"why", "is_exact", "atol", "rtol", "numel", "max_abs", "min_atol", "rms",
-                   "num_differing", "num_beyond", "where", "elements", "chance",
+                   "num_differing", "num_beyond", "where", "strip", "elements", "chance",
                    "num_nonfinite": {"expected", "actual"}}
     element       {"index", "expected", "actual"}
     show          {"root", "container", "section", "tensors": [{"key", "dtype", "shape", "digest",
@@ -23,6 +23,7 @@ Intervals are [lower, upper]. Numbers that JSON lacks are the strings "NaN", "In
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict
 from typing import Any
@@ -31,8 +32,43 @@ from harness.compare import Comparison, Departure, Finding
 from harness.difference import Difference
 from harness.errors import HarnessError
 from harness.fingerprint import Fingerprint
+from harness.report.outcome import Outcome, Result
 
 Json = Any
+
+
+def render(result: Result) -> str:
+    """The whole report as a file."""
+    return json.dumps(result_as_json(result), indent=2) + "\n"
+
+
+def result_as_json(result: Result) -> Json:
+    """What `--format json` prints."""
+    return {
+        "exit_code": result.exit_code,
+        "goldens": [_outcome(outcome) for outcome in result.outcomes],
+    }
+
+
+def _outcome(outcome: Outcome) -> Json:
+    found: dict[str, Json] = {"golden": outcome.expected, "checkpoint": outcome.actual}
+    for stage in outcome.stages[:1]:
+        if stage.stage == "file" and all(
+            t.digest is not None
+            for side in (stage.expected, stage.actual)
+            for t in side.tensors.values()
+        ):
+            found["root"] = {
+                "expected": stage.expected.root.hex(),
+                "actual": stage.actual.root.hex(),
+            }
+    found["stages"] = [comparison_as_json(stage) for stage in outcome.stages]
+    if outcome.error is not None:
+        found["error"] = error_as_json(outcome.error)
+    if outcome.updated is not None:
+        found["updated"] = outcome.updated
+    found["next_steps"] = list(outcome.next_steps)
+    return found
 
 
 def comparison_as_json(comparison: Comparison) -> Json:
@@ -89,6 +125,7 @@ def _difference(difference: Difference) -> dict[str, Json]:
         "num_differing": difference.num_differing,
         "num_beyond": difference.num_beyond,
         "where": difference.where,
+        "strip": [number(value) for value in difference.strip],
         "elements": [
             {
                 "index": list(element.index),

@@ -37,11 +37,11 @@ _HEADINGS: dict[FindingKind, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """How text may look: ANSI colours, signs beyond ASCII, columns."""
+    """How text may look: ANSI colours, signs beyond ASCII, columns (None: as many as it takes)."""
 
     color: bool = False
     unicode: bool = False
-    width: int = 100
+    width: int | None = None
 
     def paint(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self.color else text

@@ -1,0 +1,178 @@
+"""Fingerprints as columns, the arrays of a golden file, and back.
+
+In: fingerprints by the prefix of their values' names. Out: arrays, and rows that say whose they
+are. Refused (ValueError): columns that do not fit the rows, values that do not make their digest.
+
+    digest      U8  [N, 32]      stats  F64 [N, 9]     one row per tensor (stats: NaN where none)
+    sketch      F64 [M, 16]      block_norm F64 [M]    one row per block, tensors in table order
+    value/KEY   the tensor's own dtype and shape (U8 where safetensors lacks the dtype)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from harness.checkpoint.tensors import DTYPES, Tensor, format_key, numpy_dtype
+from harness.fingerprint import Fingerprint, Stats, TensorPrint, block_numel, digest_of
+from harness.sketch import NUM_PROJECTIONS, Sketch, num_blocks
+from harness.streaming import CHUNK_NBYTES, chunks
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_NUM_STATS = len(fields(Stats))
+_stats_of = attrgetter(*(field.name for field in fields(Stats)))
+# What safetensors can write from numpy; everything else is stored as bytes.
+_NATIVE = frozenset(
+    {
+        *("float64", "float32", "float16", "bfloat16", "bool"),
+        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+    }
+)
+
+
+def columns_of(parts: Mapping[str, Fingerprint]) -> dict[str, Array]:
+    """The arrays that hold fingerprints, but for what `rows_of` says of them."""
+    tensors = [tensor for part in parts.values() for tensor in part.tensors.values()]
+    originals = [tensor for tensor in tensors if tensor.alias_of is None]
+    sketches = [t.sketch for t in originals if t.sketch is not None]
+    digests = b"".join(tensor.digest or b"" for tensor in tensors)
+    if len(digests) != 32 * len(tensors):
+        raise ValueError("a golden needs a digest of every tensor")
+    nothing = (float("nan"),) * _NUM_STATS
+    stats = np.array([_stats_of(t.stats) if t.stats else nothing for t in tensors], "<f8")
+    rows = np.concatenate([np.empty((0, NUM_PROJECTIONS)), *(s.projections for s in sketches)])
+    norms = np.concatenate([np.empty(0), *(s.norms for s in sketches)])
+    columns: dict[str, Array] = {
+        "digest": np.frombuffer(digests, "|u1").reshape(-1, 32),
+        "stats": stats.reshape(-1, _NUM_STATS),
+        "sketch": rows,
+        "block_norm": norms,
+    }
+    for prefix, part in parts.items():
+        for tensor in part.tensors.values():
+            if tensor.values is not None and tensor.alias_of is None:
+                columns[_value_name(prefix, tensor.key)] = _native(tensor)
+    return columns
+
+
+def _native(tensor: TensorPrint) -> Array:
+    """The values as safetensors can write them: as what they are, or as bytes."""
+    values = np.frombuffer(tensor.values or b"", "|u1")
+    if tensor.dtype.name not in _NATIVE:
+        return values
+    dtype = "?" if tensor.dtype.name == "bool" else numpy_dtype(tensor.dtype)
+    return values.view(dtype).reshape(tensor.shape)
+
+
+def rows_of(part: Fingerprint) -> list[list[Any]]:
+    """The table of tensors: key, dtype, shape, alias, and whether values or a sketch are kept."""
+    return [
+        [
+            t.key,
+            t.dtype.name,
+            list(t.shape),
+            t.alias_of,
+            "values" if t.values is not None else "sketch" if t.sketch is not None else None,
+        ]
+        for t in part.tensors.values()
+    ]
+
+
+def _value_name(prefix: str, key: str) -> str:
+    """The name of a tensor's values in the golden: lone surrogates have no UTF-8."""
+    return f"{prefix}/" + key.encode("utf-8", "backslashreplace").decode()
+
+
+class Columns:
+    """Takes the rows of the columns in order, as the tables of tensors need them."""
+
+    def __init__(self, columns: Mapping[str, Tensor]) -> None:
+        self._columns = columns
+        self._digests, self._stats = columns["digest"].array(), columns["stats"].array()
+        self._sketch, self._norms = columns["sketch"].array(), columns["block_norm"].array()
+        if self._digests.shape[1:] != (32,) or self._stats.shape[1:] != (_NUM_STATS,):
+            raise ValueError("the columns have other widths")
+        self._row = self._block = 0
+
+    def check_used_up(self) -> None:
+        rows, blocks = {len(self._digests), len(self._stats)}, {len(self._sketch), len(self._norms)}
+        if rows != {self._row} or blocks != {self._block}:
+            raise ValueError(f"{self._row} tensors, but {sorted(rows)} rows in the columns")
+
+    def prints(
+        self, prefix: str, table: list[Any], block_nbytes: int
+    ) -> Iterator[tuple[str, TensorPrint]]:
+        """Read the fingerprints of one table of tensors."""
+        if not 0 < block_nbytes <= CHUNK_NBYTES:
+            raise ValueError(f"blocks of {block_nbytes} bytes")
+        known: dict[str, TensorPrint] = {}
+        for key, dtype, shape, alias_of, kept in table:
+            if self._row >= min(len(self._digests), len(self._stats)):
+                raise ValueError("the columns end early")
+            tensor = TensorPrint(
+                key=str(key),
+                dtype=DTYPES[dtype],
+                shape=tuple(int(size) for size in shape),
+                digest=self._digests[self._row].tobytes(),
+                alias_of=alias_of,
+                stats=_stats(self._stats[self._row]),
+            )
+            self._row += 1
+            if alias_of is not None:
+                original = known[alias_of]
+                tensor = replace(tensor, values=original.values, sketch=original.sketch)
+            elif kept == "values":
+                tensor = replace(tensor, values=self._values(prefix, tensor))
+            elif kept == "sketch":
+                tensor = replace(tensor, sketch=self._take_sketch(tensor, block_nbytes))
+            if tensor.key in known:
+                raise ValueError(f"two tensors have the key {key!r}")
+            known[tensor.key] = tensor
+            yield tensor.key, tensor
+
+    def _values(self, prefix: str, tensor: TensorPrint) -> bytes:
+        # The reader of safetensors files lists its tensors under formatted keys.
+        values = self._columns[format_key((_value_name(prefix, tensor.key),))].array().tobytes()
+        if len(values) != tensor.nbytes:
+            raise ValueError(f"the values of {tensor.key!r} do not fit its shape {tensor.shape}")
+        # Else a comparison with them could pass what the digest refuses.
+        digests = [
+            blake3(values[c.start : c.start + c.nbytes]).digest() for c in chunks(len(values))
+        ]
+        if digest_of(tensor.dtype, tensor.shape, digests) != tensor.digest:
+            raise ValueError(f"the values of {tensor.key!r} do not make its digest")
+        return values
+
+    def _take_sketch(self, tensor: TensorPrint, block_nbytes: int) -> Sketch:
+        factor = 2 if tensor.dtype.kind == "complex" else 1
+        count = num_blocks(tensor.numel * factor, block_numel(tensor.dtype, block_nbytes))
+        rows = slice(self._block, self._block + count)
+        self._block += count
+        if self._block > min(len(self._sketch), len(self._norms)):
+            raise ValueError(f"the sketch ends before {tensor.key!r}")
+        return Sketch(projections=self._sketch[rows], norms=self._norms[rows])
+
+
+def _stats(row: Array) -> Stats | None:
+    if np.isnan(row).all():
+        return None
+    values = [float(value) for value in row]
+    low, high, mean, std, l2, *counts = values
+    zero, nan, posinf, neginf = (int(count) for count in counts)
+    return Stats(
+        min=low,
+        max=high,
+        mean=mean,
+        std=std,
+        l2=l2,
+        num_zero=zero,
+        num_nan=nan,
+        num_posinf=posinf,
+        num_neginf=neginf,
+    )

@@ -1,0 +1,69 @@
+"""What a run of `verify`, `diff` or `roundtrip` came to: the one value that every report shows.
+
+In: comparisons by stage, or the error that stands in their place. Out: frozen `Outcome`s, one per
+golden, and a `Result` of them all with the process's exit code. No I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.compare import Comparison
+from harness.errors import HarnessError
+
+Command = Literal["verify", "diff", "roundtrip"]
+_WORST_FIRST = (2, 1, 3, 0)
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The exit code that stands for several: could not tell, differs, undecided, passes."""
+    return min(codes, key=_WORST_FIRST.index, default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one golden, or one pair of checkpoints, came to.
+
+    `expected` and `actual` name the two sides (`actual` is None where it was never found out);
+    `stages` are in the order in which they ran; `error` is what ended them early; `updated` is
+    None unless an update was asked for, else whether the golden's file changed; `next_steps` are
+    lines that a person can follow.
+    """
+
+    expected: str | None
+    actual: str | None
+    stages: tuple[Comparison, ...] = ()
+    error: HarnessError | None = None
+    updated: bool | None = None
+    next_steps: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        if self.error is not None:
+            return 2
+        if self.updated is not None:  # what differed was accepted
+            return 0
+        return worst(stage.exit_code for stage in self.stages)
+
+    @property
+    def worst_stage(self) -> Comparison | None:
+        """The first of the stages whose exit code is the worst."""
+        return next((s for s in self.stages if s.exit_code == self._stages_code), None)
+
+    @property
+    def _stages_code(self) -> int:
+        return worst(stage.exit_code for stage in self.stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """All outcomes of one command."""
+
+    command: Command
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def exit_code(self) -> int:
+        return worst(outcome.exit_code for outcome in self.outcomes)

@@ -1,0 +1,262 @@
+"""The verbs on paths, open checkpoints, modules and state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_model
+from torch import nn
+
+import harness
+from harness import api
+from harness.errors import CheckpointError, GoldenError, UsageError
+from harness.golden import read_golden
+from harness.model.stages import LiveOptions
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(90, 70)
+        self.head = nn.Linear(70, 90, bias=False)
+        self.head.weight = self.embed.weight
+        self.norm = nn.BatchNorm1d(70)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project as the current folder."""
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def file(here: Path, net: Net) -> Path:
+    torch.save(net.state_dict(), "net.pt")
+    return Path("net.pt")
+
+
+def test_a_module_its_state_dict_an_open_checkpoint_and_its_file_are_one_thing(
+    file: Path, net: Net
+) -> None:
+    root = api.fingerprint(file).root
+    with api.open_checkpoint(file) as opened:
+        subjects: list[api.Subject] = [net, net.state_dict(), opened, str(file)]
+        for number, subject in enumerate(subjects):
+            golden = api.record(subject, f"golden/{number}.safetensors")
+            assert api.fingerprint(subject).root == golden.fingerprint.root == root
+            for other in subjects:
+                compared = api.verify(other, golden.path)
+                assert compared.verdict == "identical"
+                assert compared.num_identical == 7
+
+
+def test_a_changed_live_weight_is_named(file: Path, net: Net) -> None:
+    golden = api.record(net, "golden/net.safetensors")
+    with torch.no_grad():
+        net.embed.weight[3, 2] += 1.0
+    found, tied = harness.verify(net, golden).findings
+    assert (found.kind, found.key, tied.key) == ("different", "embed.weight", "head.weight")
+    assert found.difference is not None
+    assert found.difference.elements[0].index == (3, 2)
+    with torch.no_grad():
+        net.embed.weight[3, 2] -= 1.0
+    assert api.verify(net, golden).ok
+
+
+def test_a_live_tie_that_came_apart_is_found(net: Net, here: Path) -> None:
+    golden = api.record(net, "golden/net.safetensors")
+    net.head.weight = nn.Parameter(net.embed.weight.detach().clone())
+    assert [f.kind for f in api.verify(net, golden).findings] == ["alias"]
+
+
+def test_an_open_checkpoint_stays_open(file: Path) -> None:
+    with api.open_checkpoint(file) as opened:
+        golden = api.record(opened, "golden/net.safetensors")
+        api.verify(opened, golden)
+        api.update(opened, golden)
+        api.fingerprint(opened)
+        assert opened.tensors["norm.weight"].array().shape == (70,)
+
+
+def test_a_golden_of_something_live_names_no_checkpoint(net: Net, here: Path) -> None:
+    api.record(net, "golden/net.safetensors")
+    golden = read_golden("golden/net.safetensors")
+    assert golden.source == ""
+    assert golden.checkpoint is None
+    with pytest.raises(CheckpointError, match="recorded from a live model") as caught:
+        api.verify(golden=golden)
+    assert caught.value.hint == "harness verify CKPT -g golden/net.safetensors"
+
+
+def test_something_live_needs_a_golden_to_be_named(net: Net, here: Path) -> None:
+    for verb in (api.record, api.verify):
+        with pytest.raises(UsageError, match="no golden of its own") as caught:
+            verb(net)
+        assert "golden='golden/NAME.safetensors'" in str(caught.value.hint)
+    assert not Path("golden").exists()
+
+
+def test_something_live_has_neither_sections_nor_live_stages(
+    net: Net, file: Path, data: Path
+) -> None:
+    with pytest.raises(UsageError, match="only a file has sections"):
+        api.record(net, "golden/net.safetensors", section="model")
+    with pytest.raises(UsageError, match="only a file has sections"):
+        api.fingerprint(net, section="model")
+    with pytest.raises(UsageError, match="'load' loads a file"):
+        api.record(net, "golden/net.safetensors", stage="load")
+    golden = api.record(
+        data / "nest_tiny.nemo", "golden/nest.safetensors", stage="load", live=LiveOptions()
+    )
+    with api.open_checkpoint(data / "nest_tiny.nemo") as opened:
+        assert api.verify(opened, golden).ok
+        with pytest.raises(UsageError, match="'load' loads a file"):
+            api.update(opened, golden)
+    assert read_golden(golden.path).history == ()
+
+
+def test_an_update_from_something_live_forgets_the_file(net: Net, file: Path) -> None:
+    golden = api.record(file)
+    assert golden.source == "../net.pt"
+    same = api.update(None, golden)
+    assert (same.source, same.history) == ("../net.pt", ())
+    with torch.no_grad():
+        net.norm.bias += 1
+    updated = api.update(net, golden, reason="trained on")
+    assert updated.source == ""
+    assert [entry.reason for entry in updated.history] == ["trained on"]
+    assert api.verify(net, read_golden(golden.path)).verdict == "identical"
+
+
+@pytest.mark.parametrize("subject", [{}, {"step": 1}, [1], 7])
+def test_what_holds_no_tensors_is_refused(subject: object, here: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds no tensors|nothing that can be") as caught:
+        api.fingerprint(subject)  # type: ignore[arg-type]
+    assert caught.value.hint
+
+
+def refused(kind: type[Exception], run: Callable[[], object]) -> tuple[str, str | None]:
+    with pytest.raises(kind) as caught:
+        run()
+    assert isinstance(caught.value, harness.HarnessError)
+    return str(caught.value), caught.value.hint
+
+
+def test_a_golden_in_the_place_of_a_checkpoint_is_told(file: Path) -> None:
+    golden = api.record(file).path
+    before = golden.read_bytes()
+    told = f"{golden}: is a golden, not a checkpoint", f"harness verify -g {golden}"
+    for run in (
+        partial(api.verify, golden),
+        partial(api.verify, golden, golden),
+        partial(api.record, golden),
+        partial(api.record, golden, "golden/other.safetensors", overwrite=True),
+        partial(api.fingerprint, golden),
+        partial(api.update, golden, read_golden(golden)),
+    ):
+        assert refused(UsageError, run) == told
+    assert golden.read_bytes() == before
+
+
+def test_a_checkpoint_is_never_replaced_by_its_golden(here: Path, net: Net) -> None:
+    Path("golden").mkdir()
+    path = Path("golden/net.safetensors")
+    save_model(net, str(path))
+    before = path.read_bytes()
+    for overwrite in (False, True):
+        message, hint = refused(GoldenError, partial(api.record, path, overwrite=overwrite))
+        assert "is the checkpoint itself" in message
+        assert hint == f"harness record {path} -g golden/net.golden.safetensors"
+    api.record(path, "golden/net.golden.safetensors")
+    assert path.read_bytes() == before
+
+
+def test_overwriting_another_checkpoint_is_refused_before_anything_is_read(
+    file: Path, net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(net, "other.safetensors")
+    before = Path("other.safetensors").read_bytes()
+    monkeypatch.setattr(api, "opened", None)
+    message, hint = refused(
+        GoldenError, partial(api.record, file, "other.safetensors", overwrite=True)
+    )
+    assert message == "other.safetensors: is there, and is not a golden"
+    assert hint == "give another file with -g, or remove it"
+    assert Path("other.safetensors").read_bytes() == before
+
+
+def test_a_golden_of_another_checkpoint_of_that_name_is_told(file: Path, net: Net) -> None:
+    api.record(file)
+    message, hint = refused(GoldenError, partial(api.record, file))
+    assert message == "golden/net.safetensors: a golden is recorded there already"
+    assert "--update-golden" in str(hint)
+    Path("other").mkdir()
+    torch.save(net.state_dict(), "other/net.pt")
+    message, hint = refused(GoldenError, partial(api.record, "other/net.pt"))
+    assert message == "golden/net.safetensors: a golden is recorded there already, from net.pt"
+    assert hint == (
+        "give yours another name: harness record other/net.pt -g golden/OTHER.safetensors"
+    )
+
+
+def test_a_folder_in_the_place_of_a_golden_is_told(file: Path) -> None:
+    api.record(file)
+    message, hint = refused(GoldenError, partial(api.verify, file, "golden"))
+    assert (message, hint) == ("golden: a folder, not a golden", "-g golden/net.safetensors")
+    message, hint = refused(GoldenError, partial(api.record, file, "golden", overwrite=True))
+    assert (message, hint) == ("golden: a folder, not a golden", "-g golden/net.safetensors")
+
+
+def test_paths_that_cannot_be_looked_at_are_clear_errors(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = f"{'x' * 300}.pt"
+    kinds = (CheckpointError, GoldenError)
+    for run in (
+        partial(api.record, long),
+        partial(api.record, file, f"golden/{long}"),
+        partial(api.verify, long),
+        partial(api.verify, file, f"golden/{long}"),
+        partial(api.choose_golden, long, None),
+    ):
+        message, hint = refused(kinds, run)  # type: ignore[arg-type]
+        assert "file name too long" in message.lower()
+        assert hint
+    golden = api.record(file)
+    missing = replace(golden, source=long)
+    assert "is not there" in refused(CheckpointError, partial(api.verify, None, missing))[0]
+
+    def forbidden(path: Path, **_: object) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", forbidden)
+    for run in (partial(api.record, file), partial(api.verify, file)):
+        message, hint = refused(kinds, run)  # type: ignore[arg-type]
+        assert message == "golden/net.safetensors: permission denied"
+        assert hint
+
+
+def test_globs_that_fit_only_what_the_model_computes_are_accepted(here: Path, data: Path) -> None:
+    golden = api.record(
+        data / "nest_tiny.nemo", "golden/nest.safetensors", stage="outputs", live=LiveOptions()
+    )
+    assert golden.live is not None
+    assert golden.live.outputs is not None
+    key = next(iter(golden.live.outputs.tensors))
+    policy = harness.Policy(ignore=(key,), tolerances=((key, 1.0, 1.0),))
+    assert api.verify(data / "nest_tiny.nemo", golden, policy=policy).verdict == "identical"
+    with pytest.raises(UsageError, match="nowhere"):
+        api.verify(data / "nest_tiny.nemo", golden, policy=harness.Policy(ignore=("nowhere",)))
