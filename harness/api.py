@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from harness.cache import DigestCache
 from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
 from harness.compare import Comparison, Policy, compare
 from harness.errors import UsageError
@@ -154,13 +155,15 @@ def verify(
     *,
     policy: Policy | None = None,
     reference: str | Path | None = None,
+    cache: Path | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare a checkpoint with its golden; without one, the checkpoint that the golden names.
 
     `reference` is the checkpoint that the golden was recorded from: where it is at hand, changed
-    tensors are compared with it element by element. What is no path needs `golden`. Raises
+    tensors are compared with it element by element. `cache` is a file that remembers digests
+    (`harness.cache`): what it knows is not read again. What is no path needs `golden`. Raises
     CheckpointError, GoldenError, and UsageError for options that fit nothing.
     """
     policy = policy or Policy()
@@ -172,7 +175,13 @@ def verify(
         beside = None
         if reference is not None:
             beside = stack.enter_context(open_checkpoint(reference, section=recorded.section))
-        found = fingerprint_checkpoint(actual, details=nothing, jobs=jobs, progress=progress)
+        found = fingerprint_checkpoint(
+            actual,
+            details=nothing,
+            cache=None if cache is None else DigestCache(cache),
+            jobs=jobs,
+            progress=progress,
+        )
         measure = AgainstGolden(
             golden=recorded.fingerprint,
             actual=actual,
@@ -195,6 +204,7 @@ def verify_stages(
     stage: Stage | None = None,
     live: LiveOptions | None = None,
     reference: str | Path | None = None,
+    cache: Path | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Comparison]:
@@ -204,7 +214,15 @@ def verify_stages(
     and ModelError where the model cannot be built, loaded, saved or run.
     """
     policy = policy or Policy()
-    yield verify(path, golden, policy=policy, reference=reference, jobs=jobs, progress=progress)
+    yield verify(
+        path,
+        golden,
+        policy=policy,
+        reference=reference,
+        cache=cache,
+        jobs=jobs,
+        progress=progress,
+    )
     last = stage or (golden.live.stages[-1] if golden.live is not None else "file")
     if last == "file":
         return

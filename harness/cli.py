@@ -193,6 +193,9 @@ def _golden_option(golden: Path, checkpoint: Path) -> str:
 @click.option(
     "--reference", type=PATH, metavar="CKPT", help="The recorded checkpoint: decides exactly."
 )
+@click.option(
+    "--cache", is_flag=True, help="Do not read again what did not change since the last --cache."
+)
 @click.option("--update-golden", is_flag=True, help="Show the differences, then accept them.")
 @click.option("--reason", default="", help="Why the golden is updated; kept in its history.")
 @stage_options
@@ -207,6 +210,7 @@ def verify(
     checkpoint: Path | None,
     golden: Path | None,
     reference: Path | None,
+    cache: bool,
     update_golden: bool,
     reason: str,
     stage: Any,
@@ -220,6 +224,7 @@ def verify(
     Without CHECKPOINT, every golden in golden/ is compared with the checkpoint that it names, in
     all the stages that it was recorded with.
     """
+    from harness.cache import default_cache
     from harness.report.outcome import Result
 
     if reason and not update_golden:
@@ -229,6 +234,7 @@ def verify(
         stage=stage,
         options=options,
         reference=reference,
+        cache=default_cache() if cache else None,
         jobs=jobs,
         form=form,
         updating=update_golden,
@@ -278,6 +284,7 @@ class _Run:
     stage: Any
     options: dict[str, Any]
     reference: Path | None
+    cache: Path | None
     jobs: int | None
     form: str
     updating: bool
@@ -335,6 +342,7 @@ class _Run:
                 stage=stage,
                 live=self._live(recorded, stage),
                 reference=self.reference,
+                cache=self.cache,
                 jobs=self.jobs,
                 progress=progress,
             ):

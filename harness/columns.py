@@ -89,13 +89,21 @@ def _value_name(prefix: str, key: str) -> str:
     return f"{prefix}/" + key.encode("utf-8", "backslashreplace").decode()
 
 
+def _mapped(column: Tensor) -> Array:
+    """A column of float64 as file pages: a sketch that decides nothing is never read."""
+    source, place = column.storage.source, column.storage
+    if source is None or column.dtype.name != "float64":
+        raise ValueError(f"{column.key} is {column.dtype}, not float64")
+    return np.frombuffer(source.view(place.offset, place.nbytes), "<f8").reshape(column.shape)
+
+
 class Columns:
     """Takes the rows of the columns in order, as the tables of tensors need them."""
 
     def __init__(self, columns: Mapping[str, Tensor]) -> None:
         self._columns = columns
         self._digests, self._stats = columns["digest"].array(), columns["stats"].array()
-        self._sketch, self._norms = columns["sketch"].array(), columns["block_norm"].array()
+        self._sketch, self._norms = _mapped(columns["sketch"]), _mapped(columns["block_norm"])
         if self._digests.shape[1:] != (32,) or self._stats.shape[1:] != (_NUM_STATS,):
             raise ValueError("the columns have other widths")
         self._row = self._block = 0

@@ -268,8 +268,18 @@ def compare(
         num_ignored=num_ignored,
         num_nan=sum(1 for t in kept.values() if t.stats is not None and t.stats.num_nan),
         stage=stage,
-        notes=(_STRANGERS,) if strangers else (),
+        notes=tuple(_notes(actual, strangers=bool(strangers))),
     )
+
+
+def _notes(actual: Fingerprint, *, strangers: bool) -> Iterator[str]:
+    if strangers:
+        yield _STRANGERS
+    if actual.num_cached:
+        count = sum(1 for tensor in actual.tensors.values() if tensor.alias_of is None)
+        yield (
+            f"{actual.num_cached:,} of {count:,} tensors were not read: the cache knows their files"
+        )
 
 
 def _refuse_contradiction(pair: _Pair, actual: Fingerprint) -> None:

@@ -14,14 +14,16 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from blake3 import blake3
 
+from harness.cache import DigestCache
 from harness.checkpoint.tensors import Checkpoint, Checksum, DType, Tensor, numpy_dtype
 from harness.errors import CheckpointError
+from harness.ranks import by_leader
 from harness.sketch import DEFAULT_BLOCK_NBYTES, Sketch, sketch_values
 from harness.streaming import (
     CHUNK_NBYTES,
@@ -98,7 +100,10 @@ class TensorPrint:
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What is known of a checkpoint; `name` says where it came from."""
+    """What is known of a checkpoint; `name` says where it came from.
+
+    `num_cached` tensors were not read: a cache knew their digests.
+    """
 
     name: str
     container: str
@@ -107,6 +112,7 @@ class Fingerprint:
     keeps_aliases: bool = True
     block_nbytes: int = DEFAULT_BLOCK_NBYTES
     config: Mapping[str, Any] | None = None
+    num_cached: int = 0
 
     @cached_property
     def root(self) -> bytes:
@@ -130,16 +136,21 @@ def fingerprint(
     keep_values: Wanted = lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,
     block_nbytes: int = DEFAULT_BLOCK_NBYTES,
     check_integrity: bool = False,
+    cache: DigestCache | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Fingerprint:
     """Fingerprint every tensor: digests of all, stats and values or sketch where `details` says.
 
-    Memory: 20 MB a thread, plus what is kept. Raises CheckpointError.
+    What `cache` knows and `details` does not ask for is not read. Memory: 20 MB a thread, plus
+    what is kept. Raises CheckpointError, and UsageError for a cache that cannot be used.
     """
     originals = [t for t in checkpoint.tensors.values() if t.alias_of is None]
     if check_integrity:
         _check_integrity(checkpoint, jobs)
+    prints = _cached(originals, details, cache)
+    num_cached = len(prints)
+    originals = [t for t in originals if t.key not in prints]
 
     def scan(tensor: Tensor, chunk: Chunk) -> _ChunkPrint:
         wants = details(tensor)
@@ -147,7 +158,6 @@ def fingerprint(
         return _scan_chunk(tensor, chunk, wants, block_nbytes if sketched else None)
 
     scanned = map_chunks(originals, scan, jobs=jobs, progress=progress)
-    prints: dict[str, TensorPrint] = {}
     for tensor, parts in zip(originals, scanned, strict=True):
         if details(tensor) and keep_values(tensor):
             kept = bytearray(tensor.nbytes)
@@ -155,6 +165,10 @@ def fingerprint(
             prints[tensor.key] = _join(tensor, parts, details=True, values=bytes(kept))
         else:
             prints[tensor.key] = _join(tensor, parts, details=details(tensor), values=None)
+        parts.clear()  # the sketches of a large checkpoint are not held twice
+    if cache is not None:
+        found = {key: tensor.digest for key, tensor in prints.items() if tensor.digest is not None}
+        by_leader(partial(cache.keep, originals, found))
     table = {}
     for key, tensor in checkpoint.tensors.items():
         if tensor.alias_of is None:
@@ -168,7 +182,23 @@ def fingerprint(
         tensors=table,
         keeps_aliases=checkpoint.keeps_aliases,
         block_nbytes=block_nbytes,
+        num_cached=num_cached,
     )
+
+
+def _cached(
+    tensors: Sequence[Tensor], details: Wanted, cache: DigestCache | None
+) -> dict[str, TensorPrint]:
+    """What need not be read, by key; the same on all ranks."""
+    if cache is None:
+        return {}
+    wanted = [tensor for tensor in tensors if not details(tensor)]
+    known = by_leader(partial(cache.known, wanted)) or {}
+    return {
+        t.key: TensorPrint(key=t.key, dtype=t.dtype, shape=t.shape, digest=known[t.key])
+        for t in wanted
+        if t.key in known
+    }
 
 
 def outline(checkpoint: Checkpoint) -> Fingerprint:

@@ -18,7 +18,7 @@ LAYERS = [
     ["harness.errors"],
     ["harness.ranks"],
     ["harness.checkpoint"],
-    ["harness.streaming", "harness.sketch"],
+    ["harness.cache", "harness.streaming", "harness.sketch"],
     ["harness.fingerprint"],
     ["harness.allclose", "harness.columns", "harness.golden"],
     ["harness.difference"],

@@ -12,6 +12,7 @@ import mmap
 import os
 import tempfile
 import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,7 @@ from harness.errors import CheckpointError
 INFLATION_LIMIT = 100
 INFLATION_FREE_NBYTES = 64 << 20
 _INFLATE_STEP = 1 << 18
+_SETTLED_NS = 2_000_000_000
 
 
 class Source(Protocol):
@@ -38,6 +40,9 @@ class Source(Protocol):
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Map a read-only view of a part: file pages, not anonymous memory."""
+
+    def stamp(self) -> str | None:
+        """Name these bytes and their state, for a cache; None where a change could go unseen."""
 
     def close(self) -> None: ...
 
@@ -94,6 +99,15 @@ class FileSource:
             self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
         return memoryview(self._map)[offset : offset + nbytes]
 
+    def stamp(self) -> str | None:
+        found = os.fstat(self._fd)
+        # What was written a moment ago may be written again within the clock's resolution.
+        if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < _SETTLED_NS:
+            return None
+        return (
+            f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+        )
+
     def close(self) -> None:
         # The map, if any, lives as long as the arrays over it.
         if self._fd >= 0:
@@ -126,6 +140,10 @@ class RangeSource:
         _check_range(self, offset, nbytes)
         return self._base.view(self.start + offset, nbytes)
 
+    def stamp(self) -> str | None:
+        base = self._base.stamp()
+        return None if base is None else f"{base}+{self.start}"
+
     def close(self) -> None:
         self._base.close()
 
@@ -138,6 +156,9 @@ class Spool(FileSource):
         self.nbytes = 0
         self.lock = threading.Lock()
         self._compressed_nbytes = compressed_nbytes
+
+    def stamp(self) -> str | None:
+        return None
 
     def append(self, data: bytes) -> None:
         """Add to the end, up to what `compressed_nbytes` may expand to; hold the lock."""
@@ -194,6 +215,10 @@ class InflatedSource:
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         return self._inflated().view(offset, nbytes)
+
+    def stamp(self) -> str | None:
+        base = self._base.stamp()
+        return None if base is None else f"{base}+{self._start}:{self._wbits}"
 
     def close(self) -> None:
         self._spool.close()

@@ -31,6 +31,9 @@ class _Memory:
     def view(self, offset: int, nbytes: int) -> memoryview:
         return self._bytes[offset : offset + nbytes]
 
+    def stamp(self) -> str | None:
+        return None
+
     def close(self) -> None:
         pass
 

@@ -1,0 +1,120 @@
+"""Memory does not grow with the checkpoint: large files of holes, verified by the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from blake3 import blake3
+
+from harness.checkpoint.tensors import DTYPES
+from harness.fingerprint import Fingerprint, Stats, TensorPrint, block_numel, digest_of
+from harness.golden import Golden, write_golden
+from harness.sketch import DEFAULT_BLOCK_NBYTES, NUM_PROJECTIONS, Sketch, num_blocks
+from harness.streaming import CHUNK_NBYTES, chunks
+
+GIB = 1 << 30
+MAX_NBYTES = 200 << 20
+SHAPES = {
+    "embed.weight": (32768, 65536),  # 8 GiB
+    **{f"layers.{i}.weight": (16384, 45056) for i in range(4)},  # 2.75 GiB
+    "head.weight": (8192, 32768),  # 1 GiB
+}
+
+
+def write_holes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A safetensors file of float32 zeros that takes no room."""
+    end, header = 0, {}
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def zeros_print(key: str, shape: tuple[int, ...]) -> TensorPrint:
+    """The fingerprint of float32 zeros, without their being there."""
+    dtype, numel = DTYPES["float32"], math.prod(shape)
+    whole = blake3(bytes(CHUNK_NBYTES)).digest()
+    digests = [
+        whole if chunk.nbytes == CHUNK_NBYTES else blake3(bytes(chunk.nbytes)).digest()
+        for chunk in chunks(4 * numel)
+    ]
+    blocks = num_blocks(numel, block_numel(dtype, DEFAULT_BLOCK_NBYTES))
+    return TensorPrint(
+        key=key,
+        dtype=dtype,
+        shape=shape,
+        digest=digest_of(dtype, shape, digests),
+        stats=Stats(
+            min=0, max=0, mean=0, std=0, l2=0, num_zero=numel, num_nan=0, num_posinf=0, num_neginf=0
+        ),
+        sketch=Sketch(projections=np.zeros((blocks, NUM_PROJECTIONS)), norms=np.zeros(blocks)),
+    )
+
+
+def run_measured(*arguments: str, cwd: Path) -> tuple[int, str, int]:
+    """Run the command; returns its exit code, what it printed, and its peak anonymous memory."""
+    command = [sys.executable, "-m", "harness", *arguments]
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True)
+    peak = 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status")
+        found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+        peak = max(peak, int(found[1]) << 10 if found else 0)
+        time.sleep(0.005)
+    out, _ = process.communicate()
+    return process.returncode, out, peak
+
+
+def test_twenty_gigabytes_are_verified_and_one_element_is_found_in_them(tmp_path: Path) -> None:
+    path, golden = tmp_path / "large.safetensors", tmp_path / "golden.safetensors"
+    write_holes(path, SHAPES)
+    assert path.stat().st_size > 20 * GIB - (1 << 20)
+    write_golden(
+        Golden(
+            path=golden,
+            fingerprint=Fingerprint(
+                name="large",
+                container="safetensors",
+                section="",
+                tensors={key: zeros_print(key, shape) for key, shape in SHAPES.items()},
+                keeps_aliases=False,
+            ),
+            source="large.safetensors",
+            section=None,
+        )
+    )
+    with path.open("r+b") as file:  # the last element but one
+        file.seek(-8, 2)
+        file.write(struct.pack("<f", 0.5))
+    try:
+        code, out, peak = run_measured("verify", path.name, "-g", golden.name, cwd=tmp_path)
+    finally:
+        path.unlink()
+        golden.unlink()
+    assert code == 1, out
+    assert "5 identical, 1 different" in out
+    assert "[8191, 32766]  expected 0  actual 0.5" in out
+    assert peak < MAX_NBYTES, f"{peak >> 20} MiB of anonymous memory"
+
+
+@pytest.mark.parametrize("verb", ["record", "show"])
+def test_a_transposed_tensor_is_read_in_pieces(tmp_path: Path, verb: str) -> None:
+    torch.save({"w": torch.zeros(4096, 16384).t()}, tmp_path / "transposed.pt")
+    code, out, peak = run_measured(verb, "transposed.pt", cwd=tmp_path)
+    (tmp_path / "transposed.pt").unlink()
+    assert code == 0, out
+    assert peak < MAX_NBYTES, f"{peak >> 20} MiB of anonymous memory"
