@@ -6,9 +6,16 @@ venv="$root/.venv"
 stamp="$venv/installed"
 wanted="$(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "setting up $venv (once; a minute or two)" >&2
-    [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$root/scripts/constraints.txt" --editable "$root[dev]" >&2
-    echo "$wanted" >"$stamp"
+    mkdir -p "$venv"
+    # Two scripts at once would install over each other; the second finds the work done.
+    exec 9>"$venv/lock"
+    if command -v flock >/dev/null; then flock 9; fi
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        echo "setting up $venv (once; a minute or two)" >&2
+        [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+            --constraint "$root/scripts/constraints.txt" --editable "$root[dev]" >&2
+        echo "$wanted" >"$stamp"
+    fi
+    exec 9>&-
 fi
