@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from harness import __version__
-from harness.errors import GoldenError, HarnessError, ModelError, NotRecorded, UsageError
+from harness.errors import GoldenError, HarnessError, NotRecorded, UsageError
 from harness.options import (
     PATH,
     live_of,
@@ -78,8 +78,6 @@ def _run(arguments: list[str]) -> int:
             error.show()
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except SystemExit as error:  # 0 would say that all is well, 1 that a checkpoint differs
-        _echo_error(agreed(ModelError(f"the code under test called sys.exit({error.code!r})")))
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         _echo_error(agreed(UsageError(f"{what}{error.strerror or error}", hint="check the path")))

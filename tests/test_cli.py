@@ -437,3 +437,15 @@ def test_the_shipped_golden_verifies_what_the_repository_ships(
         assert f"ok identical  golden/nest_tiny.safetensors  {stage}: 99 identical" in lines
     # Outputs are the same to rounding: another processor computes other last bits.
     assert any(re.match(r"ok \w+ +golden/nest_tiny.safetensors +outputs: ", line) for line in lines)
+
+
+def test_shell_completion_prints_its_script_and_nothing_else() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "harness"],
+        env={**os.environ, "_HARNESS_COMPLETE": "bash_source"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "_HARNESS_COMPLETE=bash_complete" in run.stdout
+    assert run.stderr == ""

@@ -27,10 +27,10 @@ from torch import nn
 
 from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
 from harness.compare import Finding, Policy, compare
-from harness.errors import CheckpointError, HarnessError, ModelError
+from harness.errors import CheckpointError, ModelError
 from harness.fingerprint import fingerprint
 from harness.measuring import AgainstCheckpoint
-from harness.model.targets import registered, resolve
+from harness.model.targets import registered, resolve, user_code
 from harness.report.mismatch import brief_mismatch
 
 # What Lightning's checkpoints of DictConfig models hold besides tensors; all inert.
@@ -126,17 +126,16 @@ class Loader:
 
     def load(self, path: Path, *, seed: int) -> nn.Module:
         """Build the model under a seed and load the file into it."""
-        try:
-            with seeded(seed), quiet():
-                return self._load(path)
-        except HarnessError:
-            raise
-        except Exception as error:  # user code: anything may be raised
-            raise ModelError(
-                f"{path}: loading it into {self.target} failed: {type(error).__name__}: "
-                f"{brief_mismatch(str(error))}",
-                hint="run the same load in a Python shell for its traceback",
-            ) from error
+        with (
+            user_code(
+                f"{path}: loading it into {self.target}",
+                "run the same load in a Python shell for its traceback",
+                brief_mismatch,
+            ),
+            seeded(seed),
+            quiet(),
+        ):
+            return self._load(path)
 
     def _load(self, path: Path) -> nn.Module:
         if self.container == "nemo" and hasattr(self._make, "restore_from"):
@@ -173,16 +172,9 @@ class Loader:
 
         Where `original` holds the state of a training, that is restored and saved as well.
         """
-        try:
-            with quiet():
-                return self._save(module, folder, stem, original)
-        except HarnessError:
-            raise
-        except Exception as error:  # user code: anything may be raised
-            raise ModelError(
-                f"saving {self.target} failed: {type(error).__name__}: {error}",
-                hint="run the same save in a Python shell for its traceback",
-            ) from error
+        hint = "run the same save in a Python shell for its traceback"
+        with user_code(f"saving {self.target}", hint), quiet():
+            return self._save(module, folder, stem, original)
 
     def _save(self, module: nn.Module, folder: Path, stem: str, original: Path) -> Saved:
         refusal = None

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 
 from harness.checkpoint import open_checkpoint
-from harness.errors import HarnessError, ModelError
+from harness.errors import ModelError
 from harness.fingerprint import Fingerprint, TensorPrint, fingerprint
 from harness.model.files import seeded, tensors_of
 from harness.model.state import as_checkpoint
+from harness.model.targets import user_code
 
 _SEED = 0
 # Outputs agree to rounding only: small blocks let the sketch prove it (1 KiB: 256 float32).
@@ -42,7 +43,8 @@ def inputs_of(module: nn.Module, file: Path | None) -> tuple[tuple[Any, ...], di
         with open_checkpoint(file) as checkpoint:
             return (), dict(tensors_of(checkpoint))
     own: Any = getattr(module, "golden_inputs", None)
-    found = own() if callable(own) else getattr(module, "example_input_array", None)
+    with user_code(f"{type(module).__name__}.golden_inputs()", "mend it, or pass --inputs FILE"):
+        found = own() if callable(own) else getattr(module, "example_input_array", None)
     if found is None:
         raise ModelError(
             f"{type(module).__name__}: has no inputs to compute outputs from",
@@ -67,17 +69,10 @@ def outputs_of(module: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, An
             # Also where the call raises, which the model around it may catch.
             after = child.register_forward_hook(recorder.after(path), always_call=True)
             stack.callback(after.remove)
-        try:
-            with torch.no_grad():
-                module(*positional, **keyword)
-        except HarnessError:
-            raise
-        except Exception as error:  # user code: anything may be raised
-            raise ModelError(
-                f"running {type(module).__name__} on its inputs failed: "
-                f"{type(error).__name__}: {error}",
-                hint="run the same forward in a Python shell for its traceback",
-            ) from error
+        hint = "run the same forward in a Python shell for its traceback"
+        running = f"running {type(module).__name__} on its inputs"
+        with user_code(running, hint), torch.no_grad():
+            module(*positional, **keyword)
     return Fingerprint(
         name="outputs",
         container="live outputs",

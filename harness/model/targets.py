@@ -9,16 +9,33 @@ from __future__ import annotations
 import importlib
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness.errors import ModelError
+from harness.errors import HarnessError, ModelError
 
 # NeMo's class names, and the local classes that stand for them.
 REGISTRY: Mapping[str, str] = {
     "EncDecDenoiseMaskedTokenPredModel": "harness.nest:EncDecDenoiseMaskedTokenPredModel",
 }
+
+
+@contextmanager
+def user_code(doing: str, hint: str, brief: Callable[[str], str] = str) -> Iterator[None]:
+    """Turn whatever the code under test raises into a ModelError that says what was being done.
+
+    `sys.exit` too: its 0 would say that all is well, its 1 that a checkpoint differs.
+    """
+    try:
+        yield
+    except HarnessError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ModelError(
+            f"{doing} failed: {type(error).__name__}: {brief(str(error))}", hint=hint
+        ) from error
 
 
 def resolve(target: str) -> Callable[..., Any]:
@@ -32,13 +49,17 @@ def resolve(target: str) -> Callable[..., Any]:
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ModelError(
-            f"--model {target}: {module_name} cannot be imported: {error}",
-            hint="install it, or run from the folder that holds it",
-        ) from error
+    with user_code(
+        f"--model {target}: importing {module_name}",
+        f"see its traceback: python -c 'import {module_name}'",
+    ):
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ImportError as error:
+            raise ModelError(
+                f"--model {target}: {module_name} cannot be imported: {error}",
+                hint="install it, or run from the folder that holds it",
+            ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ModelError(

@@ -464,3 +464,21 @@ def test_updating_records_the_stages_anew(plain: Path, harness: Callable[..., Ru
     assert harness(*arguments, "--update-golden", "--reason", "new epsilon").code == 0
     assert harness(*arguments).code == 0
     assert read_golden(golden).history[-1].reason == "new epsilon"
+
+
+@pytest.mark.parametrize("fault", ["sys.exit(0)", "1 / 0"])
+def test_code_under_test_that_ends_the_process_is_an_error_and_no_verdict(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    harness: Callable[..., Any],
+    data: Path,
+    fault: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = f"faulty_{abs(hash(fault))}"
+    (tmp_path / f"{name}.py").write_text(f"import sys\n{fault}\n")
+    run = harness("roundtrip", data / "nest_tiny.nemo", "--model", f"{name}:Model")
+    assert run.code == 2
+    assert f"importing {name} failed" in run.err
+    assert "next: see its traceback: python -c" in run.err
