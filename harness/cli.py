@@ -549,21 +549,18 @@ def _style() -> Style:
     from harness.report.text import Style
 
     terminal = sys.stdout.isatty()
-    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    color = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     width = shutil.get_terminal_size().columns if terminal else None
-    return Style(color=terminal and not plain, unicode=terminal and utf8, width=width)
+    return Style(color=color, unicode=terminal and utf8, width=width)
 
 
 def _echo_error(error: HarnessError) -> None:
-    click.echo(f"error: {_printable(str(error))}", err=True)
+    from harness.report.folding import escaped
+
+    click.echo(f"error: {escaped(str(error))}", err=True)
     if error.hint:
-        click.echo(f"  next: {_printable(error.hint)}", err=True)
-
-
-def _printable(text: str) -> str:
-    """Names from a file may hold control characters or lone surrogates."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        click.echo(f"  next: {escaped(error.hint)}", err=True)
 
 
 def _failure(error: HarnessError | click.ClickException) -> dict[str, Any]:

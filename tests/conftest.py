@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +29,36 @@ class Run(NamedTuple):
         return json.loads(self.out)
 
 
+Harness = Callable[..., Run]
+
+
+def on_terminal(arguments: list[str], *, cwd: Path, columns: int = 80, **env: str) -> str:
+    """Run the command with a terminal as its output, and return what it would show."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", *arguments],
+        stdout=follower,
+        stderr=follower,
+        cwd=cwd,
+        env={**inherited, "TERM": "xterm-256color", "PYTHONUTF8": "1", **env},
+    )
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    process.wait()
+    os.close(leader)
+    return shown.decode()
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of the checkpoints that NeMo wrote."""
@@ -35,7 +72,7 @@ def shipped_golden() -> Path:
 
 
 @pytest.fixture
-def harness(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+def harness(capsys: pytest.CaptureFixture[str]) -> Harness:
     """Run the command line in this process; returns its exit code and what it printed."""
     from harness.cli import main
 

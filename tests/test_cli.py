@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from harness.model.files import quiet
-from tests.conftest import Run
-
-Harness = Callable[..., Run]
+from tests.conftest import Harness, Run, on_terminal
 
 
 @pytest.fixture
@@ -376,31 +371,6 @@ def test_an_unexpected_crash_is_a_2_and_never_a_1(
     run = harness("verify", "models/nest.nemo")
     assert run.code == 2
     assert "this is a bug in the harness" in run.err
-
-
-def on_terminal(arguments: list[str], *, cwd: Path, **env: str) -> str:
-    """Run the command with a terminal as its output, and return what it would show."""
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "harness", *arguments],
-        stdout=follower,
-        stderr=follower,
-        cwd=cwd,
-        env={**os.environ, "TERM": "xterm-256color", "PYTHONUTF8": "1", **env},
-    )
-    os.close(follower)
-    shown = b""
-    while True:
-        try:
-            part = os.read(leader, 65536)
-        except OSError:
-            break
-        if not part:
-            break
-        shown += part
-    process.wait()
-    os.close(leader)
-    return shown.decode()
 
 
 def test_signs_and_colours_only_on_a_terminal(recorded: Path, project: Path, data: Path) -> None:

@@ -17,6 +17,11 @@ def printable(key: str) -> str:
     return json.dumps(key, ensure_ascii=not key.isprintable())
 
 
+def escaped(text: str) -> str:
+    """Any text as it may stand on one line of a terminal: names in it may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def fold(keys: Sequence[str], *, ellipsis: str = "…") -> list[tuple[str, list[str]]]:
     """Group keys into patterns; each with the keys it stands for, in order of first appearance.
 

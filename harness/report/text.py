@@ -1,21 +1,24 @@
 """A comparison as text: one line for the whole, then findings by kind, worst first.
 
-In: a `Comparison` and a `Style`. Out: lines of text, with colour codes only where the style says.
+In: a `Comparison` and a `Style`. Out: lines of text, with colour codes only where the style says,
+and no wider than it says; or the sections that they are made of, for other reports to set out.
 """
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.compare import FINDING_KINDS, Comparison, Departure, Finding, FindingKind
 from harness.difference import Difference, Element
-from harness.report.folding import fold, printable
+from harness.report.fitting import fit
+from harness.report.folding import escaped, fold, printable
 
 _MAX_GROUPS = 12
-_SYMBOLS = {"identical": "✓", "close": "✓", "undecided": "?", "different": "✗"}
+SYMBOLS = {"identical": "✓", "close": "✓", "undecided": "?", "different": "✗"}
 _COLORS = {"identical": "32", "close": "32", "undecided": "33", "different": "31"}
 _HEADINGS: dict[FindingKind, str] = {
     "missing": "missing: in the golden, not in the checkpoint",
@@ -54,15 +57,32 @@ class Style:
 PLAIN = Style()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One part of a report: its heading, and lines that are indented by four spaces or more."""
+
+    heading: str
+    lines: tuple[str, ...]
+
+
 def render(comparison: Comparison, style: Style = PLAIN) -> str:
     """The whole report of one comparison, without a trailing newline."""
-    return "\n".join(_lines(comparison, style))
+    lines = _lines(comparison, style)
+    return "\n".join(part for line in lines for part in fit(line, style.width, style.ellipsis))
 
 
 def headline(comparison: Comparison, style: Style = PLAIN) -> str:
     """One line: the verdict, the two sides, the counts."""
     verdict = comparison.verdict
-    mark = _SYMBOLS[verdict] if style.unicode else "ok" if comparison.ok else "FAIL"
+    mark = SYMBOLS[verdict] if style.unicode else "ok" if comparison.ok else "FAIL"
+    return (
+        style.paint(f"{mark} {verdict}", _COLORS[verdict])
+        + f"  {printable(comparison.expected.name)}  {comparison.stage}: {tally(comparison)}"
+    )
+
+
+def tally(comparison: Comparison) -> str:
+    """How many tensors are identical, and how many there are of each kind of finding."""
     counts = [f"{comparison.num_identical:,} identical"]
     counts += [
         f"{comparison.count(kind):,} {kind}"
@@ -71,10 +91,7 @@ def headline(comparison: Comparison, style: Style = PLAIN) -> str:
     ]
     if comparison.num_ignored:
         counts.append(f"{comparison.num_ignored:,} ignored")
-    return (
-        style.paint(f"{mark} {verdict}", _COLORS[verdict])
-        + f"  {comparison.expected.name}  {comparison.stage}: {', '.join(counts)}"
-    )
+    return ", ".join(counts)
 
 
 def how_to_accept(
@@ -91,31 +108,66 @@ def how_to_accept(
     prefixes = [f for f in comparison.findings if f.kind == "prefix"]
     lines = []
     if prefixes and prefixes[0].actual != "no prefix" and prefixes[0].expected == "no prefix":
-        lines.append(f"to look past the prefix:  {command} --strip-prefix {prefixes[0].key}")
+        prefix = shlex.quote(prefixes[0].key)
+        lines.append(f"to look past the prefix:  {command} --strip-prefix {prefix}")
     lines.append(f'if this is meant:  {command} --update-golden --reason "why"')
     return lines
 
 
 def _lines(comparison: Comparison, style: Style) -> Iterator[str]:
     yield headline(comparison, style)
-    if comparison.verdict != "identical":
-        yield f"  expected  {_side(comparison.expected)}"
-        yield f"  actual    {_side(comparison.actual)}"
-    yield from (f"  note: {note}" for note in comparison.notes)
-    if comparison.departure is not None:
-        yield from _departure(comparison.departure, style)
+    yield from (f"  {line}" for line in sides(comparison))
+    yield from (f"  note: {escaped(note)}" for note in comparison.notes)
+    departed = departure_section(comparison)
+    if departed is not None:
+        yield from _set_out(departed, style)
     if comparison.num_nan:
-        yield f"  note: {comparison.num_nan:,} of the golden's tensors hold NaN"
+        yield f"  note: {nan_note(comparison)}"
+    for section in finding_sections(comparison, style):
+        yield from _set_out(section, style)
+    chance = chance_note(comparison)
+    if chance:
+        yield ""
+        yield f"  ({chance})"
+
+
+def _set_out(section: Section, style: Style) -> Iterator[str]:
+    yield ""
+    yield "  " + style.paint(section.heading, "1")
+    yield from section.lines
+
+
+def sides(comparison: Comparison) -> list[str]:
+    """What was compared with what, unless both are the same."""
+    if comparison.verdict == "identical":
+        return []
+    return [
+        f"expected  {escaped(_side(comparison.expected))}",
+        f"actual    {escaped(_side(comparison.actual))}",
+    ]
+
+
+def nan_note(comparison: Comparison) -> str:
+    return f"{comparison.num_nan:,} of the golden's tensors hold NaN"
+
+
+def chance_note(comparison: Comparison) -> str:
+    """How sure the verdicts are, "" where they are exact."""
+    chance = sum(f.difference.chance for f in comparison.findings if f.difference is not None)
+    return (
+        f"verdicts by sketch: the chance that any is wrong is below {chance:.0e}" if chance else ""
+    )
+
+
+def finding_sections(comparison: Comparison, style: Style) -> Iterator[Section]:
+    """The findings by kind, worst first, without the aftermath of what departs first."""
     for kind in FINDING_KINDS:
         findings = [finding for finding in comparison.findings if finding.kind == kind]
         if findings and not _is_aftermath(kind, comparison):
-            yield ""
-            yield "  " + style.paint(f"{_HEADINGS[kind]} ({comparison.count(kind):,})", "1")
-            yield from _findings(findings, style)
-    chance = sum(f.difference.chance for f in comparison.findings if f.difference is not None)
-    if chance:
-        yield ""
-        yield f"  (verdicts by sketch: the chance that any is wrong is below {chance:.0e})"
+            yield Section(
+                heading=f"{_HEADINGS[kind]} ({comparison.count(kind):,})",
+                lines=tuple(map(escaped, _findings(findings, style))),
+            )
 
 
 def _is_aftermath(kind: FindingKind, comparison: Comparison) -> bool:
@@ -126,10 +178,18 @@ def _is_aftermath(kind: FindingKind, comparison: Comparison) -> bool:
     return kind == "close" or (departed and kind in ("different", "undecided"))
 
 
-def _departure(departure: Departure, style: Style) -> Iterator[str]:
+def departure_section(comparison: Comparison) -> Section | None:
+    """The first place in a computation that is not as recorded."""
+    if comparison.departure is None:
+        return None
+    return Section(
+        heading=f"first departs: {printable(comparison.departure.culprit)}",
+        lines=tuple(map(escaped, _departure(comparison.departure))),
+    )
+
+
+def _departure(departure: Departure) -> Iterator[str]:
     finding = departure.finding
-    yield ""
-    yield "  " + style.paint(f"first departs: {departure.culprit}", "1")
     if finding.difference is not None:
         yield f"    {printable(finding.key)}  {finding.expected}"
         yield from (f"      {line}" for line in _differences([finding.difference]))
@@ -144,7 +204,7 @@ def _departure(departure: Departure, style: Style) -> Iterator[str]:
 
 def _side(fingerprint: Any) -> str:
     section = f", section {fingerprint.section}" if fingerprint.section else ""
-    return f"{fingerprint.name} ({fingerprint.container}{section})"
+    return f"{printable(fingerprint.name)} ({fingerprint.container}{section})"
 
 
 def _findings(findings: Sequence[Finding], style: Style) -> Iterator[str]:

@@ -1,0 +1,63 @@
+"""Results made by hand, and the names that reports must survive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.compare import Comparison, Departure, Finding, Policy
+from harness.fingerprint import Fingerprint
+from harness.report.outcome import Command, Outcome, Result
+
+# What markup, terminals or XML could take for their own.
+HOSTILE = [
+    "pipe|in.the.middle",
+    "`backticks` ```three```",
+    "[a link](https://example.org) ![x](y)",
+    "<script>alert(1)</script>",
+    "</code></details> &amp; ]]>",
+    "new\nline\n\n```\n# heading",
+    "\x1b[31mred\x00\x07\x7f",
+    "lone \ud800 surrogate \ufffe \uffff",
+    "back\\slash\\|",
+    " spaces ",
+    "größe.ключ.鍵",
+    "*bold* _emphasis_ ~~gone~~ @user #1 $x$",
+]
+
+
+def side(name: str) -> Fingerprint:
+    return Fingerprint(name=name, container="nemo", section="", tensors={})
+
+
+def missing(key: str) -> Finding:
+    return Finding(kind="missing", key=key, expected="float32 [2, 3]")
+
+
+GOLDEN = "golden/nest.safetensors"
+
+
+def comparison(*findings: Finding, name: str = GOLDEN, **rest: Any) -> Comparison:
+    return Comparison(
+        expected=side(name),
+        actual=side("models/nest.nemo"),
+        policy=Policy(),
+        findings=findings,
+        **{"num_identical": 3, **rest},
+    )
+
+
+def departed(culprit: str) -> Comparison:
+    """A stage of outputs in which one module departs."""
+    finding = Finding(kind="shape", key=f"{culprit}:out", expected="[2]", actual="[3]")
+    departure = Departure(
+        finding=finding, culprit=culprit, agreeing=("0",), departing=(), num_before=7
+    )
+    return comparison(finding, stage="outputs", departure=departure)
+
+
+def outcome(*stages: Comparison, **rest: Any) -> Outcome:
+    return Outcome(**{"expected": GOLDEN, "actual": "models/nest.nemo", **rest}, stages=stages)
+
+
+def result(*outcomes: Outcome, command: Command = "verify") -> Result:
+    return Result(command=command, outcomes=outcomes)

@@ -1,0 +1,154 @@
+"""The text report: at 80 columns, at 200, and as wide as it takes; on a terminal and off it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from harness.compare import Finding
+from harness.report.fitting import cells
+from harness.report.text import PLAIN, Style, headline, how_to_accept, render
+from tests.conftest import Harness, on_terminal
+from tests.report.samples import HOSTILE, comparison, departed, missing
+
+LONG = [
+    f"model.encoder.backbone.stages.{stage}.blocks.11.attention.self.{name}_projection.weight"
+    for stage in (3, 12)
+    for name in ("query", "key")
+]
+
+FOLDED = LONG[1].replace(".3.", ".{3,12}.")
+
+
+def narrow(width: int | None) -> Style:
+    return Style(unicode=True, width=width)
+
+
+def test_at_80_columns_long_keys_are_shortened_and_long_lines_go_on_below() -> None:
+    found = comparison(
+        *(missing(key) for key in LONG),
+        Finding(kind="renamed", key="a.weight", expected="a.weight", actual=LONG[0]),
+        Finding(kind="alias", key="head.weight", expected=f"tied to {LONG[0]}", actual="separate"),
+        num_identical=12345,
+        num_ignored=678,
+        notes=("nothing of what is said here at some length is said for any other reason",),
+    )
+    assert (
+        render(found, narrow(80))
+        == """\
+✗ different  golden/nest.safetensors
+    file: 12,345 identical, 1 alias, 1 renamed, 4 missing, 678 ignored
+  expected  golden/nest.safetensors (nemo)
+  actual    models/nest.nemo (nemo)
+  note: nothing of what is said here at some length is said for any other reason
+
+  missing: in the golden, not in the checkpoint (4)
+    model.….stages.{3,12}.blocks.11.attention.self.query_projection.weight
+        float32 [2, 3]  (2 tensors)
+    model.….stages.{3,12}.blocks.11.attention.self.key_projection.weight
+        float32 [2, 3]  (2 tensors)
+
+  renamed: equal weights under another key (1)
+    a.weight
+      is now
+          model.….stages.3.blocks.11.attention.self.query_projection.weight
+
+  alias: tied weights came apart, or were tied (1)
+    head.weight
+      expected tied to
+          model.….stages.3.blocks.11.attention.self.query_projection.weight
+      actual   separate"""
+    )
+
+
+def test_at_200_columns_nothing_is_shortened_or_continued() -> None:
+    found = comparison(*(missing(key) for key in LONG))
+    assert render(found, narrow(200)) == render(found, narrow(None))
+    assert f"    {LONG[0].replace('.3.', '.{3,12}.')}  float32 [2, 3]  (2 tensors)" in render(
+        found, narrow(200)
+    )
+
+
+@pytest.mark.parametrize("width", [32, 60, 80, 200])
+def test_no_line_is_wider_whatever_the_names(width: int) -> None:
+    found = comparison(*(missing(key * 9) for key in HOSTILE), name="g" * 300, notes=("n" * 300,))
+    for report in (found, departed("module." * 60)):
+        for line in render(report, Style(unicode=True, color=True, width=width)).split("\n"):
+            assert cells(line) <= width
+
+
+def test_names_never_reach_the_terminal_as_they_are() -> None:
+    for name in HOSTILE:
+        found = comparison(
+            missing(name),
+            Finding(kind="alias", key="a", expected=f"tied to {name}", actual="separate"),
+            Finding(kind="hyperparameter", key="b", expected=name, actual="nothing"),
+            name=f"golden/{name}",
+            notes=(name,),
+        )
+        for report in (found, departed(name)):
+            assert render(report).replace("\n", "").isprintable()
+            assert headline(report).isprintable()
+
+
+def test_a_prefix_to_strip_is_quoted_as_a_shell_needs_it() -> None:
+    found = comparison(
+        Finding(kind="prefix", key="a b;c.", expected="no prefix", actual="prefix 'a b;c.'")
+    )
+    assert how_to_accept(found, "harness verify x")[0].endswith("--strip-prefix 'a b;c.'")
+
+
+@pytest.fixture
+def project(tmp_path: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A golden of long keys, and a checkpoint of which everything differs."""
+    monkeypatch.chdir(tmp_path)
+    weights = {key: np.arange(6, dtype="f4") for key in LONG}
+    save_file(weights, "net.safetensors")
+    assert harness("record", "net.safetensors").code == 0
+    changed = {key: value + 1 for key, value in weights.items()} | {LONG[0]: np.zeros(2, "f4")}
+    folder = tmp_path / "a_folder_with_a_name" / "that_takes_its_room" / "in_every_line"
+    folder.mkdir(parents=True)
+    save_file(changed, folder / "net.safetensors")
+    shutil.copy("golden/net.safetensors", folder / "golden.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_on_a_real_terminal_only_commands_are_wider_than_it(project: Path, columns: int) -> None:
+    arguments = ["verify", "net.safetensors", "-g", "golden.safetensors"]
+    shown = on_terminal(arguments, cwd=project, columns=columns).replace("\r\n", "\n")
+    lines = [re.sub(r"\x1b\[\d+m", "", line) for line in shown.split("\n")]
+    commands = [line for line in lines if "harness verify" in line]
+    assert commands == [
+        "  if this is meant:  harness verify net.safetensors -g golden.safetensors "
+        '--update-golden --reason "why"'
+    ]
+    assert max(len(line) for line in lines if line not in commands) <= columns
+    whole, short = FOLDED in shown, f"model.….{FOLDED.partition('backbone.')[2]}" in shown
+    assert (whole, short) == ((False, True) if columns == 80 else (True, False))
+    assert "max |actual - expected| 1.00e+00" in shown
+
+
+def test_off_a_terminal_nothing_is_shortened(project: Path, harness: Harness) -> None:
+    run = harness("verify", project / "net.safetensors", "-g", project / "golden.safetensors")
+    assert f"    {FOLDED}  float32 [6]  (2 tensors)" in run.out
+    assert "\x1b" not in run.out
+    assert run.out.isascii()
+
+
+def test_colour_stays_away_where_it_is_not_wanted(project: Path) -> None:
+    arguments = ["verify", "net.safetensors", "-g", "golden.safetensors"]
+    for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        assert "\x1b" not in on_terminal(arguments, cwd=project, **env)
+    # An empty NO_COLOR is none, by https://no-color.org.
+    assert "\x1b[31m" in on_terminal(arguments, cwd=project, NO_COLOR="")
+
+
+def test_without_a_width_a_line_is_as_long_as_it_takes() -> None:
+    found = comparison(*(missing(key) for key in LONG))
+    assert len(render(found, PLAIN).split("\n")) == 7
