@@ -43,9 +43,14 @@ class Outcome:
     def exit_code(self) -> int:
         if self.error is not None:
             return 2
-        if self.updated is not None:  # what differed was accepted
-            return 0
-        return worst(stage.exit_code for stage in self.stages)
+        return worst(stage.exit_code for stage in self.stages if not self.accepts(stage))
+
+    def accepts(self, stage: Comparison) -> bool:
+        """Whether an update made what a stage found the new golden.
+
+        It holds the file and the outputs, but not what the code makes of the file.
+        """
+        return self.updated is not None and stage.stage not in ("load", "reload")
 
     @property
     def worst_stage(self) -> Comparison | None:
@@ -63,6 +68,12 @@ class Result:
 
     command: Command
     outcomes: tuple[Outcome, ...]
+
+    def title(self, outcome: Outcome) -> str:
+        """The name of an outcome: the same in every run of the same command."""
+        if self.command == "diff":
+            return f"{outcome.expected} and {outcome.actual}"
+        return outcome.expected or outcome.actual or "no golden"
 
     @property
     def exit_code(self) -> int:

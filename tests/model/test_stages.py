@@ -482,3 +482,15 @@ def test_code_under_test_that_ends_the_process_is_an_error_and_no_verdict(
     assert run.code == 2
     assert f"importing {name} failed" in run.err
     assert "next: see its traceback: python -c" in run.err
+
+
+def test_an_update_accepts_the_file_but_no_fault_of_the_code(
+    tmp_path: Path, data: Path, harness: Callable[..., Run]
+) -> None:
+    golden = tmp_path / "nest.safetensors"
+    api.record(data / "nest_tiny.nemo", golden)
+    new = data / "nest_tiny_perturbed_1e-3.nemo"
+    broken = ["--load", "--model", f"{HERE}:Reinitialised"]
+    assert harness("verify", new, "-g", golden, "--update-golden", *broken).code == 1
+    assert harness("verify", new, "-g", golden).code == 0
+    assert harness("verify", new, "-g", golden, *broken).code == 1
