@@ -239,8 +239,12 @@ def verify(
         reason=reason,
         arguments=arguments,
     )
-    goldens = _goldens(checkpoint, golden)
-    outcomes = tuple(run.outcome(checkpoint, target) for target in goldens)
+    try:
+        goldens = _goldens(checkpoint, golden)
+    except HarnessError as error:
+        outcomes: tuple[Outcome, ...] = (_ended(error, form, expected=golden, actual=checkpoint),)
+    else:
+        outcomes = tuple(run.outcome(checkpoint, target) for target in goldens)
     return _finish(Result(command="verify", outcomes=outcomes), form, reports)
 
 
@@ -313,11 +317,9 @@ class _Run:
             else:
                 steps = self._next_steps(stages, checkpoint, recorded)
         except HarnessError as found:
-            error = agreed(found)
+            error = _told(found, self.form)
         for line in steps if self.form == "text" else ():
             click.echo(f"\n  {line}")
-        if error is not None and self.form == "text":
-            _echo_error(error)
         name = stages[0].actual.name if stages else None
         return Outcome(
             expected=str(golden),
@@ -428,22 +430,48 @@ def _echo_stage(comparison: Comparison, form: str) -> None:
         click.echo(render(comparison, _style()))
 
 
+def _told(error: HarnessError, form: str) -> HarnessError:
+    """What ended an outcome early, as all ranks agree on it; printed at once in a text report."""
+    error = agreed(error)
+    if form == "text":
+        _echo_error(error)
+    return error
+
+
+def _ended(
+    error: HarnessError, form: str, *, expected: Path | None, actual: Path | None
+) -> Outcome:
+    """The outcome of what ended before anything was compared."""
+    from harness.report.outcome import Outcome
+
+    return Outcome(
+        expected=None if expected is None else str(expected),
+        actual=None if actual is None else str(actual),
+        error=_told(error, form),
+    )
+
+
 def _finish(result: Result, form: str, reports: Sequence[Path]) -> int:
     """Print the JSON, write the reports, and give the exit code of all."""
     from harness.report.files import append_step_summary, write_report
     from harness.report.json import result_as_json
 
+    code = result.exit_code
     if form == "json":
         _echo_json(result_as_json(result))
     for path in reports:
-        by_leader(partial(write_report, result, path))
+        try:
+            by_leader(partial(write_report, result, path))
+        except HarnessError as error:  # the others are still wanted
+            _echo_error(agreed(error))
+            code = 2
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         try:
             by_leader(partial(append_step_summary, result, Path(summary)))
         except HarnessError as error:  # no reason for a run to fail
             click.echo(f"note: {error}", err=True)
-    return result.exit_code
+    return code
 
 
 @cli.command()
@@ -468,9 +496,7 @@ def roundtrip(checkpoint: Path, form: str, reports: tuple[Path, ...], **options:
             stages.append(comparison)
             _echo_stage(comparison, form)
     except HarnessError as found:
-        error = agreed(found)
-        if form == "text":
-            _echo_error(error)
+        error = _told(found, form)
     outcome = Outcome(expected=None, actual=str(checkpoint), stages=tuple(stages), error=error)
     return _finish(Result(command="roundtrip", outcomes=(outcome,)), form, reports)
 
@@ -496,12 +522,15 @@ def diff(
     from harness import api
     from harness.report.outcome import Outcome, Result
 
-    with progress_bar(expected) as progress:
-        comparison = api.diff(
-            expected, actual, policy=policy_of(options), jobs=jobs, progress=progress
-        )
-    _echo_stage(comparison, form)
-    outcome = Outcome(expected=str(expected), actual=str(actual), stages=(comparison,))
+    policy = policy_of(options)
+    try:
+        with progress_bar(expected) as progress:
+            comparison = api.diff(expected, actual, policy=policy, jobs=jobs, progress=progress)
+    except HarnessError as error:
+        outcome = _ended(error, form, expected=expected, actual=actual)
+    else:
+        _echo_stage(comparison, form)
+        outcome = Outcome(expected=str(expected), actual=str(actual), stages=(comparison,))
     return _finish(Result(command="diff", outcomes=(outcome,)), form, reports)
 
 

@@ -6,7 +6,8 @@ The schema, to which later versions only add:
                    "stages": [{"stage", "verdict", "num_identical", "num_ignored", "findings",
                    "notes", "first_departure": {"culprit", "key", "inputs_agree",
                    "inputs_depart", "num_before"} | null}],
-                   "error"?, "updated"?, "next_steps"}]}
+                   "error"?, "updated"?, "next_steps"}],
+                   "error"?: the first, where it left nothing to compare}
     finding       {"kind", "key", "expected", "actual", "actual_key"?, "count"?}, and for
                   close, different and undecided also
                   {"why", "is_exact", "atol", "rtol", "numel", "max_abs", "min_atol", "rms",
@@ -15,7 +16,8 @@ The schema, to which later versions only add:
     element       {"index", "expected", "actual"}
     show          {"root", "container", "section", "tensors": [{"key", "dtype", "shape", "digest",
                    "alias_of", "stats"}], "history"?}
-    error         {"exit_code": 2, "error": {"kind", "message", "hint"}}
+    error         {"kind", "message", "hint"}; alone, {"exit_code": 2, "error"}, where a command
+                  was not understood or is none of the above
 
 Intervals are [lower, upper]. Numbers that JSON lacks are the strings "NaN", "Infinity" and
 "-Infinity"; complex ones are [real, imaginary].
@@ -44,10 +46,15 @@ def render(result: Result) -> str:
 
 def result_as_json(result: Result) -> Json:
     """What `--format json` prints."""
-    return {
+    found: dict[str, Json] = {
         "exit_code": result.exit_code,
         "goldens": [_outcome(outcome) for outcome in result.outcomes],
     }
+    if not any(outcome.stages for outcome in result.outcomes):
+        errors = [outcome.error for outcome in result.outcomes if outcome.error is not None]
+        if errors:
+            found["error"] = error_as_json(errors[0])
+    return found
 
 
 def _outcome(outcome: Outcome) -> Json:

@@ -1,0 +1,156 @@
+"""--report and the step summary of GitHub, through the command line: whole files, or told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from junitparser import JUnitXml
+
+from tests.conftest import Harness, Run
+
+PLAIN = ("md", "xml", "json")
+
+
+@pytest.fixture
+def project(tmp_path: Path, harness: Harness, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A golden, the checkpoint that it was recorded from, and one of which a weight differs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    shutil.copy(data / "nest_tiny.nemo", "nest.nemo")
+    shutil.copy(data / "nest_tiny_perturbed_1e-3.nemo", "changed.nemo")
+    assert harness("record", "nest.nemo").code == 0
+    return tmp_path
+
+
+def reported(harness: Harness, *arguments: str) -> tuple[Run, dict[str, str]]:
+    """Run a command with all reports; returns what it printed as JSON, and the reports."""
+    asked = [f"--report=out.{suffix}" for suffix in PLAIN]
+    run = harness(*arguments, *asked, "--format", "json")
+    return run, {suffix: Path(f"out.{suffix}").read_text() for suffix in PLAIN}
+
+
+CHANGED = ("verify", "changed.nemo", "-g", "golden/nest.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "counts"),
+    [
+        (("verify",), 0, (1, 0, 0)),
+        (CHANGED, 1, (1, 1, 0)),
+        (("diff", "nest.nemo", "changed.nemo"), 1, (1, 1, 0)),
+        (("diff", "nest.nemo", "nest.nemo"), 0, (1, 0, 0)),
+        (("verify", "gone.nemo"), 2, (1, 0, 1)),
+        (("verify", "changed.nemo"), 2, (1, 0, 1)),
+        (("verify", "-g", "golden/none.safetensors"), 2, (1, 0, 1)),
+        ((*CHANGED, "--ignore", "nothing.*"), 2, (1, 0, 1)),
+        ((*CHANGED, "--load", "--model", "nope:Thing"), 2, (2, 1, 1)),
+        (("diff", "nest.nemo", "gone.nemo"), 2, (1, 0, 1)),
+        (("roundtrip", "gone.nemo"), 2, (1, 0, 1)),
+        (("roundtrip", "nest.nemo", "--model", "nope:Thing"), 2, (1, 0, 1)),
+    ],
+)
+def test_every_report_tells_what_the_run_came_to(
+    project: Path, harness: Harness, arguments: Any, code: int, counts: tuple[int, int, int]
+) -> None:
+    run, reports = reported(harness, *arguments)
+    assert run.code == run.json["exit_code"] == code
+    assert json.loads(reports["json"]) == run.json
+    assert reports["json"] == run.out
+    suites = JUnitXml.fromstring(reports["xml"].encode())
+    assert (suites.tests, suites.failures, suites.errors) == counts
+    word = {0: "✓ passes", 1: "✗ differs", 2: "! could not tell"}[code]
+    assert reports["md"].startswith(f"## harness {arguments[0]}: {word}\n")
+    [told] = run.json["goldens"]
+    if code == 2:
+        assert told["error"]["message"] in reports["md"]
+        assert told["error"]["hint"] in reports["md"]
+        assert (run.json.get("error") == told["error"]) is not bool(told["stages"])
+
+
+def test_an_empty_folder_is_reported_as_well(
+    tmp_path: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, reports = reported(harness, "verify")
+    assert run.code == 2
+    assert run.json["error"]["hint"] == "record one: harness record CHECKPOINT"
+    assert 'name="no golden file"' in reports["xml"]
+    assert "no goldens in golden/" in reports["md"]
+
+
+def test_reports_do_not_change_what_is_printed(project: Path, harness: Harness) -> None:
+    plain = harness(*CHANGED)
+    assert harness(*CHANGED, "--report", "out.xml", "--report", "out.md") == plain
+    assert "--update-golden" in plain.out
+    # The command to type again is without the reports of this run.
+    assert "--report" not in plain.out + Path("out.xml").read_text() + Path("out.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "message", "hint"),
+    [
+        ("out.pdf", "is one of .html, .md, .xml, .json, by its suffix", "--report out.html"),
+        ("out", "by its suffix", "--report out.html"),
+        ("-", "by its suffix", "--report report.html"),
+        ("a folder", "is a folder", "--report 'a folder/report.html'"),
+        ("", "is a folder", "--report report.html"),
+        ("no folder/out.xml", "there is no folder no folder", "mkdir -p 'no folder'"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_told_before_any_work(
+    project: Path, harness: Harness, path: str, message: str, hint: str
+) -> None:
+    Path("a folder").mkdir()
+    for command in (["verify"], ["diff", "nest.nemo", "gone"], ["roundtrip", "gone"]):
+        run = harness(*command, "--report", path, "--report", "out.xml")
+        assert (run.code, run.out) == (2, "")
+        assert message in run.err.splitlines()[0]
+        assert run.err.splitlines()[1] == f"  next: {hint}"
+    assert not Path("out.xml").exists()
+
+
+def test_the_same_file_twice_is_no_mistake(project: Path, harness: Harness) -> None:
+    once = harness("verify", "--report", "out.xml")
+    before = Path("out.xml").read_bytes()
+    assert harness("verify", "--report", "out.xml", "--report", "./out.xml") == once
+    assert Path("out.xml").read_bytes() == before
+
+
+def test_a_report_that_fails_at_the_end_leaves_the_others_and_is_a_2(
+    project: Path, harness: Harness
+) -> None:
+    Path("out.md").symlink_to("no folder/out.md")
+    run = harness("verify", "--report", "out.md", "--report", "out.xml", "--format", "json")
+    assert run.code == 2
+    assert run.json["exit_code"] == 0
+    assert "--report out.md: cannot be written: No such file or directory" in run.err
+    assert 'errors="0"' in Path("out.xml").read_text()
+
+
+def test_the_summary_of_a_step_is_added_to(
+    project: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = project / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    plain = harness(*CHANGED)
+    assert harness("diff", "nest.nemo", "gone.nemo").code == 2
+    text = summary.read_text()
+    assert text.startswith("before\n## harness verify: ✗ differs\n")
+    assert "\n## harness diff: ! could not tell\n" in text
+    assert plain.err == ""
+
+
+def test_a_summary_that_cannot_be_written_fails_no_run(
+    project: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(project / "no folder" / "summary.md"))
+    run = harness("verify")
+    assert run.code == 0
+    assert run.err.startswith("note: GITHUB_STEP_SUMMARY=")
+    assert "cannot be written" in run.err
+    assert harness(*CHANGED).code == 1
