@@ -44,6 +44,7 @@ from harness.subjects import (
     only_of_files,
     opened,
     path_of,
+    refuse_reference,
     source_after,
 )
 
@@ -174,6 +175,7 @@ def verify(
         )
         beside = None
         if reference is not None:
+            refuse_reference(Path(reference), recorded)
             beside = stack.enter_context(open_checkpoint(reference, section=recorded.section))
         found = fingerprint_checkpoint(
             actual,

@@ -256,9 +256,14 @@ def _goldens(checkpoint: Path | None, golden: Path | None) -> list[Path]:
         return [choose_golden(checkpoint, golden)]
     found = [path for path in sorted(GOLDEN_FOLDER.glob(f"*{SUFFIX}")) if not _is_other(path)]
     if not found:
+        above = next(
+            (p for p in Path.cwd().parents if any(p.glob(f"{GOLDEN_FOLDER}/*{SUFFIX}"))), None
+        )
         raise GoldenError(
             f"no goldens in {GOLDEN_FOLDER}/ of the current folder",
-            hint="record one: harness record CHECKPOINT",
+            hint="record one: harness record CHECKPOINT"
+            if above is None
+            else f"go to where they are: cd {shlex.quote(os.path.relpath(above))}",
         )
     return found
 
@@ -370,7 +375,8 @@ class _Run:
             click.echo(f"{recorded.path} is up to date, and was not touched")
         elif self.form == "text":
             roots = (recorded.fingerprint.root.hex()[:16], updated.fingerprint.root.hex()[:16])
-            click.echo(f"updated {recorded.path}: root {roots[0]} is now {roots[1]}")
+            said = "is as it was" if roots[0] == roots[1] else f"is now {roots[1]}"
+            click.echo(f"updated {recorded.path}: root {roots[0]} {said}")
             for entry in updated.history:
                 click.echo(f"  replaced {entry.root[:16]}  {entry.reason or '(no reason given)'}")
         return changed
@@ -390,12 +396,19 @@ class _Run:
     def _next_steps(
         self, stages: Sequence[Comparison], checkpoint: Path | None, golden: Golden
     ) -> tuple[str, ...]:
+        from harness import api
         from harness.report.outcome import worst
         from harness.report.text import how_to_accept
 
         code = worst(stage.exit_code for stage in stages)
         found = next(stage for stage in stages if stage.exit_code == code)
         kinds = {finding.kind for finding in found.findings if finding.fails}
+        strangers = kinds == {"missing", "unexpected"} and not found.num_identical
+        if checkpoint and strangers and not api.golden_path(checkpoint).exists():
+            return (
+                "if it is another model, give it a golden of its own:  "
+                f"harness record {shlex.quote(str(checkpoint))}",
+            )
         if found.stage in ("load", "reload") and kinds - {"requires_grad"}:
             return (
                 "the golden holds the file, not what the code makes of it: mend the code, "

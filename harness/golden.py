@@ -12,8 +12,10 @@ differ.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -306,7 +308,20 @@ def _refuse_no_file(path: Path) -> None:
             hint=f"-g {inside or path / f'NAME{SUFFIX}'}",
         )
     if not path.is_file():
-        raise GoldenError(f"{path}: no golden there", hint=f"harness record CKPT -g {path}")
+        close = close_golden(path)
+        raise GoldenError(
+            f"{path}: no golden there",
+            hint=f"did you mean -g {close}?"
+            if close
+            else f"harness record CKPT -g {shlex.quote(str(path))}",
+        )
+
+
+def close_golden(path: Path) -> Path | None:
+    """A golden beside the place, with a name much like it."""
+    beside = {other.name: other for other in path.parent.glob(f"*{SUFFIX}")}
+    close = difflib.get_close_matches(path.name, sorted(beside))
+    return next((beside[name] for name in close if is_golden(beside[name])), None)
 
 
 def _parse(path: Path, columns: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Golden:

@@ -7,16 +7,18 @@ of a checkpoint (UsageError) and the other way round (GoldenError), and what can
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from harness.checkpoint import Checkpoint, open_checkpoint
 from harness.errors import CheckpointError, GoldenError, UsageError
 from harness.golden import (
     SUFFIX,
     Golden,
+    close_golden,
     is_golden,
     is_there,
     read_golden,
@@ -44,20 +46,40 @@ def golden_path(checkpoint: str | Path) -> Path:
 
 def choose_golden(subject: Subject | None, golden: str | Path | None) -> Path:
     """The golden to verify against: the one given, else the default one of the checkpoint."""
+    path = None if subject is None else path_of(subject)
     if golden is not None:
-        return Path(golden)
+        chosen = Path(golden)
+        with _as_golden_error(chosen):
+            if path is not None and not chosen.exists() and close_golden(chosen) is None:
+                _no_golden(chosen, path, named=f" -g {_typed(chosen)}")
+        return chosen
     if subject is None:
         raise UsageError("give a checkpoint, a golden, or both")
-    chosen, path = _default_golden(subject), path_of(subject)
+    chosen = _default_golden(subject)
     _refuse_golden(path)
     with _as_golden_error(chosen):
         if not chosen.exists():
-            if path is not None and not is_there(path):
-                open_checkpoint(path).close()  # says what is wrong with the path
-            raise GoldenError(
-                f"{chosen}: no golden is recorded for {path}", hint=f"harness record {path}"
-            )
+            _no_golden(chosen, path)
     return chosen
+
+
+def _typed(path: Path | None) -> str:
+    """A path as a shell takes it."""
+    return "CKPT" if path is None else shlex.quote(str(path))
+
+
+def _no_golden(chosen: Path, path: Path | None, *, named: str = "") -> NoReturn:
+    if path is not None:
+        close = None if is_there(path) else close_golden(path)
+        if close is not None:
+            raise CheckpointError(
+                f"{path}: no such file or directory", hint=f"harness verify -g {_typed(close)}"
+            )
+        open_checkpoint(path).close()  # what cannot be opened cannot be recorded
+    raise GoldenError(
+        f"{chosen}: no golden is recorded for {path}",
+        hint=f"harness record {_typed(path)}{named}",
+    )
 
 
 def new_golden(subject: Subject, golden: str | Path | None, *, overwrite: bool) -> Path:
@@ -72,22 +94,24 @@ def new_golden(subject: Subject, golden: str | Path | None, *, overwrite: bool) 
             beside = target.with_name(f"{target.name.removesuffix(SUFFIX)}.golden{SUFFIX}")
             raise GoldenError(
                 f"{target}: is the checkpoint itself, and no place for its golden",
-                hint=f"harness record {path} -g {beside}",
+                hint=f"harness record {_typed(path)} -g {_typed(beside)}",
             )
         if target.is_dir():
             name = "NAME" + SUFFIX if path is None else golden_path(path).name
-            raise GoldenError(f"{target}: a folder, not a golden", hint=f"-g {target / name}")
+            raise GoldenError(
+                f"{target}: a folder, not a golden", hint=f"-g {_typed(target / name)}"
+            )
         refuse_other(target)
     if overwrite:
         return target
     source = None if path is None else _other_source(target, path)
     raise GoldenError(
         f"{target}: a golden is recorded there already{f', from {source}' if source else ''}",
-        hint=f"to replace it: harness verify {path or 'CKPT'} -g {target} --update-golden "
+        hint=f"to replace it: harness verify {_typed(path)} -g {_typed(target)} --update-golden "
         "--reason WHY"
         if golden is not None or source is None
-        else f"give yours another name: harness record {path} "
-        f"-g {target.with_name('OTHER' + SUFFIX)}",
+        else f"give yours another name: harness record {_typed(path)} "
+        f"-g {_typed(target.with_name('OTHER' + SUFFIX))}",
     )
 
 
@@ -125,7 +149,21 @@ def _default_golden(subject: Subject) -> Path:
 
 def _refuse_golden(path: Path | None) -> None:
     if path is not None and is_golden(path):
-        raise UsageError(f"{path}: is a golden, not a checkpoint", hint=f"harness verify -g {path}")
+        raise UsageError(
+            f"{path}: is a golden, not a checkpoint", hint=f"harness verify -g {_typed(path)}"
+        )
+
+
+def refuse_reference(path: Path, golden: Golden) -> None:
+    """Refuse a golden in the place of the checkpoint that was recorded; raises UsageError."""
+    if is_golden(path):
+        there = golden.checkpoint
+        raise UsageError(
+            f"--reference {path}: is a golden, not the checkpoint that was recorded",
+            hint=f"--reference {_typed(there)}"
+            if there is not None and is_there(there)
+            else "give the checkpoint that was recorded, or leave it out",
+        )
 
 
 def path_of(subject: Subject) -> Path | None:
@@ -168,14 +206,14 @@ def named_source(golden: Golden) -> Path:
     if not golden.source:
         raise CheckpointError(
             f"{golden.path}: was recorded from a live model, so it names no checkpoint",
-            hint=f"harness verify CKPT -g {golden.path}",
+            hint=f"harness verify CKPT -g {_typed(golden.path)}",
         )
     source = golden.checkpoint
     if source is None or not is_there(source):
         raise CheckpointError(
             f"{golden.path}: the checkpoint that it was recorded from is not there: "
             f"{golden.source}",
-            hint=f"harness verify CKPT -g {golden.path}",
+            hint=f"harness verify CKPT -g {_typed(golden.path)}",
         )
     return source
 

@@ -8,6 +8,7 @@ unlinked temporary files for what is compressed.
 
 from __future__ import annotations
 
+import shlex
 import stat
 from collections.abc import Mapping
 from functools import partial
@@ -241,14 +242,19 @@ def _hparams(root: Any) -> Mapping[str, Any] | None:
 
 
 def _did_you_mean(path: Path) -> str:
+    """The path with the part that is not there replaced by one alike, else what to look at."""
     from difflib import get_close_matches
 
     try:
-        names = [child.name for child in islice(path.parent.iterdir(), 1000)]
-    except OSError:
+        folder = next(parent for parent in path.parents if parent.exists())
+        missing, *rest = path.relative_to(folder).parts
+        names = sorted(child.name for child in islice(folder.iterdir(), 1000))
+    except (OSError, StopIteration, ValueError):
         return "check the path"
-    close = get_close_matches(path.name, sorted(names), n=1)
-    return f"did you mean {path.parent / close[0]}?" if close else "check the path"
+    for name in get_close_matches(missing, names):
+        if (folder / name).joinpath(*rest).exists():
+            return f"did you mean {(folder / name).joinpath(*rest)}?"
+    return f"see what is there: ls {shlex.quote(str(folder))}"
 
 
 def _not_a_checkpoint(path: Path, head: bytes) -> CheckpointError:

@@ -9,6 +9,7 @@ reads itself. Refused: pickled classes other than omegaconf's, unless trusted by
 from __future__ import annotations
 
 import collections
+import inspect
 import logging
 import pickle
 import random
@@ -145,6 +146,7 @@ class Loader:
         if self.container == "Lightning checkpoint" and lightning:
             return self._load_lightning(path)
         keywords = {} if self._config is None else {"cfg": self._config}
+        _refuse_arguments(self._make, keywords, self.target)
         module = _a_module(self._make(**keywords), self.target)
         with open_checkpoint(path) as checkpoint:
             module.load_state_dict(tensors_of(checkpoint), strict=True)
@@ -248,6 +250,20 @@ def compare_training_state(original: Path, saved: Saved) -> list[Finding] | None
         )
         for finding in found
     ]
+
+
+def _refuse_arguments(make: Callable[..., Any], keywords: Mapping[str, Any], target: str) -> None:
+    """Say what a factory lacks before it is called, where its signature can be looked at."""
+    try:
+        inspect.signature(make).bind(**keywords)
+    except TypeError as error:
+        given = ", ".join(keywords) or "no arguments"
+        raise ModelError(
+            f"--model {target}: cannot be called with {given}: {error}",
+            hint="name a function without arguments that returns the model",
+        ) from error
+    except ValueError:
+        return
 
 
 def _a_module(made: Any, target: str) -> nn.Module:

@@ -6,6 +6,7 @@ outside of the registry (a checkpoint must not choose what is imported), targets
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 import tomllib
@@ -41,35 +42,51 @@ def user_code(doing: str, hint: str, brief: Callable[[str], str] = str) -> Itera
 def resolve(target: str) -> Callable[..., Any]:
     """Import a target; the current folder is importable, as with `python -m`."""
     module_name, colon, name = target.partition(":")
-    if not colon or not module_name or not name:
+    if not (colon and _is_dotted(module_name) and _is_dotted(name)):
+        before, _, last = target.rpartition(".")
+        is_name = not colon and _is_dotted(target) and before
         raise ModelError(
             f"--model {target}: not of the form package.module:ClassOrFactory",
-            hint="for instance --model my_package.models:build_model",
+            hint=f"--model {before}:{last}"
+            if is_name
+            else "for instance --model my_package.models:build_model",
         )
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    with user_code(
-        f"--model {target}: importing {module_name}",
-        f"see its traceback: python -c 'import {module_name}'",
-    ):
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ImportError as error:
-            raise ModelError(
-                f"--model {target}: {module_name} cannot be imported: {error}",
-                hint="install it, or run from the folder that holds it",
-            ) from error
+    try:
+        found: Any = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # user code: anything may be raised
+        missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(
+            f"{error.name}."
+        )
+        what = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise ModelError(
+            f"--model {target}: {module_name} cannot be imported: {what}{error}",
+            hint="install it, or run from the folder that holds it"
+            if missing
+            else f"see its traceback: python -c 'import {module_name}'",
+        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
+            close = difflib.get_close_matches(part, dir(found), 1)
             raise ModelError(
                 f"--model {target}: {module_name} has no {name}",
-                hint="check the name behind the colon",
+                hint=f"did you mean --model {target.removesuffix(part)}{close[0]}?"
+                if close and target.endswith(part)
+                else f"see what it has: python -m pydoc {module_name}",
             )
         found = getattr(found, part)
     if not callable(found):
-        raise ModelError(f"--model {target}: is a {type(found).__name__}, not a class or function")
+        raise ModelError(
+            f"--model {target}: is a {type(found).__name__}, not a class or function",
+            hint="name a class, or a function without arguments that returns the model",
+        )
     return found  # type: ignore[no-any-return]
+
+
+def _is_dotted(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
 
 
 def registered(config: Mapping[str, Any] | None, *, start: Path | None = None) -> str | None:

@@ -465,7 +465,8 @@ def load_config(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: unreadable config: {error}", hint="check the path") from error
+        why = (error.strerror or "").lower() if isinstance(error, OSError) else "not UTF-8"
+        raise ModelError(f"{path}: unreadable config: {why}", hint="check the path") from error
     config = parse(text, str(path))
     model = config.get("model", config)
     if not isinstance(model, dict):

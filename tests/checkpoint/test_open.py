@@ -48,7 +48,10 @@ def test_a_missing_file_asks_whether_another_was_meant(tmp_path: Path) -> None:
     assert caught.value.hint == f"did you mean {tmp_path / 'model.nemo'}?"
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(tmp_path / "no" / "folder" / "w.pt")
-    assert caught.value.hint == "check the path"
+    assert caught.value.hint == f"see what is there: ls {tmp_path}"
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path.with_name(f"{tmp_path.name}x") / "model.nemo")
+    assert caught.value.hint == f"did you mean {tmp_path / 'model.nemo'}?"
 
 
 def test_folders_pipes_and_loops_are_refused(tmp_path: Path) -> None:
