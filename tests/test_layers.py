@@ -93,6 +93,7 @@ def test_only_the_live_side_imports_torch(path: Path) -> None:
     [
         ["--help"],
         ["show", "golden/nest_tiny.safetensors"],
+        ["show", "tests/data/lightning_two_ranks.ckpt"],
         ["diff", "tests/data/nest_tiny.nemo", "tests/data/nest_tiny.ckpt"],
         ["verify", "tests/data/nest_tiny.nemo", "-g", "golden/nest_tiny.safetensors"],
     ],

@@ -16,8 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint.dcp import DISTCP, METADATA, read_dcp
 from harness.checkpoint.inert import Record
 from harness.checkpoint.nemo import is_tar, read_nemo
+from harness.checkpoint.rankshards import rank_shards, read_rank_shards
 from harness.checkpoint.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.sections import find_tensors, plain_config
 from harness.checkpoint.sharded import MAX_INDEX_NBYTES, join_shards, read_index
@@ -56,11 +58,11 @@ def open_checkpoint(path: str | Path, *, section: str | None = None) -> Checkpoi
     `section` names another part than the state dict (`optimizer_states.0`), or every tensor of
     the file ("."). Raises CheckpointError. Memory: about 2.5 KB per tensor.
     """
-    path = Path(path)
+    path = folder = Path(path)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            path = _checkpoint_in(path)
+            path = _checkpoint_in(folder)
     except OSError as error:
         raise CheckpointError(
             f"{path}: {(error.strerror or 'cannot be read').lower()}",
@@ -68,6 +70,16 @@ def open_checkpoint(path: str | Path, *, section: str | None = None) -> Checkpoi
         ) from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise CheckpointError(f"{path}: not a regular file", hint="give a file or a folder")
+    if stat.S_ISDIR(mode) and path.name == METADATA:
+        return _distributed(folder, section)
+    if path is folder and stat.S_ISDIR(mode):
+        _no_section(folder, section)
+        return _rank_shards(folder)
+    if path.name == METADATA or path.name.endswith(DISTCP):
+        raise CheckpointError(
+            f"{path}: one file of a torch.distributed.checkpoint folder",
+            hint=f"give the whole folder: {path.parent}",
+        )
     source = open_source(path)
     try:
         if read(source, 0, min(_HEAD_NBYTES, source.nbytes)).lstrip()[:1] == b"{":
@@ -175,14 +187,49 @@ def _sharded(path: Path, source: Source) -> Checkpoint:
     )
 
 
+def _distributed(folder: Path, section: str | None) -> Checkpoint:
+    file, sources = read_dcp(folder)
+    found, tensors = find_tensors(file, str(folder), section)
+    return Checkpoint(
+        name=str(folder),
+        container=file.container,
+        section=found,
+        tensors=_nonempty(folder, tensor_table(str(folder), tensors)),
+        sources=sources,
+        # Tied tensors are saved one by one.
+        keeps_aliases=False,
+        read_config=partial(_hparams, file.root),
+        checksums=file.checksums,
+    )
+
+
+def _rank_shards(folder: Path) -> Checkpoint:
+    tensors, sources = read_rank_shards(folder, rank_shards(folder))
+    return Checkpoint(
+        name=str(folder),
+        container="torch.distributed.checkpoint safetensors",
+        section="",
+        tensors=_nonempty(folder, tensor_table(str(folder), tensors)),
+        sources=sources,
+        keeps_aliases=False,
+    )
+
+
 def _checkpoint_in(folder: Path) -> Path:
-    for name in _FOLDER_NAMES:
+    """The file to open in a folder; the folder itself where its safetensors are ranks' shards.
+
+    `.metadata` comes first: the other files can be given by their own names, its folder cannot.
+    """
+    for name in (METADATA, *_FOLDER_NAMES):
         if (folder / name).is_file():
             return folder / name
-    if (folder / ".metadata").is_file():
+    if rank_shards(folder):
+        return folder
+    if any(child.name.endswith(DISTCP) for child in islice(folder.iterdir(), 1000)):
         raise CheckpointError(
-            f"{folder}: a torch.distributed.checkpoint folder, which this version cannot read",
-            hint="convert it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch",
+            f"{folder}: a torch.distributed.checkpoint folder without its {METADATA}, which is "
+            "written last",
+            hint="wait for the save to end, or copy the folder again with its hidden file",
         )
     raise CheckpointError(
         f"{folder}: a folder without a checkpoint ({', '.join(_FOLDER_NAMES)})",

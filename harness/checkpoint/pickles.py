@@ -17,6 +17,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from harness.checkpoint.inert import Global, Record, plain_key
@@ -38,6 +39,13 @@ _ITEM_NBYTES = 16
 Constructors = Mapping[tuple[str, str], Callable[..., Any]]
 
 
+@dataclass(slots=True)
+class Tally:
+    """What the objects of several pickles have cost so far: one limit holds for them together."""
+
+    nbytes: int = 0
+
+
 def unpickle(
     data: memoryview,
     *,
@@ -45,16 +53,22 @@ def unpickle(
     constructors: Constructors,
     persistent: Callable[[Any], Any] | None = None,
     max_nbytes: int = MAX_STRUCTURE_NBYTES,
+    tally: Tally | None = None,
 ) -> tuple[Any, int]:
     """Read one pickle from the start of `data`; returns the object and where the pickle ends.
 
     `constructors` maps (module, name) to functions that take the pickled arguments and return
     plain values; they must check their arguments and may raise CheckpointError, TypeError or
-    ValueError. `max_nbytes` bounds the memory of what is read. Raises CheckpointError, with the
-    offset, for everything malformed.
+    ValueError. `max_nbytes` bounds the memory of what is read, together with what `tally` counts
+    already. Raises CheckpointError, with the offset, for everything malformed.
     """
     machine = _Machine(data, name, constructors, persistent, max_nbytes)
-    return machine.run(), machine.position
+    if tally is not None:
+        machine.cost = tally.nbytes
+    value = machine.run()
+    if tally is not None:
+        tally.nbytes = machine.cost
+    return value, machine.position
 
 
 _MARK = object()
@@ -92,10 +106,13 @@ class _Machine:
                 if position >= size:
                     self.fail("ends before its STOP")
                 self.position = position + 1
-                operation = table[data[position]]
+                code = data[position]
+                operation = table[code]
                 if operation is None:
-                    self.fail(f"holds the byte 0x{data[position]:02x}, which is no opcode")
-                self.spend(costs[data[position]])
+                    self.fail(f"holds the byte 0x{code:02x}, which is no opcode")
+                self.cost += costs[code]
+                if self.cost > self.max_nbytes:
+                    self.spend(0)
                 operation(self)
         except _Stop as stop:
             return stop.args[0]
@@ -134,8 +151,19 @@ class _Machine:
         self.position = end
         return taken
 
-    def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    def byte(self) -> int:
+        position = self.position
+        if position >= len(self.data):
+            self.take(1)  # says so
+        self.position = position + 1
+        return self.data[position]
+
+    def number(self, form: struct.Struct) -> Any:
+        position = self.position
+        if position + form.size > len(self.data):
+            self.take(form.size)  # says so
+        self.position = position + form.size
+        return form.unpack_from(self.data, position)[0]
 
     def line(self) -> str:
         window = 4096
@@ -270,7 +298,8 @@ class _Machine:
         if not isinstance(target, dict):
             self.fail(f"sets items of a {type(target).__name__}")
         for index in range(0, len(items), 2):
-            target[plain_key(items[index])] = items[index + 1]
+            key = items[index]
+            target[key if type(key) is str else plain_key(key)] = items[index + 1]
 
     def build(self, target: Any, state: Any) -> None:
         # What a constructor of ours made (an OrderedDict with its _metadata) needs no state.
@@ -279,6 +308,7 @@ class _Machine:
 
 
 Operation = Callable[[_Machine], None]
+_UINT16, _INT32, _UINT32, _FLOAT64 = map(struct.Struct, ("<H", "<i", "<I", ">d"))
 _OPCODES: list[Operation | None] = [None] * 256
 _COSTS = [16] * 256
 for _code in b"JMIGFL\x8a\x8b":
@@ -341,13 +371,13 @@ _constant(b"\x88", True)
 _constant(b"\x89", False)
 _constant(b")", ())
 _constant(b"(", _MARK)
-_value(b"}", lambda m: {})
-_value(b"]", lambda m: [])
+_OPCODES[b"}"[0]] = lambda m: m.stack.append({})
+_OPCODES[b"]"[0]] = lambda m: m.stack.append([])
 _value(b"\x8f", lambda m: [])  # EMPTY_SET: order and duplicates do not matter to us
-_value(b"K", lambda m: m.take(1)[0])
-_value(b"M", lambda m: m.number("<H"))
-_value(b"J", lambda m: m.number("<i"))
-_value(b"G", lambda m: m.number(">d"))
+_value(b"K", _Machine.byte)
+_value(b"M", lambda m: m.number(_UINT16))
+_value(b"J", lambda m: m.number(_INT32))
+_value(b"G", lambda m: m.number(_FLOAT64))
 _value(b"I", _text_integer)
 _value(b"L", lambda m: int(m.line().rstrip("L")))
 _value(b"F", lambda m: float(m.line()))
@@ -381,7 +411,7 @@ def _persist(m: _Machine, persistent_id: Any) -> Any:
 
 @_opcode(b"\x80")
 def _proto(m: _Machine) -> None:
-    version = m.take(1)[0]
+    version = m.byte()
     if version > 5:
         m.fail(f"is of protocol {version}, newer than 5")
 
@@ -459,12 +489,12 @@ def _setitems(m: _Machine) -> None:
 
 @_opcode(b"h")
 def _binget(m: _Machine) -> None:
-    m.get(m.take(1)[0])
+    m.get(m.byte())
 
 
 @_opcode(b"j")
 def _long_binget(m: _Machine) -> None:
-    m.get(m.number("<I"))
+    m.get(m.number(_UINT32))
 
 
 @_opcode(b"g")
@@ -474,12 +504,12 @@ def _get(m: _Machine) -> None:
 
 @_opcode(b"q")
 def _binput(m: _Machine) -> None:
-    m.put(m.take(1)[0])
+    m.put(m.byte())
 
 
 @_opcode(b"r")
 def _long_binput(m: _Machine) -> None:
-    m.put(m.number("<I"))
+    m.put(m.number(_UINT32))
 
 
 @_opcode(b"p")
@@ -489,7 +519,10 @@ def _put(m: _Machine) -> None:
 
 @_opcode(b"\x94")
 def _memoize(m: _Machine) -> None:
-    m.put(len(m.memo))
+    value = m.stack[-1]
+    if value is _MARK:
+        m.top()  # says so
+    m.memo.append(value)
 
 
 @_opcode(b"\x93")

@@ -84,7 +84,8 @@ def brief(value: Any) -> str:
     return type(value).__name__
 
 
-def _dtype(value: Any) -> DType:
+def torch_dtype(value: Any) -> DType:
+    """The dtype that a pickle names, such as `torch.float32`; raises ValueError."""
     if isinstance(value, DType):
         return value
     if isinstance(value, Global) and value.module == "torch":
@@ -148,7 +149,7 @@ def _rebuild_tensor_v3(
     dtype: Any,
     metadata: Any = None,
 ) -> Tensor:
-    return _view(ref, offset, size, stride, _dtype(dtype), metadata)
+    return _view(ref, offset, size, stride, torch_dtype(dtype), metadata)
 
 
 def _rebuild_qtensor(
@@ -230,7 +231,7 @@ def _rebuild_njt(arguments: Any) -> Composite:
 def _rebuild_meta(dtype: Any, size: Any, stride: Any, requires_grad: Any) -> Tensor:
     storage = Storage(source=None, offset=0, nbytes=0)
     return Tensor(
-        key="", dtype=_dtype(dtype), shape=_size(size), storage=storage, strides=_size(stride)
+        key="", dtype=torch_dtype(dtype), shape=_size(size), storage=storage, strides=_size(stride)
     )
 
 

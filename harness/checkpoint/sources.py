@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from harness.errors import CheckpointError
 # Trained weights deflate to 0.5-1 of their size, constant ones to 1/1000, as a bomb does.
 INFLATION_LIMIT = 100
 INFLATION_FREE_NBYTES = 64 << 20
+MAX_OPEN_FILES = 128
 _INFLATE_STEP = 1 << 18
 _SETTLED_NS = 2_000_000_000
 
@@ -120,6 +122,38 @@ class FileSource:
 def open_source(path: Path) -> Source:
     """Open a file as a source; raises CheckpointError."""
     return FileSource(path)
+
+
+class Pool:
+    """Files of which only `MAX_OPEN_FILES` are open at a time: a checkpoint may have thousands."""
+
+    def __init__(self) -> None:
+        # What leaves the cache closes itself when the last read from it has ended.
+        self.opened = lru_cache(maxsize=MAX_OPEN_FILES)(open_source)
+
+    def open(self, path: Path) -> PooledSource:
+        """Open a file that is closed and opened again as need be; raises CheckpointError."""
+        return PooledSource(self, path)
+
+
+class PooledSource:
+    """A whole file of a pool."""
+
+    def __init__(self, pool: Pool, path: Path) -> None:
+        self.name = str(path)
+        self.nbytes = pool.opened(path).nbytes
+        self._pool = pool
+        self._path = path
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._pool.opened(self._path).read_into(offset, buffer)
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        return self._pool.opened(self._path).view(offset, nbytes)
+
+    def close(self) -> None:
+        """Close the files of the whole pool."""
+        self._pool.opened.cache_clear()
 
 
 class RangeSource:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.checkpoint.inert import Global, Record
-from harness.checkpoint.pickles import MAX_STRUCTURE_NBYTES, unpickle
+from harness.checkpoint.pickles import MAX_STRUCTURE_NBYTES, Tally, unpickle
 from harness.checkpoint.rebuild import CONSTRUCTORS, STORAGE_DTYPES, StorageRef, brief
 from harness.checkpoint.sources import RangeSource, Source, read
 from harness.checkpoint.tensors import DTYPES, Checksum, DType, Storage
@@ -42,8 +42,11 @@ class TorchFile:
     )
 
 
-def read_torch_zip(source: Source) -> TorchFile:
-    """Read a zip archive written by `torch.save` (since 1.6) or `torch.jit.save`."""
+def read_torch_zip(source: Source, *, tally: Tally | None = None) -> TorchFile:
+    """Read a zip archive written by `torch.save` (since 1.6) or `torch.jit.save`.
+
+    `tally` as for `unpickle`, where many archives make one checkpoint.
+    """
     entries = read_zip(source)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -82,6 +85,7 @@ def read_torch_zip(source: Source) -> TorchFile:
         name=data.source.name,
         constructors=CONSTRUCTORS,
         persistent=persistent,
+        tally=tally,
     )
     if end != data.nbytes:
         raise _damaged(data.source.name, f"has {data.nbytes - end} bytes after its pickle")

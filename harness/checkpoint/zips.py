@@ -73,9 +73,13 @@ def read_zip(source: Source) -> dict[str, Entry]:
 
 def _find_directory(source: Source) -> tuple[int, bytes, int]:
     """Return the number of entries, the directory's bytes and its offset."""
-    tail_nbytes = min(source.nbytes, _EOCD.size + 0xFFFF)
-    tail = read(source, source.nbytes - tail_nbytes, tail_nbytes)
-    index = tail.rfind(b"PK\x05\x06")
+    # The longest comment makes the longest tail; torch writes none.
+    for comment in (0, 0xFFFF):
+        tail_nbytes = min(source.nbytes, _EOCD.size + comment)
+        tail = read(source, source.nbytes - tail_nbytes, tail_nbytes)
+        index = tail.rfind(b"PK\x05\x06")
+        if index == 0:
+            break
     if index < 0 or len(tail) - index < _EOCD.size:
         raise CheckpointError(
             f"{source.name}: a zip archive without its directory, which stands at the end",

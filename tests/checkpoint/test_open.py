@@ -60,7 +60,7 @@ def test_folders_pipes_and_loops_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / ".metadata").write_bytes(b"")
-    wanted = {"pipe": "regular", "loop": "symbolic", "folder": "without", "dcp": "distributed"}
+    wanted = {"pipe": "regular", "loop": "symbolic", "folder": "without", "dcp": "STOP"}
     for name, match in wanted.items():
         with pytest.raises(CheckpointError, match=match) as caught:
             open_checkpoint(tmp_path / name)
