@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,3 +153,21 @@ def test_views_of_the_same_bytes_are_told_apart(tmp_path: Path) -> None:
         places = {cache._place(tensor) for tensor in opened.tensors.values()}
     assert len(places) == 3
     assert None not in places
+
+
+@pytest.mark.usefixtures("settled")
+def test_tensors_of_several_ranks_are_cached_file_by_file(tmp_path: Path, data: Path) -> None:
+    folder = tmp_path / "ranks.ckpt"
+    shutil.copytree(data / "lightning_two_ranks.ckpt", folder)
+    golden = api.record(folder, tmp_path / "ranks.safetensors")
+    kept = tmp_path / "cache.sqlite"
+    for _ in range(2):
+        found = api.verify(folder, golden, cache=kept)
+        assert found.verdict == "identical"
+    count = len(found.actual.tensors)
+    assert found.actual.num_cached == count
+    shard = folder / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes())
+    touched = api.verify(folder, golden, cache=kept)
+    assert touched.verdict == "identical"
+    assert touched.actual.num_cached < count

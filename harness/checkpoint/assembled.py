@@ -245,6 +245,11 @@ class _Assembled:
         """A copy: there is no one place in a file to map."""
         return memoryview(read(self, offset, nbytes))
 
+    def stamp(self) -> str | None:
+        stamps = [(box.start, box.extent, box.tensor.stamp()) for box, _ in self._boxes]
+        known = all(stamp is not None for _, _, stamp in stamps)
+        return repr((self._shape, stamps)) if known else None
+
     def close(self) -> None:
         """Nothing is held open here; the files of the pieces are the checkpoint's."""
 

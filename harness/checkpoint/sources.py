@@ -151,6 +151,9 @@ class PooledSource:
     def view(self, offset: int, nbytes: int) -> memoryview:
         return self._pool.opened(self._path).view(offset, nbytes)
 
+    def stamp(self) -> str | None:
+        return self._pool.opened(self._path).stamp()
+
     def close(self) -> None:
         """Close the files of the whole pool."""
         self._pool.opened.cache_clear()
