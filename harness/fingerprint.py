@@ -24,7 +24,7 @@ from harness.cache import DigestCache
 from harness.checkpoint.tensors import Checkpoint, Checksum, DType, Tensor, numpy_dtype
 from harness.errors import CheckpointError
 from harness.ranks import by_leader
-from harness.sketch import DEFAULT_BLOCK_NBYTES, Sketch, sketch_values, sums_of_squares
+from harness.sketch import DEFAULT_BLOCK_NBYTES, Sketch, block_norms, sketch_values, sums_of_squares
 from harness.streaming import (
     CHUNK_NBYTES,
     Chunk,
@@ -272,12 +272,13 @@ def _scan_chunk(
         if not extremes.are_finite:
             finite, nonfinite = _take_out_nonfinite(values)
             extremes = _extremes(finite)
+        # The same sums with and without a sketch, so that statistics do not depend on it.
         if block_nbytes is None:
-            squares = sums_of_squares(values[None])
+            norms = block_norms(values, block_numel(tensor.dtype, DEFAULT_BLOCK_NBYTES))
         else:
             sketches.append(sketch_values(values, block_numel(tensor.dtype, block_nbytes)))
-            squares = np.square(sketches[-1].norms)
-        moments.append(_moments(finite, float(squares.sum()), extremes, nonfinite))
+            norms = sketches[-1].norms
+        moments.append(_moments(finite, float(np.square(norms).sum()), extremes, nonfinite))
     return _ChunkPrint(digest, crc32, tuple(moments), tuple(sketches))
 
 

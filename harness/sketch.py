@@ -55,14 +55,24 @@ class Sketch:
 def sketch_values(values: Array, block_numel: int) -> Sketch:
     """Sketch finite float64 values (n,); the last block counts as padded with zeros."""
     matrix = projection(block_numel)
-    whole = values.size // block_numel * block_numel
-    blocks = values[:whole].reshape(-1, block_numel)
-    rest = values[None, whole:]
-    projections, squares = [_project(blocks, matrix)], [sums_of_squares(blocks)]
+    blocks, rest = _blocks(values, block_numel)
+    projections = [_project(blocks, matrix)]
     if rest.size:
         projections.append(_project(rest, matrix[: rest.size]))
-        squares.append(sums_of_squares(rest))
-    return Sketch(projections=np.concatenate(projections), norms=np.sqrt(np.concatenate(squares)))
+    return Sketch(projections=np.concatenate(projections), norms=block_norms(values, block_numel))
+
+
+def block_norms(values: Array, block_numel: int) -> Array:
+    """|x| of each block of finite float64 values (n,)."""
+    squares = np.concatenate([sums_of_squares(b) for b in _blocks(values, block_numel)])
+    return np.asarray(np.sqrt(squares))
+
+
+def _blocks(values: Array, block_numel: int) -> tuple[Array, Array]:
+    """The whole blocks (count, block_numel), and the rest as one or no block of its own."""
+    whole = values.size // block_numel * block_numel
+    blocks = values[:whole].reshape(-1, block_numel)
+    return blocks, values[whole:].reshape(-1, values.size - whole or 1)
 
 
 # Products of fewer multiplications than a million OpenBLAS computes in place: nearly twice as fast
