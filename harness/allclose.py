@@ -21,6 +21,7 @@ import numpy as np
 
 from harness.checkpoint.tensors import DType, decode, numpy_dtype
 from harness.fingerprint import widen
+from harness.sketch import sums_of_squares
 from harness.streaming import Chunk, buffers
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -147,63 +148,70 @@ class _Kernel:
         """Tally one pass; of its worst elements only those that are worse than `least`."""
         if not self.floating:
             return self._tally_exact(expected, actual, first, least)
-        e, a = self._values(expected, self.expected), self._values(actual, self.actual)
+        e = self._values(expected, self.expected, "expected")
+        a = self._values(actual, self.actual, "actual")
         with np.errstate(all="ignore"):
             atol, rtol = np.array([self.tolerance.atol, self.tolerance.rtol]).astype(self.work)
-            error = self._magnitude(a - e)
-            allowed = self._magnitude(e * rtol)
-            needed = error - allowed
+            error = self._magnitude(np.subtract(a, e, out=self._scratch("error", e)))
+            allowed = self._magnitude(np.multiply(e, rtol, out=self._scratch("allowed", e)))
+            needed = np.subtract(error, allowed, out=self._scratch("needed", error))
+            min_atol = _top(needed)
             allowed += atol
             squares = self._squares(error)
             total = float(squares.sum())
-            beyond = ~(error <= allowed)
+            beyond = np.greater(error, allowed, out=buffers.get("beyond", error.size, "?"))
             nonfinite = (0, 0)
-            if not math.isfinite(total) or not math.isfinite(float(allowed.sum())):
+            if not math.isfinite(total):
                 nonfinite = (_num_nonfinite(e), _num_nonfinite(a))
                 same = _by_element(a == e, error.size)
-                beyond = ~same & (beyond | ~np.isfinite(error))
+                beyond = ~same & (~(error <= allowed) | ~np.isfinite(error))
                 # Infinities of one sign are close, as in torch.
                 error = np.where(same, 0, error)
-                needed = np.where(same, 0, needed)
+                min_atol = _top(np.where(same, 0, needed))
             if not _SAFE_SQUARES < total < math.inf:
                 measured = np.where(np.isfinite(error), error, 0).astype("<f8")
                 squares = self._squares(measured)
             if self.narrow is not None:
                 self._decide_again(e, a, error, allowed, beyond)
-            differing = error != 0
+            differing = np.not_equal(error, 0, out=buffers.get("differing", error.size, "?"))
             if self.tolerance.exact:
                 if self.same_type:
                     differing = ~_by_element(expected == actual, error.size)
                     error = np.where(differing, error, 0)
                 beyond = differing
-            min_atol = max(0.0, _top(needed))
+            min_atol = max(0.0, min_atol)
             return _tally(error, differing, beyond, min_atol, squares, first, least, nonfinite)
+
+    def _scratch(self, name: str, like: Array) -> Array:
+        return buffers.get(name, like.size, self.work.str).reshape(like.shape)
 
     def _squares(self, error: Array) -> Array:
         """Sums of squares, run by run; of float32 in float32."""
         whole = error.size // self.run * self.run
-        runs = error[:whole].reshape(-1, self.run)
-        squares = np.einsum("ij,ij->i", runs, runs)
+        squares = sums_of_squares(error[:whole].reshape(-1, self.run))
         if whole < error.size:
-            squares = np.append(squares, np.dot(error[whole:], error[whole:]))
-        return np.asarray(squares)
+            squares = np.append(squares, sums_of_squares(error[None, whole:]))
+        return squares
 
-    def _values(self, data: Array, dtype: DType) -> Array:
+    def _values(self, data: Array, dtype: DType, side: str) -> Array:
         """Values in the working type: (n,), or components (n, 2) if either side is complex."""
-        if dtype.name == "bfloat16":
-            wide = (data.view("<u2").astype("<u4") << np.uint32(16)).view("<f4")
-        elif dtype.name.startswith("float8"):
+        if dtype.name.startswith("float8"):
             wide = widen(data, dtype).copy()  # out of scratch that the other side may use, too
         else:
             wide = data.view(numpy_dtype(dtype))
-        wide = wide.astype(self.work, copy=False)
+        if wide.dtype != self.work:
+            values = buffers.get(side, wide.size, self.work.str)
+            np.copyto(values, wide, casting="unsafe")
+            wide = values
         if dtype.kind == "complex":
             return wide.reshape(-1, 2)
         return np.stack([wide, np.zeros_like(wide)], axis=1) if self.is_complex else wide
 
     def _magnitude(self, values: Array) -> Array:
-        # hypot, as torch: numpy's abs of complex numbers may be two ulps off.
-        return np.hypot(values[:, 0], values[:, 1]) if self.is_complex else np.abs(values)
+        """The absolute values, in place where they are real."""
+        if self.is_complex:  # hypot, as torch: numpy's abs of complex numbers may be two ulps off
+            return np.hypot(values[:, 0], values[:, 1])
+        return np.abs(values, out=values)
 
     def _decide_again(
         self, e: Array, a: Array, error: Array, allowed: Array, beyond: Array
@@ -211,18 +219,22 @@ class _Kernel:
         """Round as torch does, where the wide arithmetic is too near the limit to know."""
         assert self.narrow is not None
         relative, absolute = roundings(self.expected)
+        limit = np.multiply(allowed, relative, out=self._scratch("limit", error))
+        limit += absolute
+        distance = np.subtract(error, allowed, out=self._scratch("needed", error))
+        near = np.abs(distance, out=distance) <= limit
         # Of complex32 torch rounds rtol, too, which may be off by any factor.
-        near = np.abs(error - allowed) <= relative * allowed + absolute
-        near |= self.is_complex | (error > _HUGE[self.expected.name])
-        near &= ~_by_element(a == e, error.size)
-        if near.any():
+        near |= self.is_complex or error > _HUGE[self.expected.name]
+        where = np.flatnonzero(near)
+        where = where[~_by_element(a[where] == e[where], where.size)]
+        if where.size:
             # The scalar atol is rounded to the dtype before it is added.
             atol, rtol = np.float32(self.tolerance.atol), np.float32(self.tolerance.rtol)
             atol, rtol = self._round(atol), self._round(rtol) if self.is_complex else rtol
-            difference = self._round(self._magnitude(self._round(a[near] - e[near])))
-            scaled = self._round(self._magnitude(self._round(e[near] * rtol)))
+            difference = self._round(self._magnitude(self._round(a[where] - e[where])))
+            scaled = self._round(self._magnitude(self._round(e[where] * rtol)))
             close = (difference <= self._round(scaled + atol)) & np.isfinite(difference)
-            beyond[near] = ~close
+            beyond[where] = ~close
 
     def _round(self, values: Any) -> Any:
         return values.astype(self.narrow).astype("<f4")
@@ -265,15 +277,18 @@ def _tally(
     num_nonfinite: tuple[int, int] = (0, 0),
 ) -> Tally:
     num_differing, num_beyond = int(np.count_nonzero(differing)), int(np.count_nonzero(beyond))
+    flags = differing.tobytes()
+    max_abs = _top(error)
+    candidates = beyond if num_beyond else differing
     return Tally(
         num_differing=num_differing,
         num_beyond=num_beyond,
-        max_abs=_top(error),
+        max_abs=max_abs,
         min_atol=min_atol,
         squares=tuple(squares.tolist()),
-        first=first + int(differing.argmax()) if num_differing else -1,
-        last=first + differing.size - 1 - int(differing[::-1].argmax()) if num_differing else -1,
-        worst=_worst(error, beyond if num_beyond else differing, first, least),
+        first=first + flags.find(1) if num_differing else -1,
+        last=first + flags.rfind(1) if num_differing else -1,
+        worst=_worst(error, candidates, first, least) if max_abs > least else (),
         num_nonfinite=num_nonfinite,
     )
 
@@ -296,17 +311,19 @@ def _top(values: Array) -> float:
 def _worst(
     error: Array, candidates: Array, first: int, least: float
 ) -> tuple[tuple[float, int], ...]:
-    """The few elements that are farthest off, and farther than `least`; NaN before all others."""
-    chosen = np.flatnonzero(candidates & ~(error <= least))
-    ranked = np.where(np.isnan(error[chosen]), np.inf, error[chosen])
-    if chosen.size > MAX_ELEMENTS:
-        limit = np.partition(ranked, -MAX_ELEMENTS)[-MAX_ELEMENTS]
-        top = np.flatnonzero(ranked > limit)
-        equal = np.flatnonzero(ranked == limit)[: MAX_ELEMENTS - top.size]  # the first of them
-        top = np.concatenate([top, equal])
-        chosen, ranked = chosen[top], ranked[top]
-    found = [(float(size), first + int(i)) for size, i in zip(ranked, chosen, strict=True)]
-    return tuple(sorted(found, key=lambda item: (-item[0], item[1])))
+    """The few elements that are farthest off, and farther than `least`; NaN as infinity."""
+    ranked = np.where(candidates, error, -np.inf)
+    if math.isnan(float(ranked.max())):
+        ranked[np.isnan(ranked)] = np.inf
+    found: list[tuple[float, int]] = []
+    while len(found) < MAX_ELEMENTS:
+        index = int(ranked.argmax())  # the first of equal ones
+        size = float(ranked[index])
+        if not size > least:
+            break
+        found.append((size, first + index))
+        ranked[index] = -np.inf
+    return tuple(found)
 
 
 def add_tallies(tallies: Sequence[Tally]) -> Tally:

@@ -97,11 +97,12 @@ _MAX_DOT = 4096
 
 
 def sums_of_squares(blocks: Array) -> Array:
-    """|x|**2 of each row of a float64 array (n, m); float64 (n,)."""
+    """|x|**2 of each row of an array (n, m), in its own type; (n,)."""
     count, numel = blocks.shape
-    if not count or numel % _MAX_DOT:
+    width = min(numel, _MAX_DOT)
+    if not count or numel % width:
         return np.asarray(np.einsum("ij,ij->i", blocks, blocks))
-    runs = blocks.reshape(count, -1, 1, _MAX_DOT)
+    runs = blocks.reshape(count, -1, 1, width)
     with np.errstate(over="ignore"):
         return np.asarray((runs @ runs.swapaxes(2, 3)).reshape(count, -1).sum(axis=1))
 
