@@ -62,6 +62,10 @@ class Policy:
     check_dtype: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.ignore, str):  # whose letters would be globs, "*" among them
+            raise UsageError(
+                f"ignore takes a tuple of globs, not {self.ignore!r}", hint=f"({self.ignore!r},)"
+            )
         for atol, rtol in [(self.atol, self.rtol), *(t[1:] for t in self.tolerances)]:
             if not (0 <= atol < float("inf") and 0 <= rtol < float("inf")):
                 raise UsageError(

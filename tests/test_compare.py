@@ -468,6 +468,12 @@ def test_a_tolerance_that_is_no_number_is_an_error(bad: float) -> None:
             make()
 
 
+def test_a_glob_in_the_place_of_a_tuple_of_them_is_an_error() -> None:
+    with pytest.raises(UsageError, match="takes a tuple of globs") as caught:
+        Policy(ignore="*.bias")  # type: ignore[arg-type]
+    assert caught.value.hint == "('*.bias',)"
+
+
 def test_equal_values_of_unequal_digest_are_never_identical() -> None:
     def fingerprint(digest: bytes, dtype: str = "float32") -> Fingerprint:
         weight = TensorPrint(key="weight", dtype=DTYPES[dtype], shape=(2,), digest=digest)
