@@ -37,7 +37,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 SCHEMA = 1
 SUFFIX = ".safetensors"
 _LFS = b"version https://git-lfs"
-_RESTORE = "restore it from version control, or record it again with --overwrite"
+_RESTORE = "restore it from version control, or remove it and record it again"
 _NOT_A_GOLDEN = "give the golden with -g, and the checkpoint without"
 
 
