@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+pytest_plugins = ["pytester"]
+
 REPOSITORY = Path(__file__).parent.parent
 
 

@@ -28,7 +28,8 @@ LAYERS = [
     ["harness.model"],
     ["harness.subjects", "harness.api"],
     ["harness.options", "harness.progress"],
-    ["harness.cli"],
+    ["harness.pytest_tally"],
+    ["harness.cli", "harness.pytest_plugin"],
     ["harness.__main__"],
 ]
 # Exceptions with a reason: imported inside of a function, for the caller's convenience.
