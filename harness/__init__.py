@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ModelError,
         UsageError,
     )
+    from harness.model.callback import GoldenCheckpoint
 
 _HOMES = {
     "harness.api": (
@@ -43,11 +44,13 @@ _HOMES = {
         "ModelError",
         "UsageError",
     ),
+    "harness.model.callback": ("GoldenCheckpoint",),
 }
 
 __all__ = [
     "CheckpointError",
     "Comparison",
+    "GoldenCheckpoint",
     "GoldenError",
     "GoldenMismatch",
     "HarnessError",

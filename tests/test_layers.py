@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "harness"
 HEAVY = {"torch", "pytorch_lightning", "lightning", "omegaconf"}
 LIVE = ("harness/nest/", "harness/model/")
 
-# From the bottom up; a module may import from rows above its own, and from its own row.
+# From the bottom up; a module may import from rows above its own, and from its own row. The
+# longest name that fits a module is its own.
 LAYERS = [
     ["harness.errors"],
     ["harness.ranks"],
@@ -27,6 +28,7 @@ LAYERS = [
     ["harness.nest"],
     ["harness.model"],
     ["harness.subjects", "harness.api"],
+    ["harness.model.callback"],
     ["harness.options", "harness.progress"],
     ["harness.pytest_tally"],
     ["harness.cli", "harness.pytest_plugin"],
@@ -59,10 +61,13 @@ def imports(path: Path) -> set[str]:
 
 
 def layer(module: str) -> int | None:
-    for index, row in enumerate(LAYERS):
-        if any(module == name or module.startswith(name + ".") for name in row):
-            return index
-    return None
+    fitting = {
+        name: index
+        for index, row in enumerate(LAYERS)
+        for name in row
+        if module == name or module.startswith(name + ".")
+    }
+    return fitting[max(fitting, key=len)] if fitting else None
 
 
 def owner(module: str) -> str:
