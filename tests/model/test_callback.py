@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,19 @@ def test_with_warn_the_run_goes_on(tmp_path: Path) -> None:
     assert [type(save.error) for save in callback.saves] == [type(None), GoldenMismatch]
 
 
+def test_what_fails_unexpectedly_is_told_like_a_bad_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("harness.model.callback.open_checkpoint", fails)
+    callback = GoldenCheckpoint(on_mismatch="warn")
+    with pytest.warns(UserWarning, match="GoldenCheckpoint: a bug"):
+        trainer(tmp_path, callback, saving(tmp_path)).fit(Tuned())
+    assert names(callback) == ["step=1.ckpt", "step=2.ckpt"]
+
+
 def test_after_an_exception_a_bad_save_is_a_warning_and_the_exception_is_raised(
     tmp_path: Path,
 ) -> None:
@@ -180,6 +194,17 @@ def test_after_an_exception_a_bad_save_is_a_warning_and_the_exception_is_raised(
     ):
         run.fit(training.Fails())
     assert names(callback) == ["step=2.ckpt"]
+
+
+def test_what_is_saved_because_of_a_bad_save_tells_nothing_more(tmp_path: Path) -> None:
+    callback = GoldenCheckpoint()
+    checkpoints = saving(tmp_path, save_on_exception=True)
+    run = trainer(tmp_path, callback, checkpoints, plugins=[Alters(training.zero)])
+    with pytest.raises(GoldenMismatch, match=r"head\.bias") as stopped:  # and warns of nothing
+        run.fit(Tuned())
+    first, second = callback.saves
+    assert first.error is stopped.value
+    assert second.error is not None
 
 
 # What is meant
@@ -234,40 +259,74 @@ def test_a_bad_asynchronous_save_stops_the_run_with_the_values_of_its_step(tmp_p
     assert "actual 0" in str(stopped.value)
 
 
-def test_training_goes_on_while_an_asynchronous_save_is_written(tmp_path: Path) -> None:
-    class Releases(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            seen.append(len(callback.saves))
-            if trainer.global_step == 2:
-                plugin.go.set()
+class Releases(pl.Callback):
+    """Lets the plugin write before the second step ends, and notes what was verified until then."""
 
-    seen: list[int] = []
+    def __init__(self, plugin: Waits, callback: GoldenCheckpoint) -> None:
+        self.plugin, self.callback = plugin, callback
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.seen.append(len(self.callback.saves))
+        if trainer.global_step == 2:
+            self.plugin.go.set()
+
+
+def test_training_goes_on_while_an_asynchronous_save_is_written(tmp_path: Path) -> None:
     callback, plugin = GoldenCheckpoint(), Waits()
+    releases = Releases(plugin, callback)
     run = trainer(
-        tmp_path, callback, Releases(), saving(tmp_path), plugins=[AsyncCheckpointIO(plugin)]
+        tmp_path, callback, releases, saving(tmp_path), plugins=[AsyncCheckpointIO(plugin)]
     )
     run.fit(Tuned())
-    assert seen == [0, 0]
+    assert releases.seen == [0, 0]
     # What was read back is the model of that step, not of a later one.
     assert [save.headlines for save in callback.saves] == [(SAVED.format(s),) for s in (1, 2)]
 
 
+def test_a_bad_asynchronous_save_is_told_after_the_batch_in_which_it_was_verified(
+    tmp_path: Path,
+) -> None:
+    class SavesOnce(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 0:
+                trainer.save_checkpoint(tmp_path / "first.ckpt")
+            else:
+                plugin._executor.submit(int).result()
+
+    plugin = AsyncCheckpointIO(Alters(training.zero))
+    run = trainer(tmp_path, GoldenCheckpoint(), SavesOnce(), plugins=[plugin], steps=4)
+    with pytest.raises(GoldenMismatch, match=r"head\.bias"):
+        run.fit(Tuned())
+    assert run.global_step in (1, 2)
+
+
 def test_an_asynchronous_checkpoint_is_deleted_only_after_it_was_verified(tmp_path: Path) -> None:
-    callback, plugin = GoldenCheckpoint(), AsyncCheckpointIO()
-    checkpoints = saving(tmp_path, save_top_k=1)
-    trainer(tmp_path, callback, checkpoints, plugins=[plugin], steps=4).fit(Tuned())
-    assert names(callback) == [f"step={step}.ckpt" for step in (1, 2, 3, 4)]
-    assert all(save.error is None for save in callback.saves)
-    assert [path.name for path in tmp_path.iterdir()] == ["step=4.ckpt"]
+    callback, plugin = GoldenCheckpoint(), Waits()
+    run = trainer(
+        tmp_path, callback, saving(tmp_path, save_top_k=1), plugins=[AsyncCheckpointIO(plugin)]
+    )
+    # The second save comes before the first is written, and Lightning then deletes the first.
+    writes = threading.Timer(0.5, plugin.go.set)
+    writes.start()
+    run.fit(Tuned())
+    writes.join()
+    assert [save.headlines for save in callback.saves] == [(SAVED.format(s),) for s in (1, 2)]
+    assert [path.name for path in tmp_path.iterdir()] == ["step=2.ckpt"]
 
 
 def test_the_error_of_a_write_that_failed_in_its_thread_is_raised_as_it_is(tmp_path: Path) -> None:
-    plugin = Waits(error=OSError("no space left"))
-    plugin.go.set()
-    callback = GoldenCheckpoint()
-    run = trainer(tmp_path, callback, saving(tmp_path), plugins=[AsyncCheckpointIO(plugin)])
+    callback, plugin = GoldenCheckpoint(), Waits(error=OSError("no space left"))
+    run = trainer(
+        tmp_path,
+        callback,
+        Releases(plugin, callback),
+        saving(tmp_path),
+        plugins=[AsyncCheckpointIO(plugin)],
+    )
     with pytest.raises(OSError, match="no space left"):
         run.fit(Tuned())
+    assert callback.saves[0].error is plugin.error
 
 
 # Golden and stages
