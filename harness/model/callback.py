@@ -104,9 +104,9 @@ class GoldenCheckpoint(pl.Callback):
     (`strategy.save_checkpoint`, `torch.save`); a plugin of your own that writes in a thread of its
     own; what happens to the file later: it is read back at once, from the page cache.
 
-    Cost: a copy of the weights until the save is verified, and processor time: a quarter of that of
-    the save with Adam's state, half to all of it with `save_weights_only` (435 MB of weights, two
-    cores). A golden reads what is frozen once more; live stages load and save for themselves.
+    Cost: a copy of the weights until the save is verified, and processor time: about a quarter of
+    that of a save with Adam's state, about that of a save with `save_weights_only` (435 MB of
+    weights, two cores). A golden reads what is frozen once more; live stages load and save anew.
     """
 
     def __init__(
