@@ -308,11 +308,13 @@ def diff(
     actual: str | Path,
     *,
     policy: Policy | None = None,
+    stats: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare two checkpoints element by element, or goldens with either by their sketches.
 
+    `stats` also measures the statistics of what differs between two checkpoints.
     Raises CheckpointError, GoldenError, and UsageError for options of the policy that fit nothing.
     """
     policy = policy or Policy()
@@ -346,7 +348,9 @@ def diff(
         ours = _with_digests(ours, left, set(left.tensors) - set(right.tensors), jobs)
         theirs = _with_digests(theirs, right, set(right.tensors) - set(left.tensors), jobs)
 
-        measure = AgainstCheckpoint(expected=left, actual=right, jobs=jobs, progress=progress)
+        measure = AgainstCheckpoint(
+            expected=left, actual=right, stats=stats, jobs=jobs, progress=progress
+        )
         return compare(ours, theirs, policy, measure)
 
 

@@ -538,7 +538,14 @@ def diff(
     policy = policy_of(options)
     try:
         with progress_bar(expected) as progress:
-            comparison = api.diff(expected, actual, policy=policy, jobs=jobs, progress=progress)
+            comparison = api.diff(
+                expected,
+                actual,
+                policy=policy,
+                stats=bool(reports),
+                jobs=jobs,
+                progress=progress,
+            )
     except HarnessError as error:
         outcome = _ended(error, form, expected=expected, actual=actual)
     else:

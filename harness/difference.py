@@ -29,7 +29,7 @@ from harness.allclose import (
     tally_chunk,
 )
 from harness.checkpoint.tensors import numpy_dtype
-from harness.fingerprint import TensorPrint, block_numel, digest_of
+from harness.fingerprint import Stats, TensorPrint, block_numel, digest_of
 from harness.sketch import (
     CHANCE,
     NUM_PROJECTIONS,
@@ -63,7 +63,8 @@ class Difference:
     and `num_beyond` (the tolerance) are known only where the values are. `where` names the range
     of the first axis that changed. `strip` shows where: the rms of actual - expected over up to
     `MAX_STRIP` equal ranges of the tensor in logical order, 0.0 where nothing changed, empty where
-    it is not known. `chance` bounds the probability that a proved verdict is wrong.
+    it is not known. `stats` are those of both sides, where they are known. `chance` bounds the
+    probability that a proved verdict is wrong.
     """
 
     verdict: Verdict
@@ -80,6 +81,7 @@ class Difference:
     where: str | None = None
     strip: tuple[float, ...] = ()
     num_nonfinite: tuple[int, int] = (0, 0)
+    stats: tuple[Stats | None, Stats | None] = (None, None)
     chance: float = 0.0
 
 

@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from harness.allclose import Tolerance, Values, tally_chunk
+from harness.allclose import Tolerance, tally_chunk
 from harness.checkpoint import Checkpoint, Tensor
 from harness.difference import Difference, conclude, difference_from_sketch
 from harness.errors import CheckpointError
-from harness.fingerprint import Fingerprint, TensorPrint, fingerprint
+from harness.fingerprint import Fingerprint, TensorPrint, fingerprint, statistics
 from harness.streaming import Progress, map_chunks
 
 Triple = tuple[TensorPrint, TensorPrint, Tolerance]
@@ -24,8 +24,8 @@ Triple = tuple[TensorPrint, TensorPrint, Tolerance]
 class _Exact:
     """A pair of tensors whose values are both at hand, as work for `map_chunks`."""
 
-    expected: Values
-    actual: Values
+    expected: Tensor | TensorPrint
+    actual: Tensor
     tolerance: Tolerance
 
     @property
@@ -34,17 +34,26 @@ class _Exact:
 
 
 def _measure_exactly(
-    pairs: Sequence[_Exact], jobs: int | None, progress: Progress | None
+    pairs: Sequence[_Exact], jobs: int | None, progress: Progress | None, *, stats: bool
 ) -> list[Difference]:
+    """Tally every pair; with `stats`, one more pass over both sides of each."""
     tallies = map_chunks(
         pairs,
         lambda pair, chunk: tally_chunk(pair.expected, pair.actual, chunk, pair.tolerance),
         jobs=jobs,
         progress=progress,
     )
-    return [
+    differences = [
         conclude(pair.expected, pair.actual, tally, pair.tolerance)
         for pair, tally in zip(pairs, tallies, strict=True)
+    ]
+    if not stats:
+        return differences
+    before = statistics([pair.expected for pair in pairs], jobs=jobs)
+    after = statistics([pair.actual for pair in pairs], jobs=jobs)
+    return [
+        replace(difference, stats=both)
+        for difference, both in zip(differences, zip(before, after, strict=True), strict=True)
     ]
 
 
@@ -54,10 +63,11 @@ _MAX_TENSORS_TO_SEARCH = 20
 
 @dataclass(frozen=True, kw_only=True)
 class AgainstCheckpoint:
-    """Measures two open checkpoints element by element."""
+    """Measures two open checkpoints element by element; with `stats`, also the stats of both."""
 
     expected: Checkpoint
     actual: Checkpoint
+    stats: bool = False
     jobs: int | None = None
     progress: Progress | None = None
 
@@ -66,7 +76,7 @@ class AgainstCheckpoint:
             _Exact(self.expected.tensors[expected.key], self.actual.tensors[actual.key], tolerance)
             for expected, actual, tolerance in triples
         ]
-        return _measure_exactly(pairs, self.jobs, self.progress)
+        return _measure_exactly(pairs, self.jobs, self.progress, stats=self.stats)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +99,16 @@ class AgainstGolden:
         exact: dict[int, _Exact] = {}
         sketched: dict[int, Triple] = {}
         for index, (expected, actual, tolerance) in enumerate(triples):
-            known: Values | None = references.get(expected.key)
+            known: Tensor | TensorPrint | None = references.get(expected.key)
             if known is None and expected.values is not None:
                 known = expected
             if known is not None:
                 exact[index] = _Exact(known, self.actual.tensors[actual.key], tolerance)
             else:
                 sketched[index] = (expected, actual, tolerance)
-        found = dict(
-            zip(exact, _measure_exactly([*exact.values()], self.jobs, self.progress), strict=True)
-        )
+        pairs = [*exact.values()]
+        measured = _measure_exactly(pairs, self.jobs, self.progress, stats=True)
+        found = dict(zip(exact, measured, strict=True))
         found |= self._from_sketches(sketched)
         return [found[index] for index in range(len(triples))]
 
@@ -136,17 +146,19 @@ class AgainstGolden:
                 jobs=self.jobs,
                 progress=self.progress,
             ).tensors
-        return {
-            index: difference_from_sketch(
+        found = {}
+        for index, (expected, actual, tolerance) in triples.items():
+            detailed = details[actual.key]
+            difference = difference_from_sketch(
                 expected,
-                details[actual.key],
+                detailed,
                 tolerance,
                 self.golden.block_nbytes,
                 self.actual.tensors[actual.key],
                 thorough=len(triples) <= _MAX_TENSORS_TO_SEARCH,
             )
-            for index, (expected, actual, tolerance) in triples.items()
-        }
+            found[index] = replace(difference, stats=(expected.stats, detailed.stats))
+        return found
 
     def _block_nbytes(self, expected: TensorPrint, actual: TensorPrint) -> int:
         ours, theirs = (
@@ -163,7 +175,10 @@ class BySketches:
 
     def __call__(self, triples: Sequence[Triple]) -> list[Difference]:
         return [
-            difference_from_sketch(expected, actual, tolerance, self.block_nbytes, None)
+            replace(
+                difference_from_sketch(expected, actual, tolerance, self.block_nbytes, None),
+                stats=(expected.stats, actual.stats),
+            )
             for expected, actual, tolerance in triples
         ]
 

@@ -255,3 +255,38 @@ def test_another_dtype_is_measured_by_the_same_blocks(tmp_path: Path) -> None:
     exact = Policy(check_dtype=False, exact=True)
     assert difference(tmp_path, x.double(), x, exact).verdict == "undecided"
     assert difference(tmp_path, x, x.bfloat16(), exact).verdict == "different"
+
+
+def test_a_difference_carries_the_stats_of_both_sides(tmp_path: Path) -> None:
+    # Decided by a sketch, a recovered element, kept values, a digest; a reference; a checkpoint.
+    x = weights()
+    before = {"many": x, "one": x.clone(), "few": x[:300].clone(), "integers": torch.arange(9000)}
+    after = {k: t + 1 for k, t in before.items()} | {"one": put(x, 7, 3.0)}
+    one, other = tmp_path / "one.pt", tmp_path / "other.pt"
+    torch.save(before, one)
+    torch.save(after, other)
+    recorded = api.record(one, tmp_path / "golden")
+    for comparison in (
+        api.verify(other, recorded),
+        api.verify(other, recorded, reference=one),
+        api.diff(one, other, stats=True),
+    ):
+        assert len(comparison.findings) == 4
+        for finding in comparison.findings:
+            assert finding.difference is not None
+            sides = zip(finding.difference.stats, (before, after), strict=True)
+            for stats, tensors in sides:
+                truth = tensors[finding.key].double()
+                assert stats is not None
+                assert (stats.min, stats.max) == (truth.min(), truth.max())
+                assert stats.l2 == pytest.approx(float(truth.norm()), rel=1e-12)
+                assert stats.num_zero == int((truth == 0).sum())
+
+
+def test_stats_of_two_checkpoints_are_measured_only_where_asked_for(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.pt", tmp_path / "other.pt"
+    torch.save({"x": weights()}, one)
+    torch.save({"x": weights(seed=1)}, other)
+    [finding] = api.diff(one, other).findings
+    assert finding.difference is not None
+    assert finding.difference.stats == (None, None)

@@ -12,8 +12,10 @@ The schema, to which later versions only add:
                   close, different and undecided also
                   {"why", "is_exact", "atol", "rtol", "numel", "max_abs", "min_atol", "rms",
                    "num_differing", "num_beyond", "where", "strip", "elements", "chance",
-                   "num_nonfinite": {"expected", "actual"}}
+                   "num_nonfinite": {"expected", "actual"}, "stats": {"expected", "actual"}}
     element       {"index", "expected", "actual"}
+    stats         {"min", "max", "mean", "std", "l2", "num_zero", "num_nan", "num_posinf",
+                   "num_neginf"} | null
     show          {"root", "container", "section", "tensors": [{"key", "dtype", "shape", "digest",
                    "alias_of", "stats"}], "history"?}
     error         {"kind", "message", "hint"}; alone, {"exit_code": 2, "error"}, where a command
@@ -33,7 +35,7 @@ from typing import Any
 from harness.compare import Comparison, Departure, Finding
 from harness.difference import Difference
 from harness.errors import HarnessError
-from harness.fingerprint import Fingerprint
+from harness.fingerprint import Fingerprint, Stats
 from harness.report.outcome import Outcome, Result
 
 Json = Any
@@ -142,8 +144,13 @@ def _difference(difference: Difference) -> dict[str, Json]:
             for element in difference.elements
         ],
         "num_nonfinite": dict(zip(("expected", "actual"), difference.num_nonfinite, strict=True)),
+        "stats": dict(zip(("expected", "actual"), map(_stats, difference.stats), strict=True)),
         "chance": difference.chance,
     }
+
+
+def _stats(stats: Stats | None) -> Json:
+    return None if stats is None else {k: number(v) for k, v in asdict(stats).items()}
 
 
 def number(value: float | complex | int | bool) -> Json:
@@ -168,7 +175,7 @@ def fingerprint_as_json(fingerprint: Fingerprint) -> Json:
                 "shape": list(tensor.shape),
                 "digest": (tensor.digest or b"").hex(),
                 "alias_of": tensor.alias_of,
-                "stats": asdict(tensor.stats) if tensor.stats is not None else None,
+                "stats": _stats(tensor.stats),
             }
             for tensor in fingerprint.tensors.values()
         ],
