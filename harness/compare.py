@@ -83,6 +83,15 @@ class Policy:
     def ignores(self, key: str) -> bool:
         return any(fnmatchcase(key, glob) for glob in self.ignore)
 
+    def renamed(self, key: str) -> str:
+        """The name under which the checkpoint should have a golden's key."""
+        for old, new in self.key_map:
+            if key == old:
+                return new
+            if old.endswith(".") and key.startswith(old):
+                return new + key[len(old) :]
+        return key
+
     def at_stage(self, keys: Collection[str], elsewhere: Collection[str]) -> Policy:
         """Leave out the globs that fit none of a stage's `keys`, but some of another one's."""
 
@@ -201,7 +210,7 @@ def compare(
     """Compare `actual` with `expected` (a golden, as a rule); all findings are collected."""
     _check_globs(policy, expected, actual)
     theirs = _stripped(policy, actual)
-    named = {_mapped(policy, key): tensor for key, tensor in expected.tensors.items()}
+    named = {policy.renamed(key): tensor for key, tensor in expected.tensors.items()}
     kept = {k: t for k, t in named.items() if not policy.ignores(t.key) and not policy.ignores(k)}
     ignored = named.keys() - kept
     found = {k: t for k, t in theirs.items() if not policy.ignores(k) and k not in ignored}
@@ -478,15 +487,6 @@ def _stripped(policy: Policy, actual: Fingerprint) -> dict[str, TensorPrint]:
     return stripped
 
 
-def _mapped(policy: Policy, key: str) -> str:
-    for old, new in policy.key_map:
-        if key == old:
-            return new
-        if old.endswith(".") and key.startswith(old):
-            return new + key[len(old) :]
-    return key
-
-
 def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> None:
     """An option that fits nothing is a typing error, and would silently weaken or do nothing."""
     keys = list(expected.tensors)
@@ -505,7 +505,7 @@ def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> 
                 f"--map {old}={new}: {expected.name} has no key {old}",
                 hint=f"harness show {expected.name} lists the keys",
             )
-    targets = Counter(_mapped(policy, key) for key in keys)
+    targets = Counter(policy.renamed(key) for key in keys)
     for key, count in targets.items():
         if count > 1:
             raise UsageError(f"--map: {count} keys of {expected.name} would become {key}")

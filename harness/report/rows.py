@@ -1,0 +1,321 @@
+"""Every tensor of every stage as one row of plain data, for the map and the table of a page.
+
+In: comparisons. Out: `Tables`, whose rows are tuples of what JSON can hold, in the order of the
+state dict (of the outputs: of execution). So that thousands of tensors stay small, rows that
+several stages share are there once, words that rows share are numbers, numbers have the digits
+that a person reads, and a strip is a string. What takes most is apart, as `Extra`, so that it can
+be left out where it is too much.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from harness.allclose import Tolerance
+from harness.compare import FINDING_KINDS, Comparison, Finding, describe
+from harness.difference import Difference, Element
+from harness.fingerprint import Fingerprint, Stats, TensorPrint
+from harness.report.folding import printable
+from harness.report.json import number
+
+Json = Any
+_DIGITS, _STATS_DIGITS = 3, 6
+# Of a strip: 0 and what is not finite, then tenths of a decade below the strip's greatest value.
+_ZERO, _ENDLESS = ".", "!"
+_TENTHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+_SIGNS = np.frombuffer(_TENTHS.encode(), "|u1")
+STRIP_SIGNS = {"zero": _ZERO, "endless": _ENDLESS, "tenths": _TENTHS}
+STATS = tuple(column.name for column in fields(Stats))
+
+
+class Row(NamedTuple):
+    """One tensor, place, or other thing that was compared; `kind` is that of its worst finding.
+
+    `expected` and `actual` are dtype and shape as numbers of words, None where that side has no
+    such tensor.
+    """
+
+    key: str
+    kind: str
+    expected: int | None
+    actual: int | None
+    nbytes: int
+    findings: tuple[Told, ...]
+
+
+class Told(NamedTuple):
+    """A finding; `expected` and `actual` only where they say more than dtype and shape."""
+
+    kind: str
+    expected: str | None
+    actual: str | None
+    actual_key: str | None
+    difference: Measured | None
+
+
+class Measured(NamedTuple):
+    """A difference; `ratio` is its rms to what the tolerance allows of an average element."""
+
+    why: str
+    is_exact: bool
+    tolerance: int
+    numel: int
+    max_abs: tuple[Json, ...]
+    min_atol: tuple[Json, ...]
+    rms: Json
+    ratio: Json
+    num_differing: int | None
+    num_beyond: int | None
+    chance: Json
+
+
+class Extra(NamedTuple):
+    """What more is known of a row.
+
+    `strip` is its greatest value and one sign per range, `elements` are (index, expected, actual,
+    actual - expected), stats are in the order of `STATS`.
+    """
+
+    where: str | None = None
+    strip: tuple[Json, ...] | None = None
+    elements: tuple[tuple[str, ...], ...] = ()
+    expected_stats: tuple[Json, ...] | None = None
+    actual_stats: tuple[Json, ...] | None = None
+
+
+COLUMNS = {
+    "row": Row._fields,
+    "finding": Told._fields,
+    "difference": Measured._fields,
+    "extra": Extra._fields,
+    "stats": STATS,
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The rows of all stages, each once, and for every stage the numbers of its rows."""
+
+    rows: dict[tuple[Row, Extra], int] = field(default_factory=dict)
+    stages: list[Json] = field(default_factory=list)
+    words: dict[str, int] = field(default_factory=dict)
+    tolerances: dict[Tolerance, int] = field(default_factory=dict)
+
+    def add(self, comparison: Comparison) -> int:
+        """Add a stage; returns its number."""
+        numbers: list[int] = []
+        places: dict[str, int] = {}
+        for (_, key), row in self._rows(comparison):
+            places.setdefault(key, len(numbers))
+            numbers.append(self.rows.setdefault(row, len(self.rows)))
+        departs, inputs = comparison.departure, []
+        if departs is not None:
+            names = (*departs.agreeing, *departs.departing)
+            inputs = [places[f"{departs.culprit}:in.{name}"] for name in names]
+        self.stages.append(
+            {
+                "stage": comparison.stage,
+                "sides": [_side(comparison.expected), _side(comparison.actual)],
+                "rows": numbers,
+                "departs": None if departs is None else places[departs.finding.key],
+                "inputs": inputs,
+            }
+        )
+        return len(self.stages) - 1
+
+    def as_json(self, max_nbytes: int) -> dict[str, Json]:
+        """Everything; of the extras as many as there is room for, of the worst rows first."""
+        rows = [row for row, _ in self.rows]
+        found = {
+            "columns": COLUMNS,
+            "strip": STRIP_SIGNS,
+            "words": [*self.words],
+            "tolerances": [(t.atol, t.rtol, t.exact) for t in self.tolerances],
+            "rows": rows,
+            "stages": self.stages,
+        }
+        left = max_nbytes - len(json.dumps(found, separators=(",", ":")))
+        extras: list[Extra | None] = [None] * len(rows)
+        known = [extra for _, extra in self.rows]
+        for place in sorted(range(len(rows)), key=lambda place: _rank(rows[place])):
+            left -= len(json.dumps(known[place], separators=(",", ":")))
+            if left < 0:
+                break
+            extras[place] = known[place]
+        return {**found, "extras": extras}
+
+    def _rows(self, comparison: Comparison) -> Iterator[tuple[tuple[str, str], tuple[Row, Extra]]]:
+        """The rows by side and key: the golden's, then what only the actual side has."""
+        expected, actual, policy = comparison.expected, comparison.actual, comparison.policy
+        of_key: dict[tuple[str, str], list[Finding]] = {}
+        for finding in comparison.findings:
+            key = finding.key
+            excess = finding.kind == "unexpected" or key not in expected.tensors
+            of_key.setdefault(("actual" if excess else "expected", key), []).append(finding)
+        for key, tensor in expected.tensors.items():
+            findings = of_key.pop(("expected", key), [])
+            name = policy.renamed(key)
+            ignored = policy.ignores(key) or policy.ignores(name)
+            other = actual.tensors.get(name) if ignored else _counterpart(tensor, actual, findings)
+            kind = "ignored" if ignored else "identical"
+            yield ("expected", key), self._row(key, kind, tensor, other, findings)
+        names = {policy.renamed(key) for key in expected.tensors}
+        for key, tensor in actual.tensors.items():
+            name = key.removeprefix(policy.strip_prefix)
+            findings = of_key.pop(("actual", key), [])
+            if findings or (name not in names and policy.ignores(name)):
+                yield ("actual", key), self._row(key, "ignored", None, tensor, findings)
+        for (_, key), findings in of_key.items():  # what is no tensor: prefixes, hyperparameters
+            yield ("neither", key), self._row(key, "", None, None, findings)
+
+    def _row(
+        self,
+        key: str,
+        kind: str,
+        expected: TensorPrint | None,
+        actual: TensorPrint | None,
+        findings: Sequence[Finding],
+    ) -> tuple[Row, Extra]:
+        worst = min(findings, key=_severity, default=None)
+        tensor = expected or actual
+        row = Row(
+            key=printable(key) or '""',
+            kind=kind if worst is None else worst.kind,
+            expected=self._type(expected),
+            actual=self._type(actual),
+            nbytes=0 if tensor is None else tensor.nbytes,
+            findings=tuple(self._told(finding, expected) for finding in findings),
+        )
+        return row, _extra(expected, actual, findings)
+
+    def _type(self, tensor: TensorPrint | None) -> int | None:
+        return None if tensor is None else self.words.setdefault(describe(tensor), len(self.words))
+
+    def _told(self, finding: Finding, expected: TensorPrint | None) -> Told:
+        said = finding.difference is None
+        said &= finding.kind not in ("missing", "unexpected", "renamed", "dtype", "shape")
+        return Told(
+            kind=finding.kind,
+            expected=finding.expected if said else None,
+            actual=finding.actual if said else None,
+            actual_key=None if finding.actual_key is None else printable(finding.actual_key),
+            difference=None
+            if finding.difference is None
+            else self._measured(finding.difference, None if expected is None else expected.stats),
+        )
+
+    def _measured(self, difference: Difference, expected: Stats | None) -> Measured:
+        return Measured(
+            why=difference.why,
+            is_exact=difference.is_exact,
+            tolerance=self.tolerances.setdefault(difference.tolerance, len(self.tolerances)),
+            numel=difference.numel,
+            max_abs=tuple(_short(end) for end in difference.max_abs),
+            min_atol=tuple(_short(end) for end in difference.min_atol),
+            rms=_short(difference.rms),
+            ratio=_short(_ratio(difference, expected or difference.stats[0])),
+            num_differing=difference.num_differing,
+            num_beyond=difference.num_beyond,
+            chance=_short(difference.chance),
+        )
+
+
+def _side(side: Fingerprint) -> Json:
+    return {
+        "name": printable(side.name),
+        "container": side.container,
+        "section": printable(side.section),
+    }
+
+
+def _counterpart(
+    tensor: TensorPrint, actual: Fingerprint, findings: Sequence[Finding]
+) -> TensorPrint | None:
+    """What the actual side has for a golden's tensor: one of the same type, if nothing is said."""
+    for finding in findings:
+        if finding.kind == "missing":
+            return None
+        if finding.difference is not None or finding.kind in ("dtype", "shape"):
+            return actual.tensors[finding.actual_key or finding.key]
+    return tensor
+
+
+def _severity(finding: Finding) -> int:
+    return FINDING_KINDS.index(finding.kind)
+
+
+def _rank(row: Row) -> tuple[int, float]:
+    """The worst kind first, within it what is farthest off."""
+    ratios = (float(f.difference.ratio) for f in row.findings if f.difference is not None)
+    ratio = max((r for r in ratios if not math.isnan(r)), default=0.0)
+    return min((FINDING_KINDS.index(f.kind) for f in row.findings), default=99), -ratio
+
+
+def _extra(
+    expected: TensorPrint | None, actual: TensorPrint | None, findings: Sequence[Finding]
+) -> Extra:
+    before = None if expected is None else expected.stats
+    difference = next((f.difference for f in findings if f.difference is not None), None)
+    if difference is None:
+        # Where nothing was measured, one side may still be known.
+        after = None if actual is None or actual is expected else actual.stats
+        return Extra(expected_stats=_stats(before), actual_stats=_stats(after))
+    return Extra(
+        where=difference.where,
+        strip=_strip(difference.strip),
+        elements=tuple(_element(element) for element in difference.elements),
+        expected_stats=_stats(before or difference.stats[0]),
+        actual_stats=_stats(difference.stats[1]),
+    )
+
+
+def _ratio(difference: Difference, expected: Stats | None) -> float:
+    tolerance = difference.tolerance
+    allowed = 0.0 if tolerance.exact else tolerance.atol
+    if expected is not None and difference.numel and not tolerance.exact:
+        allowed += tolerance.rtol * expected.l2 / math.sqrt(difference.numel)
+    if not difference.rms or math.isnan(difference.rms):
+        return difference.rms
+    return difference.rms / allowed if allowed else math.inf
+
+
+def _short(value: float, digits: int = _DIGITS) -> Json:
+    """A number with as many digits as are shown."""
+    return number(float(f"{value:.{digits}g}"))
+
+
+def _stats(stats: Stats | None) -> tuple[Json, ...] | None:
+    if stats is None:
+        return None
+    return tuple(
+        value if isinstance(value, int) else _short(value, _STATS_DIGITS)
+        for value in (getattr(stats, name) for name in STATS)
+    )
+
+
+def _strip(values: Sequence[float]) -> tuple[Json, ...] | None:
+    if not values:
+        return None
+    runs = np.array(values)
+    top = float(runs[np.isfinite(runs)].max(initial=0.0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tenths = np.nan_to_num(np.rint(10 * np.log10(top / runs)))
+    signs = _SIGNS[np.clip(tenths, 0, len(_SIGNS) - 1).astype(int)]
+    signs[runs == 0] = ord(_ZERO)
+    signs[~np.isfinite(runs)] = ord(_ENDLESS)
+    return _short(top), signs.tobytes().decode()
+
+
+def _element(element: Element) -> tuple[str, ...]:
+    one, other = element.expected, element.actual
+    return (
+        ", ".join(map(str, element.index)),
+        *(f"{v:.9g}" if isinstance(v, float) else str(v) for v in (one, other)),
+        f"{other - one:.3g}",
+    )

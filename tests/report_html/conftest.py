@@ -1,0 +1,126 @@
+"""The browser, and the results that the pages show."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from harness import api
+from harness.compare import Departure
+from harness.errors import GoldenError
+from harness.report.html import render
+from harness.report.outcome import Result
+from tests.report_html.results import DESKTOP, HOSTILE, PLACES, compared, result_of
+
+# Without these, Chromium asks for updates: a test must see the page's own requests only.
+QUIET = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    executable = next((found for found in map(shutil.which, BROWSERS) if found), None)
+    if executable is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI is set, but no Chromium is installed: .ci/run installs one")
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=executable, args=QUIET)
+        yield launched
+        launched.close()
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def opened(browser: Browser, tmp_path: Path) -> Iterator[Open]:
+    """Open a report; requests for anything but its file, and complaints, fail the test."""
+    complaints: list[str] = []
+    contexts: list[BrowserContext] = []
+
+    def open_(
+        report: Result | Path,
+        *,
+        size: tuple[int, int] = DESKTOP,
+        scheme: Any = "light",
+        **options: Any,
+    ) -> Page:
+        path = report if isinstance(report, Path) else tmp_path / "report.html"
+        if isinstance(report, Result):
+            path.write_text(render(report), encoding="utf-8")
+        context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, **options
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(5000)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "request",
+            lambda request: request.url == path.as_uri() or complaints.append(request.url),
+        )
+        page.goto(path.as_uri())
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture(scope="session")
+def small(data: Path, shipped_golden: Path) -> Result:
+    """One element of one tensor of 99 changed."""
+    comparison = api.verify(data / "nest_tiny_perturbed_1e-3.nemo", shipped_golden)
+    step = 'if this is meant:  harness verify x.nemo --update-golden --reason "why"'
+    return result_of(comparison, next_steps=(step,))
+
+
+@pytest.fixture(scope="session")
+def trained(data: Path, shipped_golden: Path) -> Result:
+    """Verdicts of every kind."""
+    return result_of(api.verify(data / "nest_tiny.ckpt", shipped_golden))
+
+
+@pytest.fixture(scope="session")
+def passing(data: Path, shipped_golden: Path) -> Result:
+    return result_of(api.verify(data / "nest_tiny.nemo", shipped_golden))
+
+
+@pytest.fixture(scope="session")
+def hostile() -> Result:
+    """Keys, names and errors that nobody should write into a page as they are."""
+    comparison = compared(dict.fromkeys(HOSTILE, 1.0), dict.fromkeys(HOSTILE, 2.0))
+    return result_of(
+        comparison,
+        expected=HOSTILE[0],
+        actual=HOSTILE[1] + "\udc80",
+        next_steps=(HOSTILE[2],),
+        error=GoldenError(HOSTILE[0], hint=HOSTILE[1]),
+    )
+
+
+@pytest.fixture(scope="session")
+def outputs() -> Result:
+    """Module b departs: the place inside of it, and all that follow."""
+    before = dict.fromkeys(PLACES, 1.0)
+    after = before | dict.fromkeys(PLACES[6:], 1.5)
+    comparison = compared(before, after, stage="outputs")
+    first = next(f for f in comparison.findings if f.key == "b.inner:out")
+    departure = Departure(
+        finding=first, culprit="b", agreeing=("0", "1"), departing=(), num_before=6
+    )
+    file = compared({"b.weight": 1.0}, {"b.weight": 1.0})
+    return result_of(file, replace(comparison, departure=departure))
