@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save_file
 
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.tensors import DTYPES
+from harness.checkpoint.tensors import DTYPES, format_key
 from harness.errors import CheckpointError
 
 from .builders import write_safetensors
@@ -71,6 +74,11 @@ def text(**rows: Any) -> bytes:
         (text(w=row(0, 4, [5])), b"1234"),
         (text(w=row(4, 0, [4])), b"1234"),
         (text(w=row(0, 4, [1 << 62, 4])), b"1234"),
+        (text(w=row(0, 0, [1 << 32, 1 << 32, 0])), b""),
+        (text(w=row(0, 0, [0])).replace(b"[0]", b"[-0]"), b""),
+        (text(w=row(0, 4, [4])).replace(b'"w"', rb'"\ud800"'), b"1234"),
+        (text(w=row(0, 1, [1])).replace(b"[1]", b"[true]"), b"1"),
+        (b'{"__metadata__":{"a":1},' + text(w=row(0, 4, [4]))[1:], b"1234"),
         (text(w=row(0, 4, [4], "F128")), b"1234"),
         (text(w=row(0, 3, [2, 3], "F4")), b"123"),
         (b'{"w":%s,"w":%s}' % ((json.dumps(row(0, 4, [4])).encode(),) * 2), b"1234"),
@@ -89,6 +97,68 @@ def test_a_header_that_does_not_fit_the_file_is_refused(
         open_checkpoint(path)
     assert str(path) in str(caught.value)
     assert caught.value.hint
+
+
+SIZES = st.sampled_from([0, 1, 2, 3, 4, 8, 1 << 32, 1 << 63, (1 << 64) - 1, 1 << 64])
+ODD = st.sampled_from(["-0", "-1", "1.0", "1e0", "true", "null", '"1"', "NaN", "[1]", "01", ""])
+NAME = st.sampled_from(["w", "v", "x.y", "\\ud800", "\\u00e9"])
+METADATA = ["null", "{}", '{"a":"b"}', '{"a":1}', "[]", "7"]
+DTYPE = st.sampled_from(["U8", "F32", "F4", "BOOL", "I64", "F8_E4M3", "C64", "f32", ""])
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> tuple[bytes, int]:
+    """A header, sound or nearly so, and how many bytes follow it."""
+    rows, at = [], 0
+    for name in draw(st.lists(NAME, max_size=4)):
+        size = draw(st.integers(0, 4))
+        shape = [str(n) for n in draw(st.permutations([1, size])) if n != 1 or draw(st.booleans())]
+        if draw(st.integers(0, 9)) == 0:
+            shape.insert(0, draw(SIZES.map(str) | ODD))
+        first, last = str(at), str(at + size)
+        if draw(st.integers(0, 9)) == 0:
+            first, last = draw(st.permutations([first, draw(SIZES.map(str) | ODD)]))
+        offsets = [first, last] + ["9"] * (draw(st.integers(0, 30)) == 0)
+        dtype = draw(DTYPE) if draw(st.integers(0, 9)) == 0 else "U8"
+        fields = [
+            f'"dtype":"{dtype}"',
+            f'"shape":[{",".join(shape)}]',
+            f'"data_offsets":[{", ".join(offsets)}]',
+        ]
+        if draw(st.integers(0, 9)) == 0:
+            fields[draw(st.integers(0, 2))] = draw(st.sampled_from(['"x":[{}]', *fields]))
+        rows.append(f'"{name}":{{{",".join(draw(st.permutations(fields)))}}}')
+        at += size
+    metadata = [f'"__metadata__":{value}' for value in METADATA]
+    if draw(st.booleans()):
+        rows.insert(draw(st.integers(0, len(rows))), draw(st.sampled_from(metadata)))
+    text = bytearray(f"{{{','.join(draw(st.permutations(rows)))}}}", "utf-8")
+    text += b" " * draw(st.integers(0, 2))
+    if draw(st.integers(0, 5)) == 0:
+        text[draw(st.integers(1, len(text) - 1))] = draw(st.sampled_from(b'\0 \xff"{}[],:'))
+    return bytes(text), max(0, at + draw(st.sampled_from([0, 0, 0, 0, 1, -1])))
+
+
+@settings(max_examples=300)
+@given(headers())
+def test_what_the_library_refuses_is_refused_and_nothing_else_but_what_torch_lacks(
+    tmp_path_factory: pytest.TempPathFactory, file: tuple[bytes, int]
+) -> None:
+    header, nbytes = file
+    data = struct.pack("<Q", len(header)) + header + bytes(nbytes)
+    try:
+        expected = {format_key((name,)) for name, _ in deserialize(data)}
+    except SafetensorError:
+        expected = None
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    path.write_bytes(data)
+    try:
+        with open_checkpoint(path) as checkpoint:
+            found, why = set(checkpoint.tensors), ""
+    except CheckpointError as error:
+        found, why = None, str(error)
+    own = ("twice", "lacks", "no tensors", "float4", "impossible")
+    assert found == expected or (found is None and any(word in why for word in own)), why
 
 
 def shards(folder: Path, kind: str) -> dict[str, torch.Tensor]:
