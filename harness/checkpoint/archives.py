@@ -94,16 +94,16 @@ def _mould(archive: Source, head: bytes, file: TorchFile) -> _Mould | None:
         or sum(name.startswith("data/") for name in entries) != 1
     ):
         return None
-    start, end = data.source.start, data.source.start + data.nbytes
-    if start > len(head) or archive.nbytes - end > _TAIL_NBYTES or serial.source.start < end:
+    start, number = data.source.locate(), serial.source.locate()
+    end = start + data.nbytes
+    if start > len(head) or archive.nbytes - end > _TAIL_NBYTES or number < end:
         return None
     tail = read(archive, end, archive.nbytes - end)
     crc32s = [_places(tail, struct.pack("<L", entry.crc32)) for entry in (data, serial)]
     if [len(places) for places in crc32s] != [2, 2]:
         return None
     first, second = crc32s[0]
-    number = serial.source.start - end
-    serial_at = (*crc32s[1], slice(number, number + serial.nbytes))
+    serial_at = (*crc32s[1], slice(number - end, number - end + serial.nbytes))
     return _Mould(
         file=file,
         tensor=file.root,

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -74,7 +75,7 @@ class FileSource:
             ) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        _check_range(self, offset, len(buffer))
+        check_range(self, offset, len(buffer))
         done = 0
         while done < len(buffer):
             try:
@@ -94,7 +95,7 @@ class FileSource:
             done += count
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        _check_range(self, offset, nbytes)
+        check_range(self, offset, nbytes)
         if nbytes == 0:
             return memoryview(b"")
         if self._map is None or len(self._map) < offset + nbytes:
@@ -160,29 +161,44 @@ class PooledSource:
 
 
 class RangeSource:
-    """A part of another source: a tar member, a stored zip entry."""
+    """A part of another source: a tar member, a stored zip entry.
 
-    def __init__(self, base: Source, start: int, nbytes: int, name: str) -> None:
-        _check_range(base, start, nbytes)
-        self._base = base
-        self.start = start
+    `start` may be a function, which is asked before the first read: to find out where a part
+    starts costs a round trip where the bytes are not local.
+    """
+
+    def __init__(
+        self, base: Source, start: int | Callable[[], int], nbytes: int, name: str
+    ) -> None:
+        self.base = base
         self.nbytes = nbytes
         self.name = name
+        self._start = start
+        if isinstance(start, int):
+            check_range(base, start, nbytes)
+
+    def locate(self) -> int:
+        """Find out where the part starts; raises CheckpointError where it cannot be there."""
+        if not isinstance(self._start, int):
+            start = self._start()
+            check_range(self.base, start, self.nbytes)
+            self._start = start
+        return self._start
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        _check_range(self, offset, len(buffer))
-        self._base.read_into(self.start + offset, buffer)
+        check_range(self, offset, len(buffer))
+        self.base.read_into(self.locate() + offset, buffer)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        _check_range(self, offset, nbytes)
-        return self._base.view(self.start + offset, nbytes)
+        check_range(self, offset, nbytes)
+        return self.base.view(self.locate() + offset, nbytes)
 
     def stamp(self) -> str | None:
-        base = self._base.stamp()
-        return None if base is None else f"{base}+{self.start}"
+        base = self.base.stamp()
+        return None if base is None else f"{base}+{self.locate()}"
 
     def close(self) -> None:
-        self._base.close()
+        self.base.close()
 
 
 class Spool(FileSource):
@@ -231,7 +247,7 @@ class InflatedSource:
         spool: Spool | None = None,
     ) -> None:
         """`wbits` as in `zlib`: -15 raw deflate, 31 gzip. `nbytes`: the size if it is known."""
-        _check_range(base, start, compressed_nbytes)
+        check_range(base, start, compressed_nbytes)
         self.name = name
         self._base = base
         self._start = start
@@ -312,6 +328,13 @@ class InflatedSource:
             )
 
 
+def is_local(source: Source) -> bool:
+    """Whether to look at the bytes costs no round trip."""
+    while isinstance(source, RangeSource):
+        source = source.base
+    return isinstance(source, (FileSource, InflatedSource))
+
+
 def _check_expansion(name: str, compressed_nbytes: int, nbytes: int) -> None:
     limit = INFLATION_FREE_NBYTES + INFLATION_LIMIT * compressed_nbytes
     if nbytes > limit:
@@ -322,7 +345,7 @@ def _check_expansion(name: str, compressed_nbytes: int, nbytes: int) -> None:
         )
 
 
-def _check_range(source: Source, offset: int, nbytes: int) -> None:
+def check_range(source: Source, offset: int, nbytes: int) -> None:
     if offset < 0 or nbytes < 0 or offset + nbytes > source.nbytes:
         raise CheckpointError(
             f"{source.name}: bytes {offset} to {offset + nbytes} are outside of its "

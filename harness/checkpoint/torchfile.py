@@ -12,12 +12,13 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from harness.checkpoint.inert import Global, Record
 from harness.checkpoint.pickles import MAX_STRUCTURE_NBYTES, Tally, unpickle
 from harness.checkpoint.rebuild import CONSTRUCTORS, STORAGE_DTYPES, StorageRef, brief
-from harness.checkpoint.sources import RangeSource, Source, read
+from harness.checkpoint.sources import RangeSource, Source, check_range, is_local, read
 from harness.checkpoint.tensors import DTYPES, Checksum, DType, Storage
 from harness.checkpoint.zips import Entry, read_zip
 from harness.errors import CheckpointError
@@ -25,6 +26,7 @@ from harness.errors import CheckpointError
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MAX_SMALL_NBYTES = 1 << 20
+_WINDOW_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,7 +108,19 @@ def read_torch_zip(source: Source, *, tally: Tally | None = None) -> TorchFile:
 
 def read_torch_legacy(source: Source) -> TorchFile:
     """Read what `torch.save` wrote before 1.6: four pickles, then the storages one by one."""
-    data = source.view(0, source.nbytes)
+    # Nothing says how long the pickles are; what is not local is fetched as far as they reach.
+    window = source.nbytes if is_local(source) else min(_WINDOW_NBYTES, source.nbytes)
+    while True:
+        data = source.view(0, window)
+        try:
+            return _read_legacy(source, data)
+        except CheckpointError:
+            if window == source.nbytes or window > MAX_STRUCTURE_NBYTES:
+                raise
+        window = min(16 * window, source.nbytes)
+
+
+def _read_legacy(source: Source, data: memoryview) -> TorchFile:
     position = 0
 
     def next_pickle(
@@ -133,16 +147,26 @@ def read_torch_legacy(source: Source) -> TorchFile:
         raise _damaged(source.name, f"is of the unknown legacy version {brief(protocol)}")
 
     # Where the storages are is known only behind the object that refers to them.
-    storages: dict[str, tuple[Storage, RangeSource, int]] = {}
+    storages: dict[str, Storage] = {}
+    places: dict[str, RangeSource] = {}
+    positions: dict[str, int] = {}
+
+    def start_of(key: str, numel: int) -> int:
+        (count,) = struct.unpack("<q", read(source, positions[key], 8))
+        if count != numel:
+            raise _damaged(source.name, f"has {count} elements in storage {key}, not {numel}")
+        return positions[key] + 8
 
     def persistent(persistent_id: Any) -> Any:
         if _is_module_source(persistent_id):
             return persistent_id[1]
         key, dtype, numel, view = _storage_id(source.name, persistent_id)
         if key not in storages:
-            place = RangeSource(source, 0, numel * dtype.itemsize, source.name)
-            storages[key] = Storage(source=place, offset=0, nbytes=place.nbytes), place, numel
-        storage, offset = storages[key][0], 0
+            nbytes = numel * dtype.itemsize
+            check_range(source, 0, nbytes)
+            places[key] = RangeSource(source, partial(start_of, key, numel), nbytes, source.name)
+            storages[key] = Storage(source=places[key], offset=0, nbytes=nbytes)
+        storage, offset = storages[key], 0
         if view is not None:
             _, offset, numel = view
             if offset < 0 or numel < 0 or (offset + numel) * dtype.itemsize > storage.nbytes:
@@ -150,36 +174,38 @@ def read_torch_legacy(source: Source) -> TorchFile:
         return StorageRef(storage=storage, dtype=dtype, offset=offset)
 
     root, keys = next_pickle(persistent), next_pickle(max_nbytes=MAX_STRUCTURE_NBYTES // 4)
-    _place_storages(source, position, keys, storages)
+    positions |= _positions(source, position, keys, places)
+    if is_local(source):
+        for place in places.values():
+            place.locate()
     return TorchFile(container="legacy torch pickle", root=root)
 
 
-def _place_storages(
-    source: Source, position: int, keys: Any, storages: dict[str, tuple[Storage, RangeSource, int]]
-) -> None:
+def _positions(
+    source: Source, position: int, keys: Any, places: Mapping[str, RangeSource]
+) -> dict[str, int]:
     """Find the storages that follow the pickles: a count of 8 bytes each, then the elements.
 
     They are little-endian whatever the machine that wrote them says of itself.
     """
     if not isinstance(keys, list):
         raise _damaged(source.name, "has no list of its storages")
+    positions: dict[str, int] = {}
     for key in keys:
-        if not isinstance(key, str) or key not in storages:
+        if not isinstance(key, str) or key not in places or key in positions:
             raise _damaged(
                 source.name, f"lists a storage {brief(key)} that no tensor names, or twice"
             )
-        _, place, numel = storages.pop(key)
-        (count,) = struct.unpack("<q", read(source, position, 8))
-        if count != numel:
-            raise _damaged(source.name, f"has {count} elements in storage {key}, not {numel}")
-        place.start = position + 8
-        position = place.start + place.nbytes
-    if storages:
-        raise _damaged(source.name, f"does not hold the storage {next(iter(storages))}")
+        positions[key] = position
+        position += 8 + places[key].nbytes
+    missing = next((key for key in places if key not in positions), None)
+    if missing is not None:
+        raise _damaged(source.name, f"does not hold the storage {missing}")
     if position > source.nbytes:
         raise _damaged(source.name, f"ends {position - source.nbytes} bytes inside its storages")
     if position < source.nbytes:
         raise _damaged(source.name, f"has {source.nbytes - position} bytes after its storages")
+    return positions
 
 
 def _is_module_source(persistent_id: Any) -> bool:

@@ -10,10 +10,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from harness.checkpoint.sources import InflatedSource, RangeSource, Source, Spool, read
+from harness.checkpoint.sources import (
+    InflatedSource,
+    RangeSource,
+    Source,
+    Spool,
+    is_local,
+    read,
+)
 from harness.errors import CheckpointError
 
 MAGIC = b"PK\x03\x04"
@@ -29,7 +36,7 @@ _STORED, _DEFLATED = 0, 8
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
-    """One file of the archive; `crc32` is 0 where the writer left it out."""
+    """One file of the archive, before `limit`; `crc32` is 0 where the writer left it out."""
 
     name: str
     archive: Source
@@ -39,24 +46,37 @@ class Entry:
     method: int
     crc32: int
     spool: Spool
+    limit: int = 0
 
     @cached_property
     def source(self) -> Source:
         """The entry's bytes, inflated on first use where they are compressed."""
         where = f"{self.archive.name}: {self.name}"
-        header = _LOCAL.unpack(read(self.archive, self.header_offset, _LOCAL.size))
-        start = self.header_offset + _LOCAL.size + header[9] + header[10]
+        stored = RangeSource(self.archive, self.start, self.compressed_nbytes, where)
         if self.method == _STORED:
-            return RangeSource(self.archive, start, self.nbytes, where)
+            return stored
         return InflatedSource(
-            self.archive,
-            start,
+            stored,
+            0,
             self.compressed_nbytes,
             where,
             wbits=-15,
             nbytes=self.nbytes,
             spool=self.spool,
         )
+
+    def start(self) -> int:
+        """Where the bytes start, which only the header right before them tells."""
+        fields = _LOCAL.unpack(read(self.archive, self.header_offset, _LOCAL.size))
+        if fields[0] != MAGIC or fields[3] != self.method:
+            raise _damaged(self.archive, f"has no header for {self.name!r} at {self.header_offset}")
+        start: int = self.header_offset + _LOCAL.size + fields[9] + fields[10]
+        end = start + self.compressed_nbytes
+        if end > self.limit:
+            raise _damaged(
+                self.archive, f"places the end of {self.name!r} at {end}, outside of its room"
+            )
+        return start
 
 
 def read_zip(source: Source) -> dict[str, Entry]:
@@ -67,8 +87,7 @@ def read_zip(source: Source) -> dict[str, Entry]:
         if entry.name in entries:
             raise _damaged(source, f"holds two entries named {entry.name!r}")
         entries[entry.name] = entry
-    _check_layout(source, entries, offset)
-    return entries
+    return _laid_out(source, entries, offset)
 
 
 def _find_directory(source: Source) -> tuple[int, bytes, int]:
@@ -167,20 +186,27 @@ def _zip64(
     return values[0], values[1], values[2]
 
 
-def _check_layout(source: Source, entries: dict[str, Entry], directory_offset: int) -> None:
-    """Check the local headers, and that no two entries share bytes (as zip bombs do)."""
-    end = 0
-    for entry in sorted(entries.values(), key=lambda entry: entry.header_offset):
-        if entry.header_offset + _LOCAL.size > directory_offset:
-            raise _damaged(source, f"places {entry.name!r} at {entry.header_offset}, outside of it")
-        fields = _LOCAL.unpack(read(source, entry.header_offset, _LOCAL.size))
-        if fields[0] != MAGIC or fields[3] != entry.method:
-            raise _damaged(source, f"has no header for {entry.name!r} at {entry.header_offset}")
-        if entry.header_offset < end:
-            raise _damaged(source, f"has entries that overlap at {entry.name!r}")
-        end = entry.header_offset + _LOCAL.size + fields[9] + fields[10] + entry.compressed_nbytes
-        if end > directory_offset:
-            raise _damaged(source, f"places the end of {entry.name!r} at {end}, outside of it")
+def _laid_out(source: Source, entries: dict[str, Entry], directory_offset: int) -> dict[str, Entry]:
+    """Give each entry its room, and check that no two share bytes (as zip bombs do).
+
+    Their headers are spread over the file: where looking costs a round trip, each is checked when
+    its entry is read.
+    """
+    limit = directory_offset
+    found = {}
+    for entry in sorted(entries.values(), key=lambda entry: entry.header_offset, reverse=True):
+        if entry.header_offset + _LOCAL.size + entry.compressed_nbytes > limit:
+            raise _damaged(
+                source,
+                f"places {entry.name!r} at {entry.header_offset}, outside of it"
+                if limit == directory_offset
+                else f"has entries that overlap at {entry.name!r}",
+            )
+        found[entry.name] = replace(entry, limit=limit)
+        limit = entry.header_offset
+        if is_local(source):
+            found[entry.name].start()
+    return {name: found[name] for name in entries}
 
 
 def _damaged(source: Source, why: str) -> CheckpointError:
