@@ -1,7 +1,7 @@
 """The verbs: record, verify, update and diff, from checkpoints to values.
 
-In: subjects (a path, an open checkpoint, a module, a state dict) and policies. Out: `Golden` and
-`Comparison` values; nothing is printed, and a mismatch is not an exception
+In: subjects (a path or URL, an open checkpoint, a module, a state dict) and policies. Out: `Golden`
+and `Comparison` values; nothing is printed, and a mismatch is not an exception
 (`Comparison.raise_for_mismatch()` makes it one). Raises HarnessError where something cannot be
 read or written.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from harness.cache import DigestCache
 from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
+from harness.checkpoint.paths import AnyPath, Location, to_local, to_path
 from harness.compare import Comparison, Policy, compare
 from harness.errors import UsageError
 from harness.fingerprint import MAX_KEPT_NUMEL, Fingerprint, outline
@@ -36,6 +37,8 @@ from harness.sketch import DEFAULT_BLOCK_NBYTES
 from harness.streaming import CHUNK_NBYTES, Progress
 from harness.subjects import (
     GOLDEN_FOLDER,
+    KEPT,
+    LOADED,
     Subject,
     choose_golden,
     golden_path,
@@ -91,7 +94,7 @@ def fingerprint(
 
 def record(
     subject: Subject,
-    golden: str | Path | None = None,
+    golden: Location | None = None,
     *,
     section: str | None = None,
     block_nbytes: int = DEFAULT_BLOCK_NBYTES,
@@ -112,7 +115,7 @@ def record(
     CheckpointError, ModelError, and GoldenError where a golden is there already and `overwrite`
     is not given.
     """
-    only_of_files(subject, section=section, stage=stage)
+    only_of_files(subject, golden, section=section, stage=stage)
     path = path_of(subject)
     if not 1024 <= block_nbytes <= CHUNK_NBYTES // 4 or block_nbytes & (block_nbytes - 1):
         raise UsageError(
@@ -141,21 +144,27 @@ def record(
 
 
 def _record_live(
-    path: Path | None, checkpoint: Checkpoint, golden: Path, stage: Stage, live: LiveOptions | None
+    path: AnyPath | None,
+    checkpoint: Checkpoint,
+    golden: AnyPath,
+    stage: Stage,
+    live: LiveOptions | None,
 ) -> LiveRecord | None:
     if stage == "file" or path is None:
         return None
     from harness.model.stages import LiveOptions, record_live
 
-    return record_live(path, checkpoint, live or LiveOptions(), stage, golden)
+    return record_live(
+        to_local(path, LOADED), checkpoint, live or LiveOptions(), stage, to_local(golden, KEPT)
+    )
 
 
 def verify(
     subject: Subject | None = None,
-    golden: str | Path | Golden | None = None,
+    golden: Location | Golden | None = None,
     *,
     policy: Policy | None = None,
-    reference: str | Path | None = None,
+    reference: Location | None = None,
     cache: Path | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -175,7 +184,7 @@ def verify(
         )
         beside = None
         if reference is not None:
-            refuse_reference(Path(reference), recorded)
+            refuse_reference(to_path(reference), recorded)
             beside = stack.enter_context(open_checkpoint(reference, section=recorded.section))
         found = fingerprint_checkpoint(
             actual,
@@ -199,13 +208,13 @@ def verify(
 
 
 def verify_stages(
-    path: str | Path | None,
+    path: Location | None,
     golden: Golden,
     *,
     policy: Policy | None = None,
     stage: Stage | None = None,
     live: LiveOptions | None = None,
-    reference: str | Path | None = None,
+    reference: Location | None = None,
     cache: Path | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -231,22 +240,21 @@ def verify_stages(
     from harness.model.stages import Expected, live_stages, remembered
 
     expected = Expected(weights=golden.fingerprint, live=golden.live)
-    source = named_source(golden) if path is None else Path(path)
+    source = to_local(named_source(golden) if path is None else path, LOADED)
     yield from live_stages(source, expected, policy, live or remembered(golden), last)
 
 
 def roundtrip(
-    path: str | Path, *, policy: Policy | None = None, live: LiveOptions | None = None
+    path: Location, *, policy: Policy | None = None, live: LiveOptions | None = None
 ) -> Iterator[Comparison]:
     """Load, save, reload and run a checkpoint, each compared with the file itself; no golden."""
     from harness.model.stages import Expected, LiveOptions, live_stages
 
-    with opened(path, None) as checkpoint:
+    source = to_local(path, LOADED)
+    with opened(source, None) as checkpoint:
         weights = fingerprint_checkpoint(checkpoint, details=nothing)
     expected = Expected(weights=weights)
-    yield from live_stages(
-        Path(path), expected, policy or Policy(), live or LiveOptions(), "outputs"
-    )
+    yield from live_stages(source, expected, policy or Policy(), live or LiveOptions(), "outputs")
 
 
 def update(
@@ -268,7 +276,7 @@ def update(
     old = golden.fingerprint
     found_at = named_source(golden) if subject is None else subject
     last = _last_stage(golden, stage)
-    only_of_files(found_at, stage=last)
+    only_of_files(found_at, golden.path, stage=last)
     path = path_of(found_at)
     with opened(found_at, golden.section) as actual:
         digests = fingerprint_checkpoint(actual, details=nothing, jobs=jobs, progress=progress)
@@ -304,8 +312,8 @@ def update(
 
 
 def diff(
-    expected: str | Path,
-    actual: str | Path,
+    expected: Location,
+    actual: Location,
     *,
     policy: Policy | None = None,
     stats: bool = False,
@@ -318,7 +326,7 @@ def diff(
     Raises CheckpointError, GoldenError, and UsageError for options of the policy that fit nothing.
     """
     policy = policy or Policy()
-    one, other = Path(expected), Path(actual)
+    one, other = to_path(expected), to_path(actual)
     if is_golden(one):
         recorded = read_golden(one)
         if not is_golden(other):
@@ -361,14 +369,20 @@ def _last_stage(golden: Golden, stage: Stage | None) -> str:
 
 
 def _update_live(
-    path: Path | None, actual: Checkpoint, golden: Golden, last: str, live: LiveOptions | None
+    path: AnyPath | None, actual: Checkpoint, golden: Golden, last: str, live: LiveOptions | None
 ) -> LiveRecord | None:
     """Record anew what the golden remembers of the model: other weights compute other outputs."""
     if last == "file" or path is None:
         return None
     from harness.model.stages import record_live, remembered
 
-    return record_live(path, actual, live or remembered(golden), last, golden.path)
+    return record_live(
+        to_local(path, LOADED),
+        actual,
+        live or remembered(golden),
+        last,
+        to_local(golden.path, KEPT),
+    )
 
 
 def _kept_as_before(old: Fingerprint) -> Callable[[Tensor], bool]:

@@ -6,6 +6,7 @@ Exit codes: 0 all identical or close, 1 something differs, 2 could not tell (unr
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -37,6 +38,7 @@ from harness.progress import progress_bar
 from harness.ranks import agreed, by_leader
 
 if TYPE_CHECKING:
+    from harness.checkpoint.paths import AnyPath
     from harness.compare import Comparison, Policy
     from harness.golden import Golden
     from harness.model.stages import LiveOptions
@@ -75,7 +77,9 @@ def _run(arguments: list[str]) -> int:
         elif isinstance(error, HarnessError):
             _echo_error(error)
         else:
-            error.show()
+            text = io.StringIO()
+            error.show(file=text)
+            click.echo(_without_secrets(text.getvalue()), err=True, nl=False)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -131,8 +135,8 @@ def _import_numpy() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace a golden, and forget its history.")
 @_JOBS
 def record(
-    checkpoint: Path,
-    golden: Path | None,
+    checkpoint: AnyPath,
+    golden: AnyPath | None,
     section: str | None,
     block_size: int | None,
     values: Any,
@@ -146,6 +150,7 @@ def record(
     It goes to golden/<stem>.safetensors unless --golden says otherwise.
     """
     from harness import api
+    from harness.checkpoint.sources import read_file
     from harness.sketch import DEFAULT_BLOCK_NBYTES
 
     stage = stage_of(stage, options)
@@ -163,7 +168,7 @@ def record(
             progress=progress,
         )
     found = recorded.fingerprint
-    nbytes = recorded.path.stat().st_size
+    nbytes = len(read_file(recorded.path))
     total = sum(t.nbytes for t in found.tensors.values() if t.alias_of is None)
     beside = f" ({100 * nbytes / max(1, total):.1f} % of the weights)"
     if recorded.live is not None and recorded.live.outputs is not None:
@@ -178,7 +183,7 @@ def record(
     click.echo(f"next: harness verify{given}{_golden_option(recorded.path, checkpoint)}")
 
 
-def _golden_option(golden: Path, checkpoint: Path) -> str:
+def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
     from harness.api import golden_path
 
     return "" if golden == golden_path(checkpoint) else f" -g {shlex.quote(str(golden))}"
@@ -205,9 +210,9 @@ def _golden_option(golden: Path, checkpoint: Path) -> str:
 def verify(
     arguments: list[str],
     /,
-    checkpoint: Path | None,
-    golden: Path | None,
-    reference: Path | None,
+    checkpoint: AnyPath | None,
+    golden: AnyPath | None,
+    reference: AnyPath | None,
     cache: bool,
     update_golden: bool,
     reason: str,
@@ -248,7 +253,7 @@ def verify(
     return _finish(Result(command="verify", outcomes=outcomes), form, reports)
 
 
-def _goldens(checkpoint: Path | None, golden: Path | None) -> list[Path]:
+def _goldens(checkpoint: AnyPath | None, golden: AnyPath | None) -> Sequence[AnyPath]:
     from harness.api import GOLDEN_FOLDER, choose_golden
     from harness.golden import SUFFIX
 
@@ -290,7 +295,7 @@ class _Run:
     policy: Policy
     stage: Any
     options: dict[str, Any]
-    reference: Path | None
+    reference: AnyPath | None
     cache: Path | None
     jobs: int | None
     form: str
@@ -298,7 +303,7 @@ class _Run:
     reason: str
     arguments: list[str]
 
-    def outcome(self, checkpoint: Path | None, golden: Path) -> Outcome:
+    def outcome(self, checkpoint: AnyPath | None, golden: AnyPath) -> Outcome:
         """Verify one golden and report each stage as it ends; update it if that is asked for."""
         from harness import api
         from harness.report.outcome import Outcome
@@ -335,7 +340,9 @@ class _Run:
             next_steps=steps,
         )
 
-    def _verify(self, checkpoint: Path | None, recorded: Golden, stages: list[Comparison]) -> None:
+    def _verify(
+        self, checkpoint: AnyPath | None, recorded: Golden, stages: list[Comparison]
+    ) -> None:
         from harness import api
 
         stage = self._stage(checkpoint, recorded)
@@ -354,12 +361,13 @@ class _Run:
                 stages.append(comparison)
                 _echo_stage(comparison, self.form)
 
-    def _update(self, checkpoint: Path | None, recorded: Golden) -> bool:
+    def _update(self, checkpoint: AnyPath | None, recorded: Golden) -> bool:
         """Accept what is there now; returns whether the golden changed."""
         from harness import api
+        from harness.checkpoint.sources import read_file
 
         stage = self._stage(checkpoint, recorded)
-        before = recorded.path.read_bytes()
+        before = read_file(recorded.path)
         with progress_bar(checkpoint or recorded.checkpoint) as progress:
             updated = api.update(
                 checkpoint,
@@ -370,7 +378,7 @@ class _Run:
                 jobs=self.jobs,
                 progress=progress,
             )
-        changed = recorded.path.read_bytes() != before
+        changed = read_file(recorded.path) != before
         if self.form == "text" and not changed:
             click.echo(f"{recorded.path} is up to date, and was not touched")
         elif self.form == "text":
@@ -381,7 +389,7 @@ class _Run:
                 click.echo(f"  replaced {entry.root[:16]}  {entry.reason or '(no reason given)'}")
         return changed
 
-    def _stage(self, checkpoint: Path | None, golden: Golden) -> Any:
+    def _stage(self, checkpoint: AnyPath | None, golden: Golden) -> Any:
         """How far to go: as asked for, else as the golden remembers where no file is named."""
         remembered = golden.live.stages[-1] if golden.live is not None else "file"
         return stage_of(self.stage, self.options, remembered if checkpoint is None else "file")
@@ -394,7 +402,7 @@ class _Run:
         return live_of(self.options, remembered(golden))
 
     def _next_steps(
-        self, stages: Sequence[Comparison], checkpoint: Path | None, golden: Golden
+        self, stages: Sequence[Comparison], checkpoint: AnyPath | None, golden: Golden
     ) -> tuple[str, ...]:
         from harness import api
         from harness.report.outcome import worst
@@ -415,11 +423,14 @@ class _Run:
                 "or save what it makes as a checkpoint and record that",
             )
         there = golden.checkpoint
-        known = [shlex.quote(str(there))] if there is not None and there.exists() else []
+        # Of a URL it is not worth asking.
+        known = there is not None and (not isinstance(there, Path) or there.exists())
         # As it was asked, so that the same question is asked again.
         which = [] if checkpoint or self._names_golden() else ["-g", str(golden.path)]
-        command = shlex.join(["harness", *_without_reports(self.arguments), *which])
-        return tuple(how_to_accept(found, command, *known))
+        asked = map(_without_secrets, _without_reports(self.arguments))
+        command = shlex.join(["harness", *asked, *which])
+        reference = [shlex.quote(str(there))] if known else []
+        return tuple(how_to_accept(found, command, *reference))
 
     def _names_golden(self) -> bool:
         return any(a == "-g" or a.startswith("--golden") for a in self.arguments)
@@ -434,6 +445,13 @@ def _without_reports(arguments: Sequence[str]) -> list[str]:
         elif not argument.startswith(("--report=", "--format=")):
             kept.append(argument)
     return kept
+
+
+def _without_secrets(text: str) -> str:
+    """What a person typed may hold a URL with a password or a signature."""
+    from harness.checkpoint.remote import redacted
+
+    return redacted(text)
 
 
 def _echo_stage(comparison: Comparison, form: str) -> None:
@@ -452,7 +470,7 @@ def _told(error: HarnessError, form: str) -> HarnessError:
 
 
 def _ended(
-    error: HarnessError, form: str, *, expected: Path | None, actual: Path | None
+    error: HarnessError, form: str, *, expected: AnyPath | None, actual: AnyPath | None
 ) -> Outcome:
     """The outcome of what ended before anything was compared."""
     from harness.report.outcome import Outcome
@@ -493,7 +511,7 @@ def _finish(result: Result, form: str, reports: Sequence[Path]) -> int:
 @live_options
 @run_options
 @report_options
-def roundtrip(checkpoint: Path, form: str, reports: tuple[Path, ...], **options: Any) -> int:
+def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **options: Any) -> int:
     """Load, save, reload and run CHECKPOINT.
 
     Each is compared with the file itself, and the outputs with each other: no golden is needed.
@@ -521,8 +539,8 @@ def roundtrip(checkpoint: Path, form: str, reports: tuple[Path, ...], **options:
 @report_options
 @_JOBS
 def diff(
-    expected: Path,
-    actual: Path,
+    expected: AnyPath,
+    actual: AnyPath,
     form: str,
     reports: tuple[Path, ...],
     jobs: int | None,
@@ -560,7 +578,7 @@ def diff(
 @click.option("--stats", is_flag=True, help="Add statistics of the values.")
 @click.option("--section", help="Another part than the state dict; '.' for every tensor.")
 @_JOBS
-def show(file: Path, as_json: bool, stats: bool, section: str | None, jobs: int | None) -> None:
+def show(file: AnyPath, as_json: bool, stats: bool, section: str | None, jobs: int | None) -> None:
     """List the tensors of a golden or checkpoint.
 
     The table is fit for git's textconv.
@@ -616,7 +634,7 @@ def _failure(error: HarnessError | click.ClickException) -> dict[str, Any]:
     from harness.report.json import error_as_json
 
     if isinstance(error, click.ClickException):
-        error = UsageError(error.format_message(), hint="harness --help")
+        error = UsageError(_without_secrets(error.format_message()), hint="harness --help")
     return {"exit_code": 2, "error": error_as_json(error)}
 
 

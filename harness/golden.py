@@ -1,8 +1,8 @@
 """The golden file: a fingerprint in one safetensors file, small enough for git.
 
 In: a `Golden` (a fingerprint, where it came from, its history). Out: bytes that depend on nothing
-else, written atomically. Refused: overwriting without being told to, files that are no goldens,
-goldens of a newer schema, columns that do not fit the table of tensors.
+else, written atomically; to a URL as one whole object. Refused: overwriting without being told to,
+files that are no goldens, goldens of a newer schema, columns that do not fit the table of tensors.
 
 Its arrays are those of `harness.columns`. The metadata has one entry, `harness`: canonical JSON,
 see `_describe`. safetensors writes several entries in random order, which would make equal goldens
@@ -19,18 +19,22 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness.checkpoint.paths import AnyPath, Location, is_url, to_path
 from harness.checkpoint.safetensors import is_safetensors, read_safetensors
-from harness.checkpoint.sources import FileSource, read
+from harness.checkpoint.sources import open_source, read, read_file
 from harness.checkpoint.tensors import Tensor
 from harness.columns import Columns, columns_of, rows_of
 from harness.errors import CheckpointError, GoldenError
 from harness.fingerprint import Fingerprint
 from harness.sketch import NUM_PROJECTIONS, SEED
 from harness.streaming import CHUNK_NBYTES
+
+if TYPE_CHECKING:
+    from harness.checkpoint.remote import RemotePath
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -73,11 +77,12 @@ class Golden:
     """A fingerprint in a file.
 
     `source` is the checkpoint's path relative to the golden's folder, its bare name where it lies
-    outside of the project, "" where it was no file; `section` is what the user asked for, None for
-    the state dict; `live` is there where the golden was recorded with a model.
+    outside of the project, its URL without secrets, "" where it was no file; `section` is what the
+    user asked for, None for the state dict; `live` is there where the golden was recorded with a
+    model.
     """
 
-    path: Path
+    path: AnyPath
     fingerprint: Fingerprint
     source: str
     section: str | None = None
@@ -86,7 +91,9 @@ class Golden:
 
     def beside(self, source: str | None) -> Path | None:
         """A file that the golden names, as a path from here."""
-        return None if source is None else Path(os.path.normpath(self.path.parent / source))
+        if source is None or not isinstance(self.path, Path):
+            return None
+        return Path(os.path.normpath(self.path.parent / source))
 
     @property
     def parts(self) -> dict[str, Fingerprint]:
@@ -99,16 +106,20 @@ class Golden:
         return found
 
     @property
-    def checkpoint(self) -> Path | None:
+    def checkpoint(self) -> AnyPath | None:
         """Where the recorded checkpoint should be, if the golden knows."""
-        if not self.source:
-            return None
-        path = Path(os.path.normpath(self.path.parent / self.source))
-        return path if "/" in self.source or is_there(path) else None
+        if is_url(self.source):
+            return to_path(self.source)
+        path = self.beside(self.source or None)
+        return path if path is not None and ("/" in self.source or is_there(path)) else None
 
 
-def source_of(checkpoint: Path, golden: Path) -> str:
-    """The checkpoint's path as a golden may keep it: never a path of this machine."""
+def source_of(checkpoint: AnyPath, golden: AnyPath) -> str:
+    """The checkpoint's path as a golden may keep it: no path of this machine, and no secret."""
+    if not isinstance(checkpoint, Path):
+        return str(checkpoint)
+    if not isinstance(golden, Path):
+        return checkpoint.name
     project = _project(golden)
     inside = checkpoint.resolve().is_relative_to(project)
     if not inside:
@@ -134,16 +145,16 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
     data = serialize(golden)
     try:
         if path.exists():
-            if path.read_bytes() == data:
+            if read_file(path) == data:
                 return False
             if not overwrite:
-                raise GoldenError(
-                    f"{path}: a golden is recorded there already",
-                    hint=f"to replace it: harness verify CKPT -g {path} --update-golden",
-                )
+                raise _is_recorded(path)
             refuse_other(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, data)
+        if isinstance(path, Path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, data)
+        else:
+            _put(path, data, overwrite=overwrite)
     except OSError as error:
         raise GoldenError(
             f"{path}: cannot be written: {error.strerror}", hint="check the folder's permissions"
@@ -151,9 +162,27 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
     return True
 
 
-def refuse_other(path: Path) -> None:
+def _put(path: RemotePath, data: bytes, *, overwrite: bool) -> None:
+    try:
+        path.write_bytes(data, overwrite=overwrite)
+    except FileExistsError as error:  # written by somebody else in between
+        raise _is_recorded(path) from error
+    except CheckpointError as error:
+        raise GoldenError(str(error), hint=error.hint) from error
+
+
+def _is_recorded(path: AnyPath) -> GoldenError:
+    return GoldenError(
+        f"{path}: a golden is recorded there already",
+        hint=f"to replace it: harness verify CKPT -g {path} --update-golden",
+    )
+
+
+def refuse_other(path: AnyPath) -> None:
     """Raise GoldenError for a file that is neither a golden, whole or damaged, nor empty."""
-    if path.stat().st_size and not is_golden(path):
+    with contextlib.closing(open_source(path)) as source:
+        is_empty = source.nbytes == 0
+    if not is_empty and not is_golden(path):
         raise GoldenError(
             f"{path}: is there, and is not a golden",
             hint="give another file with -g, or remove it",
@@ -253,33 +282,36 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-def is_there(path: Path) -> bool:
-    """Whether something is at a path; False for one that cannot even be looked at."""
+def is_there(path: AnyPath) -> bool:
+    """Whether something is at a path; False for a file that cannot even be looked at."""
     try:
         return path.exists()
     except OSError:
         return False
 
 
-def is_golden(path: Path) -> bool:
-    """Whether a file is a golden, by its content; False for anything that cannot be read."""
+def is_golden(path: AnyPath) -> bool:
+    """Whether a file is a golden, by its content; False for a folder, and what cannot be read.
+
+    For a URL that cannot be read raises CheckpointError: no question about it has an answer.
+    """
     try:
-        with path.open("rb") as file:
-            head = file.read(9)
-            if not is_safetensors(head, path.stat().st_size):
-                return False
+        with contextlib.closing(open_source(path)) as source:
+            head = read(source, 0, min(265, source.nbytes))
             # The metadata come first in the header as safetensors writes it.
-            return b'"__metadata__":{"harness":' in head[8:] + file.read(256)
-    except OSError:
-        return False
+            return is_safetensors(head, source.nbytes) and b'"__metadata__":{"harness":' in head[8:]
+    except CheckpointError:
+        if isinstance(path, Path) or path.is_dir():
+            return False
+        raise
 
 
-def read_golden(path: str | Path) -> Golden:
+def read_golden(path: Location) -> Golden:
     """Read a golden of any schema that was ever released; raises GoldenError."""
-    path, opened = Path(path), False
+    path, opened = to_path(path), False
     try:
         _refuse_no_file(path)
-        with contextlib.closing(FileSource(path)) as source:
+        with contextlib.closing(open_source(path)) as source:
             head = read(source, 0, min(len(_LFS), source.nbytes))
             if head == _LFS:
                 raise GoldenError(
@@ -299,10 +331,11 @@ def read_golden(path: str | Path) -> Golden:
         ) from error
 
 
-def _refuse_no_file(path: Path) -> None:
+def _refuse_no_file(path: AnyPath) -> None:
     """Say what is at a path that is no file; may raise OSError."""
     if path.is_dir():
-        inside = next((p for p in sorted(path.glob(f"*{SUFFIX}")) if is_golden(p)), None)
+        files = sorted(path.glob(f"*{SUFFIX}")) if isinstance(path, Path) else []
+        inside = next((p for p in files if is_golden(p)), None)
         raise GoldenError(
             f"{path}: a folder, not a golden",
             hint=f"-g {inside or path / f'NAME{SUFFIX}'}",
@@ -317,14 +350,16 @@ def _refuse_no_file(path: Path) -> None:
         )
 
 
-def close_golden(path: Path) -> Path | None:
-    """A golden beside the place, with a name much like it."""
+def close_golden(path: AnyPath) -> Path | None:
+    """A golden beside the place, with a name much like it; None by URL."""
+    if not isinstance(path, Path):
+        return None
     beside = {other.name: other for other in path.parent.glob(f"*{SUFFIX}")}
     close = difflib.get_close_matches(path.name, sorted(beside))
     return next((beside[name] for name in close if is_golden(beside[name])), None)
 
 
-def _parse(path: Path, columns: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Golden:
+def _parse(path: AnyPath, columns: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Golden:
     if "harness" not in metadata:
         raise GoldenError(
             f"{path}: a safetensors file, but not a golden",

@@ -8,14 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from harness.checkpoint.paths import to_local, to_path
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
     from harness.compare import Policy
     from harness.model.stages import LiveOptions
 
-# Not checked by click, whose complaints lack the next step.
-PATH = click.Path(path_type=Path, readable=False)
+
+class _Location(click.Path):
+    """A path or a URL; a path alone for an option that is named.
+
+    Not checked by click, whose complaints lack the next step.
+    """
+
+    def __init__(self, local_for: str | None = None) -> None:
+        super().__init__(path_type=Path, readable=False)
+        self.local_for = local_for
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return to_path(value) if self.local_for is None else to_local(value, self.local_for)
+
+
+PATH = _Location()
 
 
 class _Pairs(click.ParamType[tuple[str, str]]):
@@ -114,9 +129,17 @@ _STAGES = [
 ]
 _LIVE = [
     click.option("--model", "target", metavar="MODULE:NAME", help="The model's class or factory."),
-    click.option("--config", type=PATH, metavar="YAML", help="Replaces the model's configuration."),
     click.option(
-        "--inputs", type=PATH, metavar="FILE", help="safetensors of forward's keyword arguments."
+        "--config",
+        type=_Location("--config"),
+        metavar="YAML",
+        help="Replaces the model's configuration.",
+    ),
+    click.option(
+        "--inputs",
+        type=_Location("--inputs"),
+        metavar="FILE",
+        help="safetensors of forward's keyword arguments.",
     ),
     click.option(
         "--trust-checkpoint", is_flag=True, help="Let Lightning unpickle: runs what the file says."
@@ -145,7 +168,7 @@ _REPORT = [
         "--report",
         "reports",
         multiple=True,
-        type=PATH,
+        type=_Location("--report"),
         callback=_report_paths,
         metavar="FILE",
         help="Also write a report: .html, .md, .xml (JUnit) or .json. Repeatable.",

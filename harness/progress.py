@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.report.folding import printable
 
+if TYPE_CHECKING:
+    from harness.checkpoint.paths import AnyPath
+
 
 @contextmanager
-def progress_bar(path: Path | None) -> Iterator[Callable[[int], None] | None]:
+def progress_bar(path: AnyPath | None) -> Iterator[Callable[[int], None] | None]:
     """Show a bar on a terminal, for work that takes longer than a second."""
     if not sys.stderr.isatty():
         yield None
@@ -21,7 +24,7 @@ def progress_bar(path: Path | None) -> Iterator[Callable[[int], None] | None]:
     started = time.monotonic()
     bar: Any = None
     done = 0
-    total = path.stat().st_size if path is not None and path.is_file() else None
+    total = path.stat().st_size if isinstance(path, Path) and path.is_file() else None
 
     def advance(nbytes: int) -> None:
         nonlocal bar, done
@@ -38,7 +41,7 @@ def progress_bar(path: Path | None) -> Iterator[Callable[[int], None] | None]:
             bar.stop()
 
 
-def _start_bar(path: Path | None, total: int | None) -> Any:
+def _start_bar(path: AnyPath | None, total: int | None) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 

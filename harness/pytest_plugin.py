@@ -394,7 +394,9 @@ class _Attempt:
 
         there = None if self.recorded is None else self.recorded.checkpoint
         path = path_of(self.case.subject)
-        if there is None or not there.exists() or (path is not None and there.samefile(path)):
+        if not isinstance(there, Path):
+            return "RECORDED_CKPT" if there is None else str(there)
+        if not there.exists() or (isinstance(path, Path) and there.samefile(path)):
             return "RECORDED_CKPT"
         return os.path.relpath(there, self.settings.folder.invoked)
 

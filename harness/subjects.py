@@ -1,8 +1,9 @@
 """What the verbs are given, and which golden belongs to it.
 
-In: subjects (a path, an open checkpoint, a module, a state dict), and paths of goldens. Out: open
-checkpoints, and the path that a golden is read from or written to. Refused: a golden in the place
-of a checkpoint (UsageError) and the other way round (GoldenError), and what cannot be looked at.
+In: subjects (a path or URL, an open checkpoint, a module, a state dict), and paths of goldens. Out:
+open checkpoints, and the path that a golden is read from or written to. Refused: a golden in the
+place of a checkpoint (UsageError) and the other way round (GoldenError), what cannot be looked at,
+and URLs where live stages need a file.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias, cast
 
 from harness.checkpoint import Checkpoint, open_checkpoint
+from harness.checkpoint.paths import AnyPath, Location, to_local, to_path
 from harness.errors import CheckpointError, GoldenError, UsageError
 from harness.golden import (
     SUFFIX,
@@ -27,28 +29,31 @@ from harness.golden import (
 )
 
 if TYPE_CHECKING:
+    from harness.checkpoint.remote import RemotePath
     from harness.model.live import Live
 
-Subject: TypeAlias = "str | Path | Checkpoint | Live"
-"""What can be fingerprinted: a path, an open checkpoint, a torch.nn.Module, a state dict."""
+Subject: TypeAlias = "str | Path | RemotePath | Checkpoint | Live"
+"""What can be fingerprinted: a path or URL, an open checkpoint, a module, a state dict."""
 GOLDEN_FOLDER = Path("golden")
 _SUFFIXES = (".index.json", ".safetensors", ".nemo", ".ckpt", ".pth", ".pt", ".bin", ".gz")
 
 
-def golden_path(checkpoint: str | Path) -> Path:
+def golden_path(checkpoint: Location) -> Path:
     """Where the golden of a checkpoint goes by default: golden/<stem>.safetensors."""
-    path = Path(checkpoint)
-    name = path.resolve().name if path.name in ("", "..") else path.name
+    path = to_path(checkpoint)
+    name = path.name
+    if isinstance(path, Path) and name in ("", ".."):
+        name = path.resolve().name
     for suffix in (*_SUFFIXES, *_SUFFIXES):
         name = name.removesuffix(suffix)
     return GOLDEN_FOLDER / f"{name or path.name}{SUFFIX}"
 
 
-def choose_golden(subject: Subject | None, golden: str | Path | None) -> Path:
+def choose_golden(subject: Subject | None, golden: Location | None) -> AnyPath:
     """The golden to verify against: the one given, else the default one of the checkpoint."""
     path = None if subject is None else path_of(subject)
     if golden is not None:
-        chosen = Path(golden)
+        chosen = to_path(golden)
         with _as_golden_error(chosen):
             if path is not None and not chosen.exists() and close_golden(chosen) is None:
                 _no_golden(chosen, path, named=f" -g {_typed(chosen)}")
@@ -63,12 +68,12 @@ def choose_golden(subject: Subject | None, golden: str | Path | None) -> Path:
     return chosen
 
 
-def _typed(path: Path | None) -> str:
+def _typed(path: AnyPath | None) -> str:
     """A path as a shell takes it."""
     return "CKPT" if path is None else shlex.quote(str(path))
 
 
-def _no_golden(chosen: Path, path: Path | None, *, named: str = "") -> NoReturn:
+def _no_golden(chosen: AnyPath, path: AnyPath | None, *, named: str = "") -> NoReturn:
     if path is not None:
         close = None if is_there(path) else close_golden(path)
         if close is not None:
@@ -82,15 +87,15 @@ def _no_golden(chosen: Path, path: Path | None, *, named: str = "") -> NoReturn:
     )
 
 
-def new_golden(subject: Subject, golden: str | Path | None, *, overwrite: bool) -> Path:
+def new_golden(subject: Subject, golden: Location | None, *, overwrite: bool) -> AnyPath:
     """Where to record a golden; GoldenError where something is that it must not replace."""
     path = path_of(subject)
-    target = _default_golden(subject) if golden is None else Path(golden)
+    target = _default_golden(subject) if golden is None else to_path(golden)
     _refuse_golden(path)
     with _as_golden_error(target):
         if not target.exists():
             return target
-        if path is not None and is_there(path) and target.samefile(path):
+        if path is not None and is_there(path) and _is_same(target, path):
             beside = target.with_name(f"{target.name.removesuffix(SUFFIX)}.golden{SUFFIX}")
             raise GoldenError(
                 f"{target}: is the checkpoint itself, and no place for its golden",
@@ -115,7 +120,13 @@ def new_golden(subject: Subject, golden: str | Path | None, *, overwrite: bool) 
     )
 
 
-def _other_source(target: Path, path: Path) -> Path | None:
+def _is_same(one: AnyPath, other: AnyPath) -> bool:
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.samefile(other)
+    return str(one) == str(other)
+
+
+def _other_source(target: AnyPath, path: AnyPath) -> AnyPath | None:
     """The checkpoint that a golden names, where that is another one than `path`."""
     try:
         recorded = read_golden(target)
@@ -123,11 +134,11 @@ def _other_source(target: Path, path: Path) -> Path | None:
         return None
     if recorded.source in ("", source_of(path, target)):
         return None
-    return recorded.checkpoint or Path(recorded.source)
+    return recorded.checkpoint or to_path(recorded.source)
 
 
 @contextmanager
-def _as_golden_error(path: Path) -> Iterator[None]:
+def _as_golden_error(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -147,14 +158,14 @@ def _default_golden(subject: Subject) -> Path:
     return golden_path(path)
 
 
-def _refuse_golden(path: Path | None) -> None:
+def _refuse_golden(path: AnyPath | None) -> None:
     if path is not None and is_golden(path):
         raise UsageError(
             f"{path}: is a golden, not a checkpoint", hint=f"harness verify -g {_typed(path)}"
         )
 
 
-def refuse_reference(path: Path, golden: Golden) -> None:
+def refuse_reference(path: AnyPath, golden: Golden) -> None:
     """Refuse a golden in the place of the checkpoint that was recorded; raises UsageError."""
     if is_golden(path):
         there = golden.checkpoint
@@ -166,14 +177,31 @@ def refuse_reference(path: Path, golden: Golden) -> None:
         )
 
 
-def path_of(subject: Subject) -> Path | None:
-    """The path that a subject is, None for what is open or in memory."""
-    return Path(subject) if isinstance(subject, (str, Path)) else None
+def path_of(subject: Subject) -> AnyPath | None:
+    """The path or URL that a subject is, None for what is open or in memory."""
+    from harness.checkpoint.remote import RemotePath
+
+    return to_path(subject) if isinstance(subject, (str, Path, RemotePath)) else None
 
 
-def only_of_files(subject: Subject, *, section: str | None = None, stage: str = "file") -> None:
-    """Refuse what only a path has, of a subject that is none; raises UsageError."""
-    if path_of(subject) is not None:
+# What live stages need on this machine, in the words of an error.
+LOADED = "a checkpoint that a model loads"
+KEPT = "the golden of a model"
+
+
+def only_of_files(
+    subject: Subject,
+    golden: Location | None = None,
+    *,
+    section: str | None = None,
+    stage: str = "file",
+) -> None:
+    """Refuse what only a path has, of a subject that is none, and a URL; raises UsageError."""
+    path = path_of(subject)
+    if path is not None:
+        if stage != "file":
+            to_local(path, LOADED)
+            to_local(golden or GOLDEN_FOLDER, KEPT)
         return
     if section is not None:
         raise UsageError(
@@ -189,19 +217,20 @@ def only_of_files(subject: Subject, *, section: str | None = None, stage: str = 
 @contextmanager
 def opened(subject: Subject, section: str | None) -> Iterator[Checkpoint]:
     """Open a path as long as the context lasts; what is open already stays so."""
-    if isinstance(subject, Checkpoint):
-        yield subject
-    elif isinstance(subject, (str, Path)):
-        _refuse_golden(Path(subject))
-        with open_checkpoint(subject, section=section) as checkpoint:
+    path = path_of(subject)
+    if path is not None:
+        _refuse_golden(path)
+        with open_checkpoint(path, section=section) as checkpoint:
             yield checkpoint
+    elif isinstance(subject, Checkpoint):
+        yield subject
     else:
         from harness.model.live import open_live
 
-        yield open_live(subject)
+        yield open_live(cast("Live", subject))
 
 
-def named_source(golden: Golden) -> Path:
+def named_source(golden: Golden) -> AnyPath:
     """The checkpoint that a golden names; CheckpointError where it names none or it is gone."""
     if not golden.source:
         raise CheckpointError(

@@ -11,6 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "harness"
 HEAVY = {"torch", "pytorch_lightning", "lightning", "omegaconf"}
+# Only for URLs.
+REMOTE = {"fsspec", "aiohttp"}
 LIVE = ("harness/nest/", "harness/model/")
 
 # From the bottom up; a module may import from rows above its own, and from its own row. The
@@ -105,7 +107,7 @@ def test_only_the_live_side_imports_torch(path: Path) -> None:
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_commands_on_files_import_neither_torch_nor_lightning_nor_omegaconf(
+def test_commands_on_files_import_neither_the_live_side_nor_what_urls_take(
     arguments: list[str],
 ) -> None:
     program = (
@@ -113,7 +115,7 @@ def test_commands_on_files_import_neither_torch_nor_lightning_nor_omegaconf(
         f"sys.argv = ['harness', *{arguments!r}]\n"
         "from harness.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        f"print('LOADED', sorted(set(sys.modules) & {HEAVY!r}))\n"
+        f"print('LOADED', sorted(set(sys.modules) & {HEAVY | REMOTE!r}))\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", program],

@@ -1,16 +1,16 @@
 """Open any checkpoint without executing it: `open_checkpoint(path)` decides by content.
 
-In: a path. Out: a `Checkpoint`, whose tensors read their bytes from where they are. Refused, each
-with what, where and what to do: everything that is damaged, that is no checkpoint, or that would
-cost more memory or time than its size warrants. Nothing is executed, imported, or written but
-unlinked temporary files for what is compressed.
+In: a path or a URL. Out: a `Checkpoint`, whose tensors read their bytes from where they are.
+Refused, each with what, where and what to do: everything that is damaged, that is no checkpoint, or
+that would cost more memory or time than its size warrants. Nothing is executed, imported, or
+written but unlinked temporary files for what is compressed, and for parts of remote files.
 """
 
 from __future__ import annotations
 
 import shlex
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from harness.checkpoint.dcp import DISTCP, METADATA, read_dcp
 from harness.checkpoint.inert import Record
 from harness.checkpoint.nemo import is_tar, read_nemo
+from harness.checkpoint.paths import AnyPath, Location, to_path
 from harness.checkpoint.rankshards import rank_shards, read_rank_shards
 from harness.checkpoint.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.sections import find_tensors, plain_config
@@ -52,27 +53,25 @@ _FOREIGN = (
 )
 
 
-def open_checkpoint(path: str | Path, *, section: str | None = None) -> Checkpoint:
-    """Open a checkpoint: structure only, the values stay in the file until they are read.
+def open_checkpoint(path: Location, *, section: str | None = None) -> Checkpoint:
+    """Open a checkpoint: structure only, the values stay where they are until they are read.
 
     `section` names another part than the state dict (`optimizer_states.0`), or every tensor of
     the file ("."). Raises CheckpointError. Memory: about 2.5 KB per tensor.
     """
-    path = folder = Path(path)
+    path = folder = to_path(path)
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
+        is_folder = _is_folder(folder)
+        if is_folder:
             path = _checkpoint_in(folder)
     except OSError as error:
         raise CheckpointError(
             f"{path}: {(error.strerror or 'cannot be read').lower()}",
             hint=_did_you_mean(path),
         ) from error
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise CheckpointError(f"{path}: not a regular file", hint="give a file or a folder")
-    if stat.S_ISDIR(mode) and path.name == METADATA:
+    if is_folder and path.name == METADATA:
         return _distributed(folder, section)
-    if path is folder and stat.S_ISDIR(mode):
+    if is_folder and path is folder:
         _no_section(folder, section)
         return _rank_shards(folder)
     if path.name == METADATA or path.name.endswith(DISTCP):
@@ -91,7 +90,17 @@ def open_checkpoint(path: str | Path, *, section: str | None = None) -> Checkpoi
         raise
 
 
-def _open(path: Path, source: Source, section: str | None) -> Checkpoint:
+def _is_folder(path: AnyPath) -> bool:
+    """Tell folders from files; raises OSError, and CheckpointError for everything else."""
+    if not isinstance(path, Path):
+        return path.is_dir()
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise CheckpointError(f"{path}: not a regular file", hint="give a file or a folder")
+    return stat.S_ISDIR(mode)
+
+
+def _open(path: AnyPath, source: Source, section: str | None) -> Checkpoint:
     head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
     # First, because the length that safetensors start with can look like any other magic.
     if is_safetensors(head, source.nbytes):
@@ -136,7 +145,7 @@ def _torch_file(source: Source) -> TorchFile:
 
 
 def _torch_checkpoint(
-    path: Path,
+    path: AnyPath,
     source: Source,
     file: TorchFile,
     section: str | None,
@@ -161,10 +170,10 @@ def _torch_checkpoint(
     )
 
 
-def _sharded(path: Path, source: Source) -> Checkpoint:
+def _sharded(path: AnyPath, source: Source) -> Checkpoint:
     table = read_index(path, read(source, 0, min(source.nbytes, MAX_INDEX_NBYTES + 1)))
 
-    def open_shard(shard: Path) -> Checkpoint:
+    def open_shard(shard: AnyPath) -> Checkpoint:
         source = open_source(shard)
         try:
             return _open(shard, source, None)
@@ -187,7 +196,7 @@ def _sharded(path: Path, source: Source) -> Checkpoint:
     )
 
 
-def _distributed(folder: Path, section: str | None) -> Checkpoint:
+def _distributed(folder: AnyPath, section: str | None) -> Checkpoint:
     file, sources = read_dcp(folder)
     found, tensors = find_tensors(file, str(folder), section)
     return Checkpoint(
@@ -203,7 +212,7 @@ def _distributed(folder: Path, section: str | None) -> Checkpoint:
     )
 
 
-def _rank_shards(folder: Path) -> Checkpoint:
+def _rank_shards(folder: AnyPath) -> Checkpoint:
     tensors, sources = read_rank_shards(folder, rank_shards(folder))
     return Checkpoint(
         name=str(folder),
@@ -215,7 +224,7 @@ def _rank_shards(folder: Path) -> Checkpoint:
     )
 
 
-def _checkpoint_in(folder: Path) -> Path:
+def _checkpoint_in(folder: AnyPath) -> AnyPath:
     """The file to open in a folder; the folder itself where its safetensors are ranks' shards.
 
     `.metadata` comes first: the other files can be given by their own names, its folder cannot.
@@ -225,7 +234,8 @@ def _checkpoint_in(folder: Path) -> Path:
             return folder / name
     if rank_shards(folder):
         return folder
-    if any(child.name.endswith(DISTCP) for child in islice(folder.iterdir(), 1000)):
+    children: Iterator[AnyPath] = folder.iterdir()
+    if any(child.name.endswith(DISTCP) for child in islice(children, 1000)):
         raise CheckpointError(
             f"{folder}: a torch.distributed.checkpoint folder without its {METADATA}, which is "
             "written last",
@@ -237,7 +247,7 @@ def _checkpoint_in(folder: Path) -> Path:
     )
 
 
-def _no_section(path: Path, section: str | None) -> None:
+def _no_section(path: AnyPath, section: str | None) -> None:
     if section not in (None, "", "."):
         raise CheckpointError(
             f"{path}: safetensors files have no sections, so no {section!r}",
@@ -245,13 +255,13 @@ def _no_section(path: Path, section: str | None) -> None:
         )
 
 
-def _nonempty(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _nonempty(path: AnyPath, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors", hint="is it the right file?")
     return tensors
 
 
-def _yaml(path: Path, text: bytes) -> Mapping[str, Any] | None:
+def _yaml(path: AnyPath, text: bytes) -> Mapping[str, Any] | None:
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -288,10 +298,12 @@ def _hparams(root: Any) -> Mapping[str, Any] | None:
     return plain if isinstance(plain, dict) else None
 
 
-def _did_you_mean(path: Path) -> str:
+def _did_you_mean(path: AnyPath) -> str:
     """The path with the part that is not there replaced by one alike, else what to look at."""
     from difflib import get_close_matches
 
+    if not isinstance(path, Path):
+        return "check the URL"
     try:
         folder = next(parent for parent in path.parents if parent.exists())
         missing, *rest = path.relative_to(folder).parts
@@ -304,7 +316,7 @@ def _did_you_mean(path: Path) -> str:
     return f"see what is there: ls {shlex.quote(str(folder))}"
 
 
-def _not_a_checkpoint(path: Path, head: bytes) -> CheckpointError:
+def _not_a_checkpoint(path: AnyPath, head: bytes) -> CheckpointError:
     if not head:
         return CheckpointError(f"{path}: the file is empty", hint="save or copy it again")
     if head.startswith(b"version https://git-lfs"):

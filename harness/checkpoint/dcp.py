@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from harness.checkpoint.archives import TensorArchives
 from harness.checkpoint.assembled import Index, Piece, assemble, is_index
 from harness.checkpoint.inert import Global, OpaqueKey, Record, TupleKey
+from harness.checkpoint.paths import AnyPath
 from harness.checkpoint.pickles import Tally, unpickle
 from harness.checkpoint.rebuild import CONSTRUCTORS, brief, torch_dtype
 from harness.checkpoint.sources import Pool, RangeSource, Source, open_source
@@ -34,7 +35,7 @@ _MAX_GAP = 64
 _COPY_AGAIN = "the folder is damaged: copy it again, or save the checkpoint again"
 
 
-def read_dcp(folder: Path) -> tuple[TorchFile, tuple[Source, ...]]:
+def read_dcp(folder: AnyPath) -> tuple[TorchFile, tuple[Source, ...]]:
     """Read a folder with a `.metadata`; returns its state dict, and what to close.
 
     Memory: about 6 KB per chunk of a tensor. Raises CheckpointError.
@@ -95,7 +96,7 @@ class _Plan:
     places: list[_Place]
 
 
-def _read_plan(folder: Path, tally: Tally) -> _Plan:
+def _read_plan(folder: AnyPath, tally: Tally) -> _Plan:
     source = open_source(folder / METADATA)
     try:
         pickled = source.view(0, source.nbytes)
@@ -233,7 +234,7 @@ class _Item:
 _Items = dict[tuple[str, TupleKey | None], _Item]
 
 
-def _read_items(folder: Path, plan: _Plan, tally: Tally) -> tuple[_Items, list[Source]]:
+def _read_items(folder: AnyPath, plan: _Plan, tally: Tally) -> tuple[_Items, list[Source]]:
     """Open every item, file by file in the order of their bytes."""
     pool = Pool()
     items: _Items = {}
@@ -267,7 +268,7 @@ def _read_items(folder: Path, plan: _Plan, tally: Tally) -> tuple[_Items, list[S
     return items, sources
 
 
-def _value(folder: Path, key: str, table: _Table | None, items: _Items) -> Any:
+def _value(folder: AnyPath, key: str, table: _Table | None, items: _Items) -> Any:
     """A tensor from its chunks, or a value as it is."""
     if table is None:
         return items[key, None].file.root

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 from harness.checkpoint.assembled import Index, Piece, assemble, is_index
+from harness.checkpoint.paths import AnyPath
 from harness.checkpoint.safetensors import MAX_HEADER_NBYTES, read_safetensors, unique
 from harness.checkpoint.sources import Pool, Source, open_source, read
 from harness.checkpoint.tensors import Tensor, format_key
@@ -24,12 +25,11 @@ _MAX_FILES = 100_000
 _COPY_AGAIN = "copy the folder again, with the files of all ranks, or save the checkpoint again"
 
 
-def rank_shards(folder: Path) -> list[Path]:
+def rank_shards(folder: AnyPath) -> list[AnyPath]:
     """The safetensors files of a folder, if the first of them says that it is a rank's shard."""
+    children: Iterator[AnyPath] = folder.iterdir()
     names = sorted(
-        child.name
-        for child in islice(folder.iterdir(), _MAX_FILES)
-        if child.name.endswith(".safetensors")
+        child.name for child in islice(children, _MAX_FILES) if child.name.endswith(".safetensors")
     )
     if not names:
         return []
@@ -44,7 +44,9 @@ def rank_shards(folder: Path) -> list[Path]:
     return [folder / name for name in names] if _SHARDING_INFO.encode() in header else []
 
 
-def read_rank_shards(folder: Path, paths: list[Path]) -> tuple[list[Tensor], tuple[Source, ...]]:
+def read_rank_shards(
+    folder: AnyPath, paths: list[AnyPath]
+) -> tuple[list[Tensor], tuple[Source, ...]]:
     """Join the tensors of all ranks' shards, whose headers say where in the whole they start.
 
     No file says how large a tensor is: it ends where its last chunk does, as it does for torch. So
@@ -67,7 +69,7 @@ def read_rank_shards(folder: Path, paths: list[Path]) -> tuple[list[Tensor], tup
     return [_joined(folder, key, pieces) for key, pieces in found.items()], tuple(sources)
 
 
-def _joined(folder: Path, key: str, pieces: list[Piece]) -> Tensor:
+def _joined(folder: AnyPath, key: str, pieces: list[Piece]) -> Tensor:
     dtype, rank = pieces[0].tensor.dtype, len(pieces[0].start)
     for piece in pieces:
         if piece.tensor.dtype is not dtype or len(piece.start) != rank:
@@ -81,7 +83,7 @@ def _joined(folder: Path, key: str, pieces: list[Piece]) -> Tensor:
     return assemble(str(folder), key, dtype, shape, pieces, hint=_COPY_AGAIN)
 
 
-def _saved_offsets(path: Path, text: str | None) -> dict[str, Index] | None:
+def _saved_offsets(path: AnyPath, text: str | None) -> dict[str, Index] | None:
     """Where the tensors of one file start, by key; None for a file that holds whole tensors."""
     if text is None:
         return None

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.checkpoint.paths import AnyPath
 from harness.checkpoint.sources import Source, read
 from harness.checkpoint.tensors import DTYPES, DType, Storage, Tensor, format_key
 from harness.errors import CheckpointError
@@ -35,7 +35,7 @@ def is_safetensors(head: bytes, nbytes: int) -> bool:
     return bool(2 <= length <= 1 << 40) and not head.startswith(b"PK\x03\x04")
 
 
-def read_safetensors(path: Path, source: Source) -> tuple[list[Tensor], dict[str, str]]:
+def read_safetensors(path: AnyPath, source: Source) -> tuple[list[Tensor], dict[str, str]]:
     """Return the tensors in the order of their bytes, and the file's metadata."""
     start, header = _read_header(path, source)
     metadata = header.pop("__metadata__", None)
@@ -78,7 +78,7 @@ class _Row(NamedTuple):
     last: int
 
 
-def _row(path: Path, name: str, entry: Any) -> _Row:
+def _row(path: AnyPath, name: str, entry: Any) -> _Row:
     match entry:
         case {"dtype": str(code), "shape": list(shape), "data_offsets": [first, last]} if all(
             type(size) is int and 0 <= size < _USIZE for size in (*shape, first, last)
@@ -103,7 +103,7 @@ def _row(path: Path, name: str, entry: Any) -> _Row:
     return _Row(name, dtype, tuple(shape), first, last)
 
 
-def _read_header(path: Path, source: Source) -> tuple[int, dict[str, Any]]:
+def _read_header(path: AnyPath, source: Source) -> tuple[int, dict[str, Any]]:
     """Return where the tensors' bytes start, and the header as JSON."""
     (length,) = struct.unpack("<Q", read(source, 0, 8))
     if length > min(MAX_HEADER_NBYTES, source.nbytes - 8):
@@ -142,14 +142,14 @@ def _natural(digits: str) -> int:
     return int(digits)
 
 
-def _invalid(path: Path, why: str) -> CheckpointError:
+def _invalid(path: AnyPath, why: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: not a valid safetensors file: {why}",
         hint="the file is truncated or damaged: copy or download it again",
     )
 
 
-def unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(path: AnyPath, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object, refusing a name that stands twice (readers differ on which wins)."""
     found = dict(pairs)
     if len(found) != len(pairs):

@@ -8,10 +8,10 @@ shard lacks or that no index lists.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from harness.checkpoint.paths import AnyPath, is_file
 from harness.checkpoint.safetensors import unique
 from harness.checkpoint.tensors import Checkpoint, Tensor, format_key
 from harness.errors import CheckpointError
@@ -21,7 +21,7 @@ _MAX_ENTRIES = 250_000
 _MAX_OBJECTS = 64
 
 
-def read_index(path: Path, text: bytes) -> dict[str, str]:
+def read_index(path: AnyPath, text: bytes) -> dict[str, str]:
     """Return the table from key to the name of its shard."""
     if (
         len(text) > MAX_INDEX_NBYTES
@@ -45,13 +45,13 @@ def read_index(path: Path, text: bytes) -> dict[str, str]:
 
 
 def join_shards(
-    path: Path, table: Mapping[str, str], open_shard: Callable[[Path], Checkpoint]
+    path: AnyPath, table: Mapping[str, str], open_shard: Callable[[AnyPath], Checkpoint]
 ) -> tuple[list[Tensor], list[Checkpoint]]:
     """Open every shard once, and check index and shards against each other."""
     shards: dict[str, Checkpoint] = {}
     try:
         for shard in sorted(set(table.values())):
-            if not os.path.isfile(path.parent / shard):  # noqa: PTH113 - never raises
+            if not is_file(path.parent / shard):
                 raise CheckpointError(
                     f"{path.parent / shard}: missing, but {path.name} places "
                     f"{sum(1 for s in table.values() if s == shard)} tensors in it",
@@ -77,7 +77,7 @@ def join_shards(
     return tensors, list(shards.values())
 
 
-def _broken(path: Path, why: str) -> CheckpointError:
+def _broken(path: AnyPath, why: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: the index {why}", hint="save the checkpoint again, or fetch the index again"
     )

@@ -1,7 +1,7 @@
 """Where the bytes of a checkpoint are: ranges of files, read at an offset by any thread.
 
-In: paths, or a compressed range of another source. Out: `Source` objects whose reads never return
-less than asked. Refused: reads outside the range, files that shrink while they are read, and
+In: paths and URLs, or a compressed range of another source. Out: `Source` objects whose reads never
+return less than asked. Refused: reads outside the range, files that shrink while they are read, and
 compressed data that expands beyond `INFLATION_LIMIT` (a bomb). Nothing is written but one unlinked
 temporary file per file with compressed data.
 """
@@ -15,10 +15,12 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+from harness.checkpoint.paths import AnyPath
 from harness.errors import CheckpointError
 
 # Trained weights deflate to 0.5-1 of their size, constant ones to 1/1000, as a bomb does.
@@ -120,9 +122,19 @@ class FileSource:
     __del__ = close
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: AnyPath) -> Source:
     """Open a file as a source; raises CheckpointError."""
-    return FileSource(path)
+    if isinstance(path, Path):
+        return FileSource(path)
+    from harness.checkpoint.remote import RemoteSource
+
+    return RemoteSource(path)
+
+
+def read_file(path: AnyPath) -> bytes:
+    """Read a whole small file into memory; raises CheckpointError."""
+    with closing(open_source(path)) as source:
+        return read(source, 0, source.nbytes)
 
 
 class Pool:
@@ -132,7 +144,7 @@ class Pool:
         # What leaves the cache closes itself when the last read from it has ended.
         self.opened = lru_cache(maxsize=MAX_OPEN_FILES)(open_source)
 
-    def open(self, path: Path) -> PooledSource:
+    def open(self, path: AnyPath) -> PooledSource:
         """Open a file that is closed and opened again as need be; raises CheckpointError."""
         return PooledSource(self, path)
 
@@ -140,20 +152,20 @@ class Pool:
 class PooledSource:
     """A whole file of a pool."""
 
-    def __init__(self, pool: Pool, path: Path) -> None:
+    def __init__(self, pool: Pool, path: AnyPath) -> None:
         self.name = str(path)
         self.nbytes = pool.opened(path).nbytes
         self._pool = pool
-        self._path = path
+        self.path = path
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        self._pool.opened(self._path).read_into(offset, buffer)
+        self._pool.opened(self.path).read_into(offset, buffer)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        return self._pool.opened(self._path).view(offset, nbytes)
+        return self._pool.opened(self.path).view(offset, nbytes)
 
     def stamp(self) -> str | None:
-        return self._pool.opened(self._path).stamp()
+        return self._pool.opened(self.path).stamp()
 
     def close(self) -> None:
         """Close the files of the whole pool."""
@@ -332,6 +344,8 @@ def is_local(source: Source) -> bool:
     """Whether to look at the bytes costs no round trip."""
     while isinstance(source, RangeSource):
         source = source.base
+    if isinstance(source, PooledSource):
+        return isinstance(source.path, Path)
     return isinstance(source, (FileSource, InflatedSource))
 
 

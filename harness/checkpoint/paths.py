@@ -1,0 +1,66 @@
+"""Where files are: paths of this machine, and URLs.
+
+In: what a person gives (text, a path). Out: `Path`, or `RemotePath` for a URL of any protocol that
+fsspec knows. What reads files uses `path / name`, `name`, `parent`, `exists()`, `is_file()`,
+`is_dir()`, `iterdir()`, `str(path)` and `harness.checkpoint.sources.open_source(path)`, which both
+have. Nothing of fsspec is imported before a URL is looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from harness.checkpoint.remote import RemotePath
+
+AnyPath: TypeAlias = "Path | RemotePath"
+Location: TypeAlias = "str | Path | RemotePath"
+
+# Anything else with a colon in it is a file's name, or a drive of Windows.
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def to_path(location: Location) -> AnyPath:
+    """Take a URL for what it is, and `file://` for the path that it names; raises UsageError."""
+    found = _URL.match(location) if isinstance(location, str) else None
+    if not isinstance(location, str) or found is None:
+        return Path(location) if isinstance(location, str) else location
+    if found[1].lower() not in ("file", "local"):
+        from harness.checkpoint.remote import RemotePath
+
+        return RemotePath(found[1].lower() + location[found.end(1) :])
+    from urllib.parse import unquote
+
+    host, slash, path = location[found.end() :].partition("/")
+    if host not in ("", "localhost"):
+        raise UsageError(
+            f"{location}: names the machine {host!r}, which file:// cannot reach",
+            hint=f"for a path of this machine: {found[0]}/{host}{slash}{path}",
+        )
+    return Path(unquote(slash + path))
+
+
+def is_file(path: AnyPath) -> bool:
+    """Whether a file is there; False for a name that no file can have."""
+    return os.path.isfile(path) if isinstance(path, Path) else path.is_file()  # noqa: PTH113
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL, of any protocol."""
+    return _URL.match(text) is not None
+
+
+def to_local(location: Location, what: str) -> Path:
+    """A path of this machine; UsageError for a URL, which `what` cannot be."""
+    path = to_path(location)
+    if isinstance(path, Path):
+        return path
+    raise UsageError(
+        f"{path}: {what} must be on this machine",
+        hint=f"download it first, and give the file in place of {path.name}",
+    )
