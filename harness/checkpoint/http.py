@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Of silence, not of a whole answer.
 CONNECT_SECONDS = 10.0
-SILENCE_SECONDS = 30.0
+SILENCE_SECONDS = 20.0
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 
 

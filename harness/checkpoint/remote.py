@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 BLOCK_NBYTES = 1 << 20
 _KEPT_BLOCKS = 32
 _THREADS = 16
-# One more attempt after each; failing for good takes four seconds and the time-outs.
+# One more attempt after each, unless the library behind the protocol was patient itself.
 RETRY_DELAYS = (0.2, 0.5, 1.0, 2.0)
+PATIENCE_SECONDS = 30.0
 
 _PACKAGES = {
     **dict.fromkeys(("http", "https"), "aiohttp"),
@@ -199,20 +200,22 @@ class RemotePath:
 
         Raises CheckpointError; FileNotFoundError and FileExistsError are the caller's to explain.
         """
+        started = time.monotonic()
         for attempt, delay in enumerate((*RETRY_DELAYS, None), 1):
             try:
                 return question()
             except (HarnessError, FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:  # whatever the protocol's package raises
-                if delay is None or _is_final(error):
+                patient = time.monotonic() - started < PATIENCE_SECONDS
+                if delay is None or not patient or _is_final(error):
                     raise self._failed(what, error, attempt) from self._cause(error)
             time.sleep(delay)
         raise AssertionError("unreachable")
 
     def _failed(self, what: str, error: Exception, attempts: int) -> CheckpointError:
         why = f"{type(error).__name__}: {redacted(str(error))[:300]}".rstrip(": ")
-        if isinstance(error, PermissionError) or _status(error) in (401, 403):
+        if _is_denial(error):
             return CheckpointError(
                 f"{self}: {what}: access is denied ({why})",
                 hint=f"check your credentials for {self.scheme}://, or whether the URL has expired",
@@ -250,13 +253,21 @@ def _status(error: Exception) -> int | None:
     return None
 
 
+def _is_denial(error: Exception) -> bool:
+    """Whether it matters who asks; every cloud has a class of its own for want of credentials."""
+    nobody = "Credential" in type(error).__name__
+    return nobody or isinstance(error, PermissionError) or _status(error) in (401, 403)
+
+
 def _is_final(error: Exception) -> bool:
     """Whether to ask again is of no use: the answer was no, or the question was wrong."""
+    if _is_denial(error):
+        return True
     status = _status(error)
     if status is not None and 400 <= status < 500:
         return status not in (408, 425, 429)
-    refusals = (PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
-    return isinstance(error, (*refusals, ValueError, TypeError))
+    wrong = (IsADirectoryError, NotADirectoryError, NotImplementedError, ValueError, TypeError)
+    return isinstance(error, wrong)
 
 
 class StoredFiles:

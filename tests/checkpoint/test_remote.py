@@ -288,6 +288,58 @@ def test_a_refusal_is_taken_at_its_word(web: Web, code: int, match: str, hint: s
     assert SECRET not in f"{caught.value} {caught.value.hint}"
 
 
+class NoCredentialsError(Exception):
+    """As botocore has it."""
+
+
+class Throttled(Exception):  # noqa: N818
+    """As the clients of clouds have them: the status somewhere inside."""
+
+    def __init__(self, code: int) -> None:
+        self.response = type("Response", (), {"status_code": code})
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts", "match"),
+    [
+        (NoCredentialsError("none"), 1, "access is denied"),
+        (PermissionError("no"), 1, "access is denied"),
+        (Throttled(403), 1, "access is denied"),
+        (Throttled(400), 1, "looking at it failed: Throttled"),
+        (Throttled(429), 3, "failed 3 times"),
+        (ValueError("odd"), 1, "failed: ValueError: odd"),
+        (OSError("reset"), 3, "failed 3 times: OSError: reset"),
+        (RuntimeError("see s3://b/k?sig=1"), 3, r"see s3://b/k$"),
+    ],
+)
+def test_errors_of_any_library_are_told_apart(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int, match: str
+) -> None:
+    asked = []
+
+    def info(url: str) -> None:
+        asked.append(url)
+        raise error
+
+    monkeypatch.setattr(remote, "RETRY_DELAYS", (0.0, 0.0))
+    monkeypatch.setattr(memory, "info", info)
+    with pytest.raises(CheckpointError, match=match):
+        open_checkpoint("memory://w.pt")
+    assert len(asked) == attempts
+
+
+def test_a_library_that_was_patient_itself_is_not_asked_again(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def info(url: str) -> None:
+        raise OSError("gave up")
+
+    monkeypatch.setattr(remote, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(memory, "info", info)
+    with pytest.raises(CheckpointError, match="looking at it failed: OSError: gave up"):
+        open_checkpoint("memory://w.pt")
+
+
 def test_a_server_that_ignores_ranges_is_refused_before_the_file_is_sent(web: Web) -> None:
     web.files["/w.st"] = save({"w": torch.zeros(1 << 20)})
     web.fault = lambda number, answer: Answer(
