@@ -118,7 +118,7 @@ class RemotePath:
 
     def __truediv__(self, name: str) -> RemotePath:
         # On the web a path is quoted; elsewhere a name is a name.
-        plain = name if self._transport_name != "http" else quote(name, errors="replace")
+        plain = quote(name, errors="replace") if self._is_web else name
         return self._at(f"{self._base.rstrip('/')}/{plain}")
 
     def with_name(self, name: str) -> RemotePath:
@@ -132,6 +132,8 @@ class RemotePath:
         return found is not None and not found.is_dir
 
     def is_dir(self) -> bool:
+        if self._is_web:  # known without asking, see WebFiles
+            return self._base.endswith("/")
         found = self.stat()
         return found is not None and found.is_dir
 
@@ -159,7 +161,7 @@ class RemotePath:
         """How to ask; raises UsageError where the protocol's package is not installed."""
         if "::" in self.url:
             raise UsageError(f"{self}: is a chain of protocols", hint="give a URL of one protocol")
-        if self._transport_name == "http":
+        if self._is_web:
             # Its own session, since fsspec takes a whole file for the range that it asked for.
             from harness.checkpoint.http import WebFiles
 
@@ -231,8 +233,8 @@ class RemotePath:
         return error if self.url == str(self) else None
 
     @property
-    def _transport_name(self) -> str:
-        return "http" if self.scheme in ("http", "https") else "stored"
+    def _is_web(self) -> bool:
+        return self.scheme in ("http", "https")
 
     @property
     def _base(self) -> str:
