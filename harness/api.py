@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,7 +31,6 @@ from harness.golden import (
     write_golden,
 )
 from harness.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
-from harness.ranks import by_leader
 from harness.sketch import DEFAULT_BLOCK_NBYTES
 from harness.streaming import CHUNK_NBYTES, Progress
 from harness.subjects import (
@@ -139,7 +137,7 @@ def record(
             section=section,
             live=_record_live(path, checkpoint, target, stage, live),
         )
-    by_leader(partial(write_golden, recorded, overwrite=overwrite))
+    write_golden(recorded, overwrite=overwrite)
     return recorded
 
 
@@ -307,7 +305,7 @@ def update(
     if updated.fingerprint.root != old.root or updated.live != golden.live:
         entry = Update(root=old.root.hex(), reason=reason)
         updated = replace(updated, history=(*golden.history, entry))
-    by_leader(partial(write_golden, updated, overwrite=True))
+    write_golden(updated, overwrite=True)
     return updated
 
 

@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,7 +34,6 @@ from harness.options import (
     stage_options,
 )
 from harness.progress import progress_bar
-from harness.ranks import agreed, by_leader
 
 if TYPE_CHECKING:
     from harness.checkpoint.paths import AnyPath
@@ -47,31 +45,32 @@ if TYPE_CHECKING:
 
 _GOLDEN = click.option("-g", "--golden", type=PATH, help="The golden file.")
 _JOBS = click.option(
-    "--jobs", type=click.IntRange(min=1), help="Threads; all the cores allowed by default."
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Threads; by default all the cores allowed, shared among ranks.",
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: run the command and exit with its code; a crash is a 2, never a 1."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        from harness.model.team import team_of_torchrun
-
-        with team_of_torchrun():
-            code = _run(arguments)
-    else:
-        code = _run(arguments)
-    sys.exit(code)
+    sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _run(arguments: list[str]) -> int:
-    try:
+    def command() -> int:
         return cli.main(arguments, prog_name="harness", standalone_mode=False, obj=arguments) or 0
+
+    try:
+        if not _is_one_of_several():
+            return command()
+        _import_numpy()
+        from harness.model.launched import run_on_ranks
+
+        return run_on_ranks(command, arguments)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         return 130
     except (HarnessError, click.ClickException) as error:
-        error = agreed(error) if isinstance(error, HarnessError) else error
         if {"--json", "--format=json", "json"} & set(arguments):
             _echo_json(_failure(error))
         elif isinstance(error, HarnessError):
@@ -82,14 +81,22 @@ def _run(arguments: list[str]) -> int:
             click.echo(_without_secrets(text.getvalue()), err=True, nl=False)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as stopped:
+        # Click's own: after shell completion, and by 1, which would say that a checkpoint differs,
+        # where the reader has seen enough.
+        return 2 if stopped.code else 0
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
-        _echo_error(agreed(UsageError(f"{what}{error.strerror or error}", hint="check the path")))
-    except Exception as error:  # exit code 1 would say that a checkpoint differs
-        agreed(HarnessError(f"{type(error).__name__}: {error}"))
+        _echo_error(UsageError(f"{what}{error.strerror or error}", hint="check the path"))
+    except Exception:  # exit code 1 would say that a checkpoint differs
         traceback.print_exc()
         click.echo("error: this is a bug in the harness; please report it", err=True)
     return 2
+
+
+def _is_one_of_several() -> bool:
+    """Whether torchrun, or whoever sets its variables, has started several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 @click.group(
@@ -462,8 +469,7 @@ def _echo_stage(comparison: Comparison, form: str) -> None:
 
 
 def _told(error: HarnessError, form: str) -> HarnessError:
-    """What ended an outcome early, as all ranks agree on it; printed at once in a text report."""
-    error = agreed(error)
+    """What ended an outcome early; printed at once in a text report."""
     if form == "text":
         _echo_error(error)
     return error
@@ -492,14 +498,14 @@ def _finish(result: Result, form: str, reports: Sequence[Path]) -> int:
         _echo_json(result_as_json(result))
     for path in reports:
         try:
-            by_leader(partial(write_report, result, path))
+            write_report(result, path)
         except HarnessError as error:  # the others are still wanted
-            _echo_error(agreed(error))
+            _echo_error(error)
             code = 2
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         try:
-            by_leader(partial(append_step_summary, result, Path(summary)))
+            append_step_summary(result, Path(summary))
         except HarnessError as error:  # no reason for a run to fail
             click.echo(f"note: {error}", err=True)
     return code

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,6 @@ from zlib_ng import zlib_ng
 from harness.cache import DigestCache
 from harness.checkpoint.tensors import Checkpoint, Checksum, DType, Tensor, numpy_dtype
 from harness.errors import CheckpointError
-from harness.ranks import by_leader
 from harness.sketch import DEFAULT_BLOCK_NBYTES, Sketch, block_norms, sketch_values, sums_of_squares
 from harness.streaming import (
     CHUNK_NBYTES,
@@ -151,13 +150,13 @@ def fingerprint(
     originals = [t for t in originals if t.key not in prints]
     checksums = _whole_storages(checkpoint.checksums, originals) if check_integrity else {}
 
-    def scan(tensor: Tensor, chunk: Chunk) -> _ChunkPrint:
+    scans = []
+    for tensor in originals:
         wants = details(tensor)
         sketched = wants and tensor.dtype.is_floating and not keep_values(tensor)
         block = block_nbytes if sketched else None
-        return _scan_chunk(tensor, chunk, tensor.key in checksums, wants, block)
-
-    scanned = map_chunks(originals, scan, jobs=jobs, progress=progress)
+        scans.append(_Scan(tensor, tensor.key in checksums, wants, block))
+    scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
     if check_integrity:
         found = {t.key: parts for t, parts in zip(originals, scanned, strict=True)}
         _check_integrity(checkpoint, found, checksums, jobs)
@@ -171,7 +170,7 @@ def fingerprint(
         parts.clear()  # the sketches of a large checkpoint are not held twice
     if cache is not None:
         digests = {key: t.digest for key, t in prints.items() if t.digest is not None}
-        by_leader(partial(cache.keep, originals, digests))
+        cache.keep(originals, digests)
     table = {}
     for key, tensor in checkpoint.tensors.items():
         if tensor.alias_of is None:
@@ -192,11 +191,11 @@ def fingerprint(
 def _cached(
     tensors: Sequence[Tensor], details: Wanted, cache: DigestCache | None
 ) -> dict[str, TensorPrint]:
-    """What need not be read, by key; the same on all ranks."""
+    """What need not be read, by key."""
     if cache is None:
         return {}
     wanted = [tensor for tensor in tensors if not details(tensor)]
-    known = by_leader(partial(cache.known, wanted)) or {}
+    known = cache.known(wanted)
     return {
         t.key: TensorPrint(key=t.key, dtype=t.dtype, shape=t.shape, digest=known[t.key])
         for t in wanted
@@ -222,9 +221,8 @@ def outline(checkpoint: Checkpoint) -> Fingerprint:
 
 def statistics(tensors: Sequence[Tensor | TensorPrint], *, jobs: int | None = None) -> list[Stats]:
     """The stats of tensors whose values can be read. Memory: 20 MB a thread."""
-    scanned = map_chunks(
-        tensors, lambda tensor, chunk: _scan_chunk(tensor, chunk, False, True, None), jobs=jobs
-    )
+    scans = [_Scan(tensor, False, True, None) for tensor in tensors]
+    scanned = map_chunks(scans, _scan_chunk, jobs=jobs)
     return [_stats([m for part in parts for m in part.moments]) for parts in scanned]
 
 
@@ -263,18 +261,27 @@ class _ChunkPrint:
     sketches: tuple[Sketch, ...]
 
 
-def _scan_chunk(
-    tensor: Tensor | TensorPrint,
-    chunk: Chunk,
-    wants_crc32: bool,
-    wants_stats: bool,
-    block_nbytes: int | None,
-) -> _ChunkPrint:
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """What is asked of one tensor, beside its digest, as work for `map_chunks`."""
+
+    tensor: Tensor | TensorPrint
+    wants_crc32: bool
+    wants_stats: bool
+    block_nbytes: int | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+
+def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
+    tensor, block_nbytes = scan.tensor, scan.block_nbytes
     data = buffers.get("chunk", chunk.nbytes)
     tensor.read_into(chunk.start, data.data)
     digest = blake3(data.data).digest()
-    crc32 = zlib_ng.crc32(data.data) if wants_crc32 else 0
-    if not wants_stats:
+    crc32 = zlib_ng.crc32(data.data) if scan.wants_crc32 else 0
+    if not scan.wants_stats:
         return _ChunkPrint(digest, crc32, (), ())
     moments, sketches = [], []
     for part in _parts(data, tensor.dtype, block_nbytes):

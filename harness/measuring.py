@@ -10,12 +10,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from harness.allclose import Tolerance, tally_chunk
+from harness.allclose import Tally, Tolerance, tally_chunk
 from harness.checkpoint import Checkpoint, Tensor
 from harness.difference import Difference, conclude, difference_from_sketch
 from harness.errors import CheckpointError
 from harness.fingerprint import Fingerprint, TensorPrint, fingerprint, statistics
-from harness.streaming import Progress, map_chunks
+from harness.streaming import Chunk, Progress, map_chunks
 
 Triple = tuple[TensorPrint, TensorPrint, Tolerance]
 
@@ -33,16 +33,15 @@ class _Exact:
         return self.expected.nbytes
 
 
+def _tally(pair: _Exact, chunk: Chunk) -> Tally | None:
+    return tally_chunk(pair.expected, pair.actual, chunk, pair.tolerance)
+
+
 def _measure_exactly(
     pairs: Sequence[_Exact], jobs: int | None, progress: Progress | None, *, stats: bool
 ) -> list[Difference]:
     """Tally every pair; with `stats`, one more pass over both sides of each."""
-    tallies = map_chunks(
-        pairs,
-        lambda pair, chunk: tally_chunk(pair.expected, pair.actual, chunk, pair.tolerance),
-        jobs=jobs,
-        progress=progress,
-    )
+    tallies = map_chunks(pairs, _tally, jobs=jobs, progress=progress)
     differences = [
         conclude(pair.expected, pair.actual, tally, pair.tolerance)
         for pair, tally in zip(pairs, tallies, strict=True)

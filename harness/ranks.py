@@ -1,66 +1,52 @@
-"""Several processes on one run: what they must be able to do for the work to be shared.
+"""Several processes on one run: the first of them leads, the others do what it asks them.
 
-In: a `Team` (that of torch.distributed is in `harness.model.team`). Out: which of them shares the
-work at the moment. All ranks run the same code on the same tensors; only the chunks are split
-(`harness.streaming`), and only the first rank writes.
+In: a `Team` (that of torch.distributed is in `harness.model.team`). Out: which team shares the work
+at the moment. Only the first rank runs a command: it alone decides, writes and prints, and spreads
+the reading over all (`harness.streaming.share`). On the others there is no team.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
-
-from harness.errors import HarnessError
+from typing import Any, Protocol, TypeVar
 
 _Result = TypeVar("_Result")
 
 
 class Team(Protocol):
-    """Processes that run the same code on the same tensors, and split the chunks."""
+    """The ranks that a leading process may ask for work."""
 
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
+    def map(
+        self,
+        function: Callable[[Any], _Result],
+        tasks: Sequence[Any],
+        *,
+        jobs: int | None = None,
+        finished: Callable[[Any], None] | None = None,
+    ) -> list[_Result]:
+        """Call a function with every task, each on any rank; the results are in order, here.
 
-    def exchange(self, compute: Callable[[], _Result]) -> list[_Result]:
-        """Call `compute` on every rank; return the results of all, by rank, on all.
-
-        Where it raises on one rank, all of them raise that.
+        What cannot be pickled stays here. `finished` is called here with each task that is done,
+        from any thread. The first exception of all ranks ends the run and is raised here;
+        TeamError where a rank has died.
         """
-
-    def agree(self, error: HarnessError) -> HarnessError:
-        """Tell the others of an error, unless it came by `exchange`; they are in one, too."""
 
 
 _team: Team | None = None
 
 
 def current_team() -> Team | None:
-    """The team that shares the work at the moment; None where this process is alone."""
+    """The team that this process leads; None where it works alone."""
     return _team
 
 
 @contextmanager
 def working_as(team: Team) -> Iterator[None]:
-    """Share the work inside among the team, all ranks calling alike."""
+    """Share the work inside among the team, whose other ranks serve."""
     global _team
     before, _team = _team, team
     try:
         yield
     finally:
         _team = before
-
-
-def agreed(error: HarnessError) -> HarnessError:
-    """The error that all ranks see where this one, or another, has met `error`."""
-    return error if _team is None else _team.agree(error)
-
-
-def by_leader(function: Callable[[], _Result]) -> _Result | None:
-    """Call a function that writes, on the first rank only; all ranks raise what it raises."""
-    team = _team
-    if team is None:
-        return function()
-    return team.exchange(lambda: function() if team.rank == 0 else None)[0]

@@ -1,7 +1,7 @@
 """Run through tensors of any size in bounded memory, on as many threads as there are cores.
 
 In: tensors, and a function from (tensor, chunk) to a small result. Out: the results per tensor, in
-order, whatever the number of threads, and of processes where a `Team` shares the work. Memory: one
+order, whatever the number of threads, and of ranks where a `Team` shares the work. Memory: one
 buffer of `CHUNK_NBYTES` a side and thread.
 """
 
@@ -11,7 +11,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -67,12 +68,6 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@dataclass(frozen=True)
-class Work(Generic[_Item]):
-    item: _Item
-    chunk: Chunk
-
-
 def map_chunks(
     items: Sequence[_Item],
     function: Callable[[_Item, Chunk], _Result],
@@ -83,33 +78,51 @@ def map_chunks(
     """Apply `function` to every chunk of every item; returns the results per item, in order.
 
     The first exception ends the run and is raised here. `jobs` defaults to the cores allowed.
+    Function and items must be such as can be pickled, to be shared with other ranks.
     """
     units = list(_units(items))
-    results: list[list[_Result]] = [[] for _ in items]
+    tasks = [[(items[index], chunk) for index, chunk in unit] for unit in units]
 
-    def run(unit: list[tuple[int, Chunk]]) -> list[_Result]:
-        done = [function(items[index], chunk) for index, chunk in unit]
+    def finished(task: Sequence[tuple[_Item, Chunk]]) -> None:
         if progress is not None:
-            progress(sum(chunk.nbytes for _, chunk in unit))
-        return done
+            progress(sum(chunk.nbytes for _, chunk in task))
 
-    for unit, done in zip(units, share(run, units, jobs=jobs), strict=True):
+    results: list[list[_Result]] = [[] for _ in items]
+    shared = share(partial(_apply, function), tasks, jobs=jobs, finished=finished)
+    for unit, done in zip(units, shared, strict=True):
         for (index, _), result in zip(unit, done, strict=True):
             results[index].append(result)
     return results
 
 
+def _apply(
+    function: Callable[[_Item, Chunk], _Result], task: Sequence[tuple[_Item, Chunk]]
+) -> list[_Result]:
+    return [function(item, chunk) for item, chunk in task]
+
+
 def share(
-    function: Callable[[Any], _Result], tasks: Sequence[Any], *, jobs: int | None = None
+    function: Callable[[Any], _Result],
+    tasks: Sequence[Any],
+    *,
+    jobs: int | None = None,
+    finished: Callable[[Any], None] | None = None,
 ) -> Iterable[_Result]:
-    """Map in order over tasks of about equal cost, on all threads of all ranks of the team."""
+    """Map in order over tasks of about equal cost, on all threads of all ranks of the team.
+
+    `finished` is called with each task that is done, from any thread.
+    """
     team = current_team()
-    if team is None:
-        return parallel(function, tasks, jobs=jobs)
-    # Consecutive tasks read consecutive bytes.
-    first, last = (len(tasks) * rank // team.size for rank in (team.rank, team.rank + 1))
-    shares = team.exchange(lambda: list(parallel(function, tasks[first:last], jobs=jobs)))
-    return [result for done in shares for result in done]
+    if team is not None:
+        return team.map(function, tasks, jobs=jobs, finished=finished)
+
+    def run(task: Any) -> _Result:
+        result = function(task)
+        if finished is not None:
+            finished(task)
+        return result
+
+    return parallel(run, tasks, jobs=jobs)
 
 
 def parallel(

@@ -1,104 +1,248 @@
-"""The team of torch.distributed: `torchrun … -m harness verify …` splits the reading among ranks.
+"""A team over torch.distributed: the first rank leads, the others serve it until it is done.
 
-In: torchrun's environment, or a process group that is there already. Out: a `Team`, through which
-every rank gets what every rank found. Refused: nothing; a rank that fails ends all of them with its
-error, and one that dies with a `TeamError`.
+In: a process group on CPU tensors (gloo). Out: a `Team` for the rank that leads. Each other rank is
+stateless: it gets a function and tasks, opens the files that they name, and sends the results
+back. Refused: a file that another rank sees otherwise (CheckpointError); a rank that dies ends the
+run with a `TeamError`, at once, as its connections close.
+
+Memory: the leader keeps all results, as it does alone; another rank those of `_MAX_BATCH` tasks
+(of one chunk each, about 2 MB of sketches). Waiting costs no processor time.
 """
 
 from __future__ import annotations
 
+import io
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import pickle
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from harness.errors import HarnessError, TeamError
-from harness.ranks import working_as
+from harness.checkpoint.sources import FileSource
+from harness.errors import CheckpointError, HarnessError, TeamError
+from harness.streaming import num_cores, parallel
 
 _Result = TypeVar("_Result")
-# Ranks wait for the slowest, which may read terabytes; that one has died is noticed at once.
-_TIMEOUT = timedelta(days=1)
+
+# All ranks must come within this time; they may then wait for each other as long as it takes: that
+# one has died is noticed by its connections.
+ARRIVAL = timedelta(minutes=5)
+PATIENCE = timedelta(days=30)
+_LAST_WORD = timedelta(seconds=10)
+_MAX_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Tasks for one rank, each pickled for itself."""
+
+    function: Callable[[Any], Any]
+    tasks: Sequence[bytes]
+    jobs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    results: Sequence[Any] = ()
+    error: HarnessError | None = None
 
 
 class TorchTeam:
-    """The ranks of a torch.distributed process group (the default one without `group`)."""
+    """The ranks of a process group; the one of rank 0 leads by `map` and `dismiss`."""
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._has_failed = False
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+        self.rank: int = group.rank()
+        self.size: int = group.size()
+        self.has_lost_a_rank = False
 
-    def exchange(self, compute: Callable[[], _Result]) -> list[_Result]:
-        mine: tuple[_Result | None, Exception | None]
-        try:
-            mine = (compute(), None)
-        except Exception as error:
-            mine = (None, error if isinstance(error, HarnessError) else _described(error))
-        found: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(found, mine, group=self._group)
-        except RuntimeError as error:  # what gloo and nccl raise for a lost connection
-            self._has_failed = True
-            raise TeamError(
-                f"rank {self.rank} of {self.size}: another rank has died: "
-                f"{str(error).partition(chr(10))[0][:200]}",
-                hint="see what that rank printed last, or whether it ran out of memory",
-            ) from error
-        for rank, (_, failure) in enumerate(found):
-            if failure is not None:
-                self._has_failed = True
-                if rank != self.rank:
-                    failure.args = (f"rank {rank}: {failure}",)
-                raise failure
-        return [result for result, _ in found]
-
-    def agree(self, error: HarnessError) -> HarnessError:
-        def fail() -> NoReturn:
-            raise error
-
-        if not self._has_failed:
+    def map(
+        self,
+        function: Callable[[Any], _Result],
+        tasks: Sequence[Any],
+        *,
+        jobs: int | None = None,
+        finished: Callable[[Any], None] | None = None,
+    ) -> list[_Result]:
+        """See `harness.ranks.Team`."""
+        run = _Run(function, tasks, self.size, jobs, finished)
+        jobs = jobs or num_cores_of_rank()
+        num_threads = max(1, min(jobs, len(tasks)))
+        with ThreadPoolExecutor(num_threads + self.size - 1, "harness") as executor:
+            started = [executor.submit(run.work_here) for _ in range(num_threads)]
+            started += [
+                executor.submit(run.work_there, partial(self.ask, rank))
+                for rank in range(1, self.size)
+            ]
             try:
-                self.exchange(fail)
-            except HarnessError as first:
-                error = first
-        self._has_failed = False
-        return error
+                for future in as_completed(started):
+                    future.result()
+            finally:  # what was sent is still waited for: no rank is left in the middle
+                run.stop()
+        list(parallel(run.work_on, run.unsent, jobs=jobs))
+        return run.results
+
+    def ask(self, rank: int, work: _Work) -> Sequence[Any]:
+        """Have a rank do some work; raises what it raises, under its name."""
+        self.send(rank, work)
+        answer: _Answer = self.receive(rank)
+        if answer.error is not None:
+            error = answer.error
+            raise type(error)(f"rank {rank}: {error}", hint=error.hint) from error
+        return answer.results
+
+    def serve(self) -> Any:
+        """Do what the leader asks until it dismisses this rank; returns, or raises, its word."""
+        while isinstance(message := self.receive(0), _Work):
+            self.send(0, _answer(message))
+        if isinstance(message, HarnessError):
+            raise message
+        return message
+
+    def dismiss(self, word: Any = None) -> None:
+        """Tell the other ranks that there is no more work: their `serve` returns, or raises, this.
+
+        Those that are dead, or do not listen, are passed over.
+        """
+        for rank in range(1, self.size):
+            with suppress(TeamError):
+                self.send(rank, word, patience=_LAST_WORD)
+
+    def send(self, rank: int, value: Any, patience: timedelta = PATIENCE) -> None:
+        data = _pickled(value)
+        for part in (torch.tensor([len(data)]), torch.frombuffer(data, dtype=torch.uint8)):
+            try:
+                self._group.send([part], rank, 0).wait(patience)
+            except RuntimeError as error:
+                self._lose(rank, error)
+
+    def receive(self, rank: int) -> Any:
+        size = torch.empty(1, dtype=torch.int64)
+        try:
+            self._group.recv([size], rank, 0).wait(PATIENCE)
+            data = bytearray(int(size))
+            self._group.recv([torch.frombuffer(data, dtype=torch.uint8)], rank, 0).wait(PATIENCE)
+        except RuntimeError as error:
+            self._lose(rank, error)
+        return pickle.loads(data)
+
+    def _lose(self, rank: int, error: RuntimeError) -> NoReturn:
+        """gloo raises RuntimeError for a connection that was closed or reset, and for a timeout."""
+        self.has_lost_a_rank = True
+        raise TeamError(
+            f"rank {rank} of {self.size} has died",
+            hint=f"see what rank {rank} printed last, and whether it ran out of memory",
+        ) from error
 
 
-def _described(error: Exception) -> TeamError:
+def num_cores_of_rank() -> int:
+    """The cores that one of the ranks on this machine may use, shared evenly among them."""
+    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class _Run:
+    """One `map` at work: which tasks are left, for all threads that take them."""
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        tasks: Sequence[Any],
+        size: int,
+        jobs: int | None,
+        finished: Callable[[Any], None] | None,
+    ) -> None:
+        self.function, self.tasks, self.jobs = function, tasks, jobs
+        self.finished = finished or (lambda task: None)
+        self.results: list[Any] = [None] * len(tasks)
+        self.unsent: list[int] = []
+        self._size, self._next, self._lock = size, 0, threading.Lock()
+
+    def work_here(self) -> None:
+        while taken := self._take(1):
+            self.work_on(taken[0])
+
+    def work_on(self, index: int) -> None:
+        self.results[index] = self.function(self.tasks[index])
+        self.finished(self.tasks[index])
+
+    def work_there(self, ask: Callable[[_Work], Sequence[Any]]) -> None:
+        """Have another rank work on batches that shrink towards the end, so that all end alike."""
+        while taken := self._take(_MAX_BATCH):
+            sent: dict[int, bytes] = {}
+            for index in taken:
+                try:
+                    sent[index] = _pickled(self.tasks[index]).tobytes()
+                except (TypeError, AttributeError, pickle.PicklingError):
+                    self.unsent.append(index)  # it is of this process alone: memory, inflated data
+            work = _Work(self.function, [*sent.values()], self.jobs)
+            for index, result in zip(sent, ask(work) if sent else (), strict=True):
+                self.results[index] = result
+                self.finished(self.tasks[index])
+
+    def stop(self) -> None:
+        with self._lock:
+            self._next = len(self.tasks)
+
+    def _take(self, most: int) -> range:
+        with self._lock:
+            left = len(self.tasks) - self._next
+            taken = range(self._next, self._next + min(most, -(-left // (2 * self._size))))
+            self._next = taken.stop
+        return taken
+
+
+def _answer(work: _Work) -> _Answer:
+    try:
+        tasks = [pickle.loads(task) for task in work.tasks]
+        jobs = work.jobs or num_cores_of_rank()
+        return _Answer(results=list(parallel(work.function, tasks, jobs=jobs)))
+    except HarnessError as error:
+        return _Answer(error=error)
+    except Exception as error:
+        return _Answer(error=unexpected(error))
+
+
+def unexpected(error: BaseException) -> TeamError:
     """Any other exception, which may not survive the way to another process."""
     return TeamError(f"{type(error).__name__}: {error}", hint="run with one rank for a traceback")
 
 
-@contextmanager
-def team_of_torchrun() -> Iterator[None]:
-    """Join the ranks that torchrun started. Only rank 0 prints.
+class _Pickler(pickle.Pickler):
+    """Pickles what refers to open files; another rank opens them by their names."""
 
-    All leave together, since torchrun ends the others as soon as one has left with an error.
-    """
-    dist.init_process_group("gloo", timeout=_TIMEOUT)
-    team = TorchTeam()
-    if team.rank == 0:
-        signal.signal(signal.SIGTERM, _terminated)
-    else:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-    try:
-        with working_as(team):
-            yield
-    finally:
-        sys.stdout.flush()
-        with suppress(RuntimeError):  # the dead do not come
-            dist.barrier()
-        dist.destroy_process_group()
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is FileSource:
+            path = Path(value.name).absolute()
+            found = path.stat()
+            return _opened, (str(path), found.st_size, found.st_mtime_ns)
+        return NotImplemented
 
 
-def _terminated(*_: object) -> NoReturn:
-    print("error: ended by SIGTERM: another rank has failed or died", file=sys.stderr)  # noqa: T201
-    print("  next: see what that rank printed last", file=sys.stderr, flush=True)  # noqa: T201
-    os._exit(2)
+def _pickled(value: Any) -> memoryview:
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getbuffer()
+
+
+@lru_cache(maxsize=64)
+def _opened(name: str, nbytes: int, mtime_ns: int) -> FileSource:
+    """Open a file as the leader has it; raises CheckpointError where it is another one here."""
+    path = Path(name)
+    source = FileSource(path)
+    found = path.stat().st_mtime_ns
+    if (source.nbytes, found) != (nbytes, mtime_ns):
+        raise CheckpointError(
+            f"{name}: {source.nbytes} bytes, modified at {found / 1e9:.3f}, but rank 0 sees "
+            f"{nbytes} bytes, modified at {mtime_ns / 1e9:.3f}",
+            hint="all ranks must see the same files: wait until the shared storage agrees",
+        )
+    return source

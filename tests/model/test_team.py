@@ -1,0 +1,115 @@
+"""How a team splits its work: who does what, and what stays with the first rank."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.model.team import num_cores_of_rank
+from harness.ranks import current_team
+from harness.streaming import Chunk, map_chunks, num_cores, share
+from tests.model.ranks import preload, run_ranks
+
+preload("harness.model.launched", "pytest")
+
+
+def lead(command: Any) -> Any:
+    """What a rank does: on the first, a function that may ask the others."""
+    from harness.model.launched import run_on_ranks
+
+    found = []
+
+    def run() -> int:
+        found.append(command())
+        return 0
+
+    run_on_ranks(run, [])
+    return found
+
+
+def slowly(task: Any) -> tuple[Any, int]:
+    """Some work: what it was, and who did it."""
+    time.sleep(0.004)
+    return task, int(os.environ["RANK"])
+
+
+def tasks_of_one_cost() -> Any:
+    return list(share(slowly, range(300), jobs=1))
+
+
+def test_tasks_are_done_by_all_ranks_alike_and_come_back_in_order(tmp_path: Path) -> None:
+    first, *others = run_ranks(3, lead, tasks_of_one_cost, folder=tmp_path)
+    (found,) = first.value
+    assert [task for task, _ in found] == list(range(300))
+    counts = Counter(rank for _, rank in found)
+    assert set(counts) == {0, 1, 2}
+    assert min(counts.values()) > 60, counts
+    assert [rank.value for rank in others] == [[], []]
+
+
+class Sized:
+    """Some bytes of a tensor, and nothing else of it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+def who_scans(item: Sized, chunk: Chunk) -> tuple[int, int]:
+    return slowly(chunk.nbytes)
+
+
+def tensors_of_any_size() -> Any:
+    sizes = [1 << 30, *[1000] * 2000, 0]
+    return map_chunks([Sized(size) for size in sizes], who_scans, jobs=1)
+
+
+def test_a_tensor_larger_than_a_share_is_split_too(tmp_path: Path) -> None:
+    first, _ = run_ranks(2, lead, tensors_of_any_size, folder=tmp_path)
+    ((huge, *small, empty),) = first.value
+    assert sum(nbytes for nbytes, _ in huge) == 1 << 30
+    shares = Counter(rank for _, rank in huge)
+    assert min(shares[0], shares[1]) > 80, shares
+    assert [nbytes for done in small for nbytes, _ in done] == [1000] * 2000
+    assert empty == []
+
+
+class Here:
+    """Something of one process alone."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot leave")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Here)
+
+
+def tasks_of_which_some_cannot_leave() -> Any:
+    tasks = [Here() if number % 3 else number for number in range(100)]
+    return [(isinstance(task, Here), rank) for task, rank in share(slowly, tasks, jobs=2)]
+
+
+def test_what_cannot_be_sent_stays_with_the_first_rank(tmp_path: Path) -> None:
+    first, _ = run_ranks(2, lead, tasks_of_which_some_cannot_leave, folder=tmp_path)
+    (found,) = first.value
+    assert [is_here for is_here, _ in found] == [bool(number % 3) for number in range(100)]
+    assert {rank for is_here, rank in found if is_here} == {0}
+    assert {rank for is_here, rank in found if not is_here} == {0, 1}
+
+
+def test_without_other_ranks_there_is_no_team() -> None:
+    assert current_team() is None
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.model.team.num_cores", lambda: 9)
+    for ranks, cores in [("1", 9), ("2", 4), ("16", 1)]:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert num_cores_of_rank() == cores
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert num_cores_of_rank() == 9
+    assert num_cores() >= 1
