@@ -5,6 +5,8 @@ The public names below load on first use: `import harness` costs nothing and nev
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,3 +79,14 @@ def __getattr__(name: str) -> object:
         if name in names:
             return getattr(import_module(home), name)
     raise AttributeError(f"module 'harness' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Keeps `fingerprint` the verb: importing the submodule of that name would take its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

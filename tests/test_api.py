@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -260,3 +261,9 @@ def test_globs_that_fit_only_what_the_model_computes_are_accepted(here: Path, da
     assert api.verify(data / "nest_tiny.nemo", golden, policy=policy).verdict == "identical"
     with pytest.raises(UsageError, match="nowhere"):
         api.verify(data / "nest_tiny.nemo", golden, policy=harness.Policy(ignore=("nowhere",)))
+
+
+def test_fingerprint_is_the_verb_whatever_was_imported_before(data: Path) -> None:
+    import_module("harness.fingerprint")
+    for _ in range(2):
+        assert harness.fingerprint(data / "nest_tiny.nemo").root.hex()[:16] == "8fa8681d0705c440"
