@@ -48,7 +48,8 @@ def _joined() -> Iterator[TorchTeam]:
             f"the {os.environ['WORLD_SIZE']} ranks cannot meet at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
             f"{str(error).partition(chr(10))[0][:200]}",
-            hint="start all of them, with the same MASTER_ADDR and MASTER_PORT",
+            hint="start all of them, with the same MASTER_ADDR and MASTER_PORT; "
+            "unset WORLD_SIZE to run alone",
         ) from error
     group = dist.group.WORLD
     assert group is not None

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ import pytest
 import torch
 
 from tests.conftest import Run
-from tests.model.ranks import preload, run_ranks
+from tests.model.ranks import run_ranks
 
-preload("harness.cli", "harness.model.launched", "harness.api", "harness.report.json", "pytest")
 Harness = Callable[..., Run]
 
 
@@ -118,17 +118,16 @@ def test_live_stages_run_on_the_first_rank(
 SOON = 5.0
 
 
-def misbehave(how: str, victim: int, *arguments: str) -> None:
-    """The command line, but for one rank that fails in the middle of reading."""
-    from harness import fingerprint
-
+def misbehave(how: str, victim: int | None, *arguments: str) -> None:
+    """The command line, but one rank, or each, fails in the middle of reading."""
+    fingerprint: Any = import_module("harness.fingerprint")
     honest = fingerprint._scan_chunk
-    is_victim = os.environ["RANK"] == str(victim)
+    is_victim = victim is None or os.environ["RANK"] == str(victim)
 
     def scan(item: Any, chunk: Any) -> Any:
         if is_victim and how.startswith("SIG"):
+            time.sleep(0.2)  # all have work by then
             os.kill(os.getpid(), getattr(signal, how))
-            time.sleep(0.2)
         elif is_victim:
             raise ZeroDivisionError("made up")
         return honest(item, chunk)
@@ -184,7 +183,7 @@ def test_sigterm_as_torchrun_sends_it_is_told_as_an_error(golden: Path, tmp_path
 
 
 def test_an_interrupt_ends_all_ranks(golden: Path, tmp_path: Path) -> None:
-    arguments = ("SIGINT", 0, "verify", "model.pt")
+    arguments = ("SIGINT", None, "verify", "model.pt")  # as a terminal sends it
     first, second = run_ranks(2, misbehave, *arguments, folder=tmp_path / "run")
     assert (first.code, first.out, first.err.strip()) == (130, "", "interrupted")
     assert Run(second.code, second.out, second.err) == Run(0, "", "")
@@ -243,7 +242,7 @@ def test_a_rank_that_nobody_joins_gives_up(golden: Path, tmp_path: Path, rank: i
     (alone,) = run_ranks(2, come_early, *arguments, only=[rank], folder=tmp_path / "run")
     assert alone.code == 2
     assert "error: the 2 ranks cannot meet at 127.0.0.1:" in alone.err
-    assert alone.err.endswith("start all of them, with the same MASTER_ADDR and MASTER_PORT\n")
+    assert alone.err.endswith("MASTER_PORT; unset WORLD_SIZE to run alone\n")
 
 
 def test_torchrun_shows_the_report_once_and_ends_with_1(golden: Path, tmp_path: Path) -> None:

@@ -13,9 +13,7 @@ import pytest
 from harness.model.team import num_cores_of_rank
 from harness.ranks import current_team
 from harness.streaming import Chunk, map_chunks, num_cores, share
-from tests.model.ranks import preload, run_ranks
-
-preload("harness.model.launched", "pytest")
+from tests.model.ranks import run_ranks
 
 
 def lead(command: Any) -> Any:
