@@ -42,6 +42,7 @@ from harness.subjects import (
     golden_path,
     named_source,
     new_golden,
+    of_live_ones_too,
     only_of_files,
     opened,
     path_of,
@@ -77,6 +78,7 @@ _KEEP: Mapping[KeptValues, Callable[[Tensor], bool]] = {
 }
 
 
+@of_live_ones_too
 def fingerprint(
     subject: Subject,
     *,
@@ -90,6 +92,7 @@ def fingerprint(
         return fingerprint_checkpoint(checkpoint, jobs=jobs, progress=progress)
 
 
+@of_live_ones_too
 def record(
     subject: Subject,
     golden: Location | None = None,
@@ -157,6 +160,7 @@ def _record_live(
     )
 
 
+@of_live_ones_too
 def verify(
     subject: Subject | None = None,
     golden: Location | Golden | None = None,
@@ -255,6 +259,7 @@ def roundtrip(
     yield from live_stages(source, expected, policy or Policy(), live or LiveOptions(), "outputs")
 
 
+@of_live_ones_too
 def update(
     subject: Subject | None,
     golden: Golden,

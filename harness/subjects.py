@@ -8,11 +8,13 @@ and URLs where live stages need a file.
 
 from __future__ import annotations
 
+import inspect
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 from harness.checkpoint import Checkpoint, open_checkpoint
 from harness.checkpoint.paths import AnyPath, Location, to_local, to_path
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 Subject: TypeAlias = "str | Path | RemotePath | Checkpoint | Live"
 """What can be fingerprinted: a path or URL, an open checkpoint, a module, a state dict."""
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 GOLDEN_FOLDER = Path("golden")
 _SUFFIXES = (".index.json", ".safetensors", ".nemo", ".ckpt", ".pth", ".pt", ".bin", ".gz")
 
@@ -218,16 +222,37 @@ def only_of_files(
 def opened(subject: Subject, section: str | None) -> Iterator[Checkpoint]:
     """Open a path as long as the context lasts; what is open already stays so."""
     path = path_of(subject)
-    if path is not None:
+    if path is None:
+        assert isinstance(subject, Checkpoint)  # of_live_ones_too has opened all others
+        yield subject
+    else:
         _refuse_golden(path)
         with open_checkpoint(path, section=section) as checkpoint:
             yield checkpoint
-    elif isinstance(subject, Checkpoint):
-        yield subject
-    else:
-        from harness.model.live import open_live
 
-        yield open_live(cast("Live", subject))
+
+def of_live_ones_too(verb: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Let a verb that takes open checkpoints as its `subject` take modules and state dicts, too.
+
+    Where one is spread over ranks, all of them call the verb, and it runs on one of them.
+    """
+    signature = inspect.signature(verb)
+
+    @wraps(verb)
+    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        given = signature.bind(*args, **kwargs)
+        subject = given.arguments.get("subject")
+        if subject is None or isinstance(subject, Checkpoint) or path_of(subject) is not None:
+            return verb(*args, **kwargs)
+        from harness.model.live import call_with
+
+        def call_opened(checkpoint: Checkpoint) -> _Result:
+            given.arguments["subject"] = checkpoint
+            return verb(*given.args, **given.kwargs)
+
+        return call_with(subject, call_opened)
+
+    return call
 
 
 def named_source(golden: Golden) -> AnyPath:

@@ -317,7 +317,7 @@ class RemoteSource:
         if found.is_dir:
             raise CheckpointError(f"{path}: a folder, not a file", hint="give the file inside")
         self.nbytes = found.nbytes
-        self._path = path
+        self.path = path
         self._found = found
         self._token = object()
         self._lock = threading.Lock()
@@ -363,7 +363,7 @@ class RemoteSource:
     def _fetch(self, index: int) -> bytes:
         start = index * BLOCK_NBYTES
         end = min(start + BLOCK_NBYTES, self.nbytes)
-        path, found = self._path, self._found
+        path, found = self.path, self._found
 
         def fetch() -> bytes:
             data = path.transport.fetch(path.url, start, end, found)

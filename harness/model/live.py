@@ -1,40 +1,57 @@
 """What is in memory and not in a file, as the verbs of `harness.api` take it.
 
-In: a module, or a state dict. Out: a `Checkpoint` that reads their tensors where they are. Refused
-(UsageError): everything else, and a mapping without tensors.
+In: a module, or a state dict, and a verb. Out: what the verb makes of a `Checkpoint` that reads
+their tensors where they are. Refused (UsageError): everything else, and a mapping without tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from harness.checkpoint import Checkpoint
 from harness.errors import UsageError
-from harness.model.state import as_checkpoint, state_of
+from harness.model.state import as_checkpoint
 
 Live: TypeAlias = nn.Module | Mapping[str, torch.Tensor]
+_Result = TypeVar("_Result")
 
 
-def open_live(live: Live) -> Checkpoint:
-    """Wrap a module's state dict, or the tensors of a state dict; nothing is copied.
+def call_with(live: Live, verb: Callable[[Checkpoint], _Result]) -> _Result:
+    """Call a verb with a module's state dict, or the tensors of a state dict, as a checkpoint.
 
-    The tensors must not change while they are read. Raises UsageError, and ModelError for tensors
-    without values (meta) or of a layout without one storage.
+    Nothing is copied; the tensors must not change while they are read. A state with DTensors, in a
+    run of torch.distributed, is spread over ranks: all of them must call this alike, and get the
+    same (`harness.model.sharded`). Any other is of this process alone, whoever else runs.
+
+    Raises UsageError, ModelError for tensors without values (meta) or of a layout without one
+    storage, TeamError, and what the verb raises.
     """
+    tensors, name = _tensors_of(live)
+    if dist.is_available() and dist.is_initialized():
+        from harness.model.sharded import is_spread, together  # 1 s of imports
+
+        if is_spread(tensors):
+            return together(tensors, name, verb)
+    return verb(as_checkpoint(tensors, name))
+
+
+def _tensors_of(live: Live) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors, and what a person would call them."""
     if isinstance(live, nn.Module):
-        found = state_of(live, f"the live {type(live).__name__}")
+        state, name = live.state_dict(), f"the live {type(live).__name__}"
     elif isinstance(live, Mapping):
-        tensors = {k: v for k, v in live.items() if isinstance(v, torch.Tensor)}
-        found = as_checkpoint(tensors, "the live state dict")
+        state, name = dict(live), "the live state dict"
     else:
         raise UsageError(
             f"a {type(live).__name__} is nothing that can be fingerprinted",
             hint="give a path, an open checkpoint, a torch.nn.Module, or its state_dict()",
         )
-    if not found.tensors:
-        raise UsageError(f"{found.name}: holds no tensors", hint="give the model's state_dict()")
-    return found
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        raise UsageError(f"{name}: holds no tensors", hint="give the model's state_dict()")
+    return tensors, name

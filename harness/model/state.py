@@ -1,13 +1,14 @@
 """A live module as a `Checkpoint`, so that one fingerprint serves files and models alike.
 
 In: a module. Out: its state dict, its non-persistent buffers, or any table of tensors, as views of
-the memory that they live in (moved to the CPU if they are elsewhere). Refused: tensors without
+the memory that they live in (read in pieces if that is not the CPU's). Refused: tensors without
 values, and layouts that have no single storage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -17,19 +18,19 @@ from harness.errors import ModelError
 
 
 class _Memory:
-    """The bytes of a torch storage, as a source."""
+    """The bytes of a torch storage, as a source; from another device they are copied piecewise."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.name = "the live model"
         self.nbytes = storage.nbytes()
         # Holds the storage: the bytes live as long as this does.
-        self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self._bytes[offset : offset + len(buffer)]
+        buffer[:] = self.view(offset, len(buffer))
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        return self._bytes[offset : offset + nbytes]
+        return self._bytes[offset : offset + nbytes].cpu().numpy().data
 
     def stamp(self) -> str | None:
         return None
@@ -37,9 +38,12 @@ class _Memory:
     def close(self) -> None:
         pass
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("the memory of a process is of no use to another one")
+
 
 def as_checkpoint(tensors: Mapping[str, torch.Tensor], name: str) -> Checkpoint:
-    """Wrap live tensors; tied ones are aliases. Nothing is copied but what is not on the CPU."""
+    """Wrap live tensors; tied ones are aliases. Nothing is copied but strided ones of devices."""
     storages: dict[int, Storage] = {}
 
     def wrapped() -> Iterator[Tensor]:
@@ -76,7 +80,8 @@ def _wrap(key: str, tensor: torch.Tensor, storages: dict[int, Storage]) -> Tenso
         )
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ModelError(f"{key}: live {tensor.layout} tensors cannot be fingerprinted")
-    tensor = tensor.cpu()
+    if tensor.device.type != "cpu" and not tensor.is_contiguous():
+        tensor = tensor.cpu()  # strided reads need all of it
     untyped = tensor.untyped_storage()
     place = untyped.data_ptr()
     storage = storages.get(place) if place else None

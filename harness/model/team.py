@@ -27,7 +27,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from harness.checkpoint.sources import FileSource
+from harness.checkpoint.remote import RemotePath, RemoteSource
+from harness.checkpoint.sources import FileSource, PooledSource, RangeSource
 from harness.errors import CheckpointError, HarnessError, TeamError
 from harness.streaming import num_cores, parallel
 
@@ -221,10 +222,18 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is FileSource:
-            path = Path(value.name).absolute()
-            found = path.stat()
-            return _opened, (str(path), found.st_size, found.st_mtime_ns)
+            return _by_name(Path(value.name))
+        if type(value) is RemoteSource or type(value) is PooledSource:
+            path = value.path
+            return _by_name(path) if isinstance(path, Path) else (_fetched, (path, value.nbytes))
+        if type(value) is RangeSource:
+            value.locate()  # how is known here alone
         return NotImplemented
+
+
+def _by_name(path: Path) -> Any:
+    found = path.stat()
+    return _opened, (str(path.absolute()), found.st_size, found.st_mtime_ns)
 
 
 def _pickled(value: Any) -> memoryview:
@@ -244,5 +253,17 @@ def _opened(name: str, nbytes: int, mtime_ns: int) -> FileSource:
             f"{name}: {source.nbytes} bytes, modified at {found / 1e9:.3f}, but rank 0 sees "
             f"{nbytes} bytes, modified at {mtime_ns / 1e9:.3f}",
             hint="all ranks must see the same files: wait until the shared storage agrees",
+        )
+    return source
+
+
+@lru_cache(maxsize=64)
+def _fetched(path: RemotePath, nbytes: int) -> RemoteSource:
+    """Look at a file behind a URL as the leader saw it."""
+    source = RemoteSource(path)
+    if source.nbytes != nbytes:
+        raise CheckpointError(
+            f"{path}: {source.nbytes} bytes, but rank 0 sees {nbytes}",
+            hint="something writes to it: try again when that is done",
         )
     return source
