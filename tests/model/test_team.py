@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from harness.checkpoint import open_checkpoint
+from harness.checkpoint.paths import is_url, to_path
+from harness.model import team
+from harness.model.state import as_checkpoint
 from harness.model.team import num_cores_of_rank
 from harness.ranks import current_team
 from harness.streaming import Chunk, map_chunks, num_cores, share
@@ -97,6 +103,24 @@ def test_what_cannot_be_sent_stays_with_the_first_rank(tmp_path: Path) -> None:
     assert [is_here for is_here, _ in found] == [bool(number % 3) for number in range(100)]
     assert {rank for is_here, rank in found if is_here} == {0}
     assert {rank for is_here, rank in found if not is_here} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "name", ["nest_tiny.nemo", "nest_tiny.ckpt", "lightning_two_ranks.ckpt", "memory://team.nemo"]
+)
+def test_another_rank_opens_the_files_of_a_tensor_by_their_names(data: Path, name: str) -> None:
+    if is_url(name):
+        to_path(name).write_bytes((data / "nest_tiny.nemo").read_bytes(), overwrite=True)
+    with open_checkpoint(name if is_url(name) else data / name) as checkpoint:
+        for tensor in checkpoint.tensors.values():
+            sent = pickle.loads(team._pickled(tensor))
+            assert sent.array().tobytes() == tensor.array().tobytes()
+
+
+def test_what_is_in_memory_cannot_be_sent() -> None:
+    live = as_checkpoint({"w": torch.zeros(3)}, "live").tensors["w"]
+    with pytest.raises(TypeError):
+        team._pickled(live)
 
 
 def test_without_other_ranks_there_is_no_team() -> None:
