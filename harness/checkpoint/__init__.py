@@ -229,10 +229,16 @@ def _checkpoint_in(folder: AnyPath) -> AnyPath:
 
     `.metadata` comes first: the other files can be given by their own names, its folder cannot.
     """
-    for name in (METADATA, *_FOLDER_NAMES):
+    if (folder / METADATA).is_file():
+        return folder / METADATA
+    shards = rank_shards(folder)
+    # An index beside nothing but shards is that of another save: it cannot name them.
+    if shards and all(shard.name.startswith("shard-") for shard in shards):
+        return folder
+    for name in _FOLDER_NAMES:
         if (folder / name).is_file():
             return folder / name
-    if rank_shards(folder):
+    if shards:
         return folder
     children: Iterator[AnyPath] = folder.iterdir()
     if any(child.name.endswith(DISTCP) for child in islice(children, 1000)):

@@ -19,6 +19,7 @@ from harness.checkpoint.zips import read_zip
 _HEAD_NBYTES = 1024
 _TAIL_NBYTES = 2048
 _KEY_NBYTES = 256  # the pickle, which says dtype and shape, or most of it
+_MAX_MOULDS = 1024  # of about 4 KB each
 
 
 class TensorArchives:
@@ -42,7 +43,7 @@ class TensorArchives:
         if isinstance(file.root, Tensor):
             tensor_table(archive.name, [file.root])  # checks that it is a view of its storage
         mould = _mould(archive, head, file)
-        if mould is not None:
+        if mould is not None and len(self._moulds) < _MAX_MOULDS:
             self._moulds[nbytes, head[:_KEY_NBYTES]] = mould
         return file
 

@@ -24,7 +24,7 @@ from harness.errors import CheckpointError
 
 # What is gathered at a time: enough that a read of a chunk is worth its call, even of many chunks.
 _BLOCK_NBYTES = 2 << 20
-_MAX_CORNERS = 1 << 22
+_MAX_CORNERS = 1 << 18  # 50 MB while they are compared
 _MAX_DIMENSIONS = 64
 
 Index = tuple[int, ...]

@@ -199,17 +199,19 @@ def _place(name: str, index: Any, info: Any) -> _Place:
 
 def _check_plan(name: str, plan: _Plan) -> None:
     """Check that items and tables are one to one, and that no two items share bytes."""
-    placed = {(place.key, place.offset) for place in plan.places}
+    placed: set[tuple[str, TupleKey | None]] = set()
+    for place in plan.places:
+        if (place.key, place.offset) in placed:
+            raise _damaged(name, f"places {_item(place.key, place.offset)} twice, again in {place}")
+        placed.add((place.key, place.offset))
     listed: set[tuple[str, TupleKey | None]] = set()
     for key, table in plan.tables.items():
         listed |= {(key, None)} if table is None else {(key, offset) for offset in table.chunks}
     for key, offset in sorted(listed ^ placed, key=repr)[:1]:
-        what = f"{key!r}" if offset is None else f"the chunk of {key!r} at {list(offset)}"
+        what = _item(key, offset)
         if (key, offset) in listed:
             raise _damaged(name, f"lists {what}, but does not say in which file it is")
         raise _damaged(name, f"places {what} in a file, but does not list it")
-    if len(placed) != len(plan.places):
-        raise _damaged(name, "places a chunk twice")
     plan.places.sort(key=lambda place: (place.file, place.start))
     for first, second in pairwise(plan.places):
         if first.file == second.file and first.start + first.nbytes > second.start:
@@ -218,6 +220,10 @@ def _check_plan(name: str, plan: _Plan) -> None:
                 f"places two items in the same bytes: {first.key!r} in {first}, and "
                 f"{second.key!r} in {second}",
             )
+
+
+def _item(key: str, offset: TupleKey | None) -> str:
+    return f"{key!r}" if offset is None else f"the chunk of {key!r} at {list(offset)}"
 
 
 # What the files hold

@@ -27,6 +27,7 @@ from harness.errors import CheckpointError
 # is enough for 50,000 tensors, and within the promise of 200 MB whatever the file says.
 MAX_STRUCTURE_NBYTES = 128 << 20
 _MAX_LINE_NBYTES = 4 << 20
+_SAVE_AGAIN = "the file is damaged, or no checkpoint: copy it again, or save it again by torch"
 _SMALL_BYTES = 4096
 # In memory, measured with CPython 3.11 to 3.13; never less than what is really taken.
 _RECORD_NBYTES = 320
@@ -129,11 +130,8 @@ class _Machine:
         ) as error:
             self.fail(f"is malformed ({type(error).__name__}: {str(error)[:200]})")
 
-    def fail(self, why: str) -> NoReturn:
-        raise CheckpointError(
-            f"{self.name}: its pickle {why}, at byte {self.position}",
-            hint="the file is damaged, or no checkpoint: copy it again, or save it again by torch",
-        )
+    def fail(self, why: str, hint: str = _SAVE_AGAIN) -> NoReturn:
+        raise CheckpointError(f"{self.name}: its pickle {why}, at byte {self.position}", hint=hint)
 
     # What the opcodes share
 
@@ -141,7 +139,11 @@ class _Machine:
         """Count what the objects cost; nothing is refunded for those that are dropped."""
         self.cost += nbytes
         if self.cost > self.max_nbytes:
-            self.fail(f"describes a structure of more than {self.max_nbytes >> 20} MiB")
+            self.fail(
+                f"describes a structure of more than {self.max_nbytes >> 20} MiB",
+                "save the weights by themselves, or in fewer chunks; if it is not that large, the "
+                "file is damaged",
+            )
 
     def take(self, count: int) -> memoryview:
         end = self.position + count

@@ -19,7 +19,7 @@ import numpy  # noqa: F401 - a part of the base, not of the peak
 import safetensors  # noqa: F401
 import yaml  # noqa: F401
 
-from harness.checkpoint import open_checkpoint, torchfile
+from harness.checkpoint import dcp, open_checkpoint, torchfile
 from harness.errors import CheckpointError
 
 SECONDS = 60
@@ -74,5 +74,6 @@ def measured(path: str) -> dict[str, object]:
 
 limit = int(sys.argv[1]) << 20
 torchfile.unpickle = functools.partial(torchfile.unpickle, max_nbytes=limit)
+dcp.unpickle = torchfile.unpickle
 for name in sys.argv[2:]:
     sys.stdout.write(json.dumps({"name": Path(name).name, **measured(name)}) + "\n")

@@ -32,6 +32,7 @@ from .conftest import Assert, bits, read_bits
 from .dcp_writer import Cut, halves, place_of, read_metadata, write_dcp, write_metadata
 from .test_assembled import tilings
 from .test_fuzz import damage
+from .test_hostile import STRUCTURE_MIB, assert_harmless, measure
 
 Run = Callable[..., Any]
 
@@ -361,6 +362,13 @@ def _twice(metadata: Any) -> None:
     metadata.storage_data[MetadataIndex("w", (2, 0))] = place_of(metadata, "w", (0, 0))
 
 
+class _SameIndex:
+    """Pickled like the index of a chunk that has one already."""
+
+    def __init__(self) -> None:
+        self.fqn, self.offset = "w", torch.Size((2, 0))
+
+
 def _path(key: str, path: Any) -> Callable[[Any], None]:
     return lambda metadata: metadata.planner_data.__setitem__(key, path)
 
@@ -448,6 +456,10 @@ DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
         _twice,
         r"\.metadata: places two items in the same bytes: 'w' in __0_0.distcp, bytes 0 to \d+, and "
         r"'w' in __0_0.distcp, bytes 0 to",
+    ),
+    "place twice": (
+        lambda m: m.storage_data.__setitem__(_SameIndex(), place_of(m, "step", None)),
+        r"\.metadata: places the chunk of 'w' at \[2, 0\] twice, again in __0_0.distcp, bytes",
     ),
     "overlapping bytes": (
         lambda m: setattr(place_of(m, "w", (0, 0)), "length", place_of(m, "w", (0, 0)).length + 1),
@@ -582,10 +594,22 @@ def test_the_pickles_of_a_folder_share_one_limit(
         if opens:
             open_checkpoint(tmp_path).close()
         else:
-            with pytest.raises(
-                CheckpointError, match=r"'v\d+' at .* a structure of more than 1 MiB"
-            ):
+            match = r"'v\d+' at .* a structure of more than 1 MiB"
+            with pytest.raises(CheckpointError, match=match) as caught:
                 open_checkpoint(tmp_path)
+            assert "fewer chunks" in str(caught.value.hint)
+
+
+def test_many_chunks_cost_no_more_memory_than_they_are_counted_for(tmp_path: Path) -> None:
+    folder = write_dcp(tmp_path / "dcp", {"w": halves(W)})
+    metadata = read_metadata(folder)
+    _chunks(metadata).extend(
+        ChunkStorageMetadata(torch.Size((n, 0)), torch.Size((1, 6))) for n in range(4, 40_000)
+    )
+    write_metadata(folder, metadata)
+    (result,) = measure(STRUCTURE_MIB, folder)
+    assert_harmless(result, opens=False, most_nbytes=(STRUCTURE_MIB + 8) << 20)
+    assert "a structure of more than 32 MiB" in result["error"]
 
 
 def test_offsets_that_hash_alike_do_not_slow_the_reader(tmp_path: Path) -> None:

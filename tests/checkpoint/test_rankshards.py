@@ -55,6 +55,18 @@ def test_a_file_that_says_nothing_holds_whole_tensors(tmp_path: Path, assert_rea
     assert_reads(tmp_path, {"w": W, "whole": W})
 
 
+def test_the_index_of_another_save_does_not_hide_the_shards(
+    tmp_path: Path, assert_reads: Assert
+) -> None:
+    shards(tmp_path, {"w": (W[:2], [0, 0])}, {"w": (W[2:], [2, 0])})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "model-00001-of-00001.safetensors"}}))
+    assert assert_reads(tmp_path, {"w": W}).name == str(tmp_path)
+    # With the files that it names it is a checkpoint, whatever lies beside it.
+    save_file({"w": W + 1}, tmp_path / "model-00001-of-00001.safetensors")
+    assert assert_reads(tmp_path, {"w": W + 1}).name == str(index)
+
+
 @pytest.mark.parametrize(
     ("ranks", "match"),
     [
