@@ -28,7 +28,9 @@ from harness.report.rows import Tables
 _MAX_DATA_NBYTES = 1_850_000
 _STYLES = ("page.css", "figures.css")
 # In this order they are one program.
-_SCRIPTS = ("data.js", "map.js", "order.js", "table.js", "detail.js", "page.js")
+_SCRIPTS = tuple(
+    f"{name}.js" for name in ("data", "roving", "map", "order", "table", "detail", "page")
+)
 
 _WORDS = {
     "error": "Could not tell",

@@ -261,6 +261,17 @@ def test_areas_are_in_proportion_to_bytes(opened: Open) -> None:
     assert area["e"] > 30
 
 
+def test_tensors_of_no_bytes_have_tiles(opened: Open) -> None:
+    numels = {"m.a": 0, "m.b": 0}
+    values = dict.fromkeys(numels, 1.0)
+    page = opened(result_of(compared(values, values, numels=numels)))
+    page.locator("#map").scroll_into_view_if_needed()
+    assert [(t["key"], t["inside"], t["reachable"]) for t in page.evaluate(MAP)] == [
+        ("m.a", True, True),
+        ("m.b", True, True),
+    ]
+
+
 def test_the_shade_of_a_tile_is_a_decade_of_the_tolerance(opened: Open) -> None:
     # With rtol 1e-5 of 1.0, the tolerance allows 2e-5.
     steps = [1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1.0]

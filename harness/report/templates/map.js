@@ -75,8 +75,11 @@ function divide(length, weights, leasts) {
   for (;;) {
     const rest = length - sum(leasts.filter((_, index) => small.has(index)));
     const share = rest / sum(weights.filter((_, index) => !small.has(index)));
-    const more = weights.findIndex((weight, index) => !small.has(index) && weight * share < leasts[index]);
-    if (more < 0) return weights.map((weight, index) => (small.has(index) ? leasts[index] : weight * share));
+    const more = weights.findIndex(
+      (weight, index) => !small.has(index) && weight * share < leasts[index],
+    );
+    if (more < 0)
+      return weights.map((weight, index) => (small.has(index) ? leasts[index] : weight * share));
     small.add(more);
   }
 }
@@ -87,7 +90,9 @@ function strips(children, box, place) {
   const scale = (box.width * box.height) / weightOf(children);
   const unevenness = (some) => {
     const height = (weightOf(some) * scale) / box.width;
-    const aspects = some.map(({ weight }) => Math.max((weight * scale) / height ** 2, height ** 2 / (weight * scale)));
+    const aspects = some.map(({ weight }) =>
+      Math.max((weight * scale) / height ** 2, height ** 2 / (weight * scale)),
+    );
     return aspects.reduce((sum, aspect) => sum + aspect, 0) / aspects.length;
   };
   const found = [[]];
@@ -96,10 +101,18 @@ function strips(children, box, place) {
     if (strip.length && unevenness([...strip, child]) > unevenness(strip)) found.push([child]);
     else strip.push(child);
   }
-  const heights = divide(box.height, found.map(weightOf), found.map((strip) => Math.max(...strip.map(({ side }) => side))));
+  const heights = divide(
+    box.height,
+    found.map(weightOf),
+    found.map((strip) => Math.max(...strip.map(({ side }) => side))),
+  );
   let { top } = box;
   found.forEach((strip, index) => {
-    const widths = divide(box.width, strip.map(({ weight }) => weight), strip.map(({ side }) => side));
+    const widths = divide(
+      box.width,
+      strip.map(({ weight }) => weight),
+      strip.map(({ side }) => side),
+    );
     let { left } = box;
     strip.forEach((child, column) => {
       place(child, { left, top, width: widths[column], height: heights[index] });

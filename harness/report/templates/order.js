@@ -5,10 +5,16 @@ const MIN_SEGMENT = 10;
 // A numbered layer stands for itself, if much happens in it.
 function segmentsOf(rows) {
   const paths = rows.map((row) => row.key.split(":")[0].replace(/@\d+$/, "").split("."));
-  const layers = paths.map((path) => path.slice(0, path.findIndex((part) => /^\d+$/.test(part)) + 1).join("."));
+  const layers = paths.map((path) =>
+    path.slice(0, path.findIndex((part) => /^\d+$/.test(part)) + 1).join("."),
+  );
   const sizes = new Map();
   for (const layer of layers) sizes.set(layer, (sizes.get(layer) ?? 0) + 1);
-  return paths.map((path, index) => (layers[index] && sizes.get(layers[index]) >= MIN_SEGMENT ? layers[index] : path.slice(0, 2).join(".")));
+  return paths.map((path, index) =>
+    layers[index] && sizes.get(layers[index]) >= MIN_SEGMENT
+      ? layers[index]
+      : path.slice(0, 2).join("."),
+  );
 }
 
 function drawOrder(root, rows, bars) {
@@ -22,8 +28,12 @@ function drawOrder(root, rows, bars) {
       name = its;
       segment = make("div", { class: "bars", role: "presentation" });
       root.append(
-        make("div", { class: "segment", role: "group", "aria-label": name },
-          make("span", { class: "name", "aria-hidden": "true" }, name), segment),
+        make(
+          "div",
+          { class: "segment", role: "group", "aria-label": name },
+          make("span", { class: "name", "aria-hidden": "true" }, name),
+          segment,
+        ),
       );
     }
     segment.append(bars.get(row));

@@ -21,7 +21,9 @@ async function copy(button) {
     done = false;
   }
   button.firstChild.data = done ? "Copied" : "Marked";
-  setTimeout(() => { button.firstChild.data = "Copy"; }, 2000);
+  setTimeout(() => {
+    button.firstChild.data = "Copy";
+  }, 2000);
 }
 
 function explore() {
@@ -52,16 +54,22 @@ function explore() {
     for (const place of stage.inputs) remarks.set(rows[place], "an input of what first departs");
     if (stage.departs !== null) remarks.set(rows[stage.departs], "first departs");
     const inOrder = stage.stage === "outputs";
-    for (const view of document.querySelectorAll(".view")) view.hidden = view.id !== `stage-${index}`;
+    for (const view of document.querySelectorAll(".view"))
+      view.hidden = view.id !== `stage-${index}`;
     for (const button of document.querySelectorAll("button.stage")) {
       button.disabled = false;
       if (Number(button.dataset.stage) === index) button.setAttribute("aria-current", "true");
       else button.removeAttribute("aria-current");
     }
-    find("map-title").textContent = inOrder ? "Places in the order of execution" : "Map of the model";
+    find("map-title").textContent = inOrder
+      ? "Places in the order of execution"
+      : "Map of the model";
     map.className = inOrder ? "order" : "map";
     map.setAttribute("role", "listbox");
-    map.setAttribute("aria-label", `${find("map-title").textContent}, ${count(rows.length)} in all`);
+    map.setAttribute(
+      "aria-label",
+      `${find("map-title").textContent}, ${count(rows.length)} in all`,
+    );
     legend(inOrder);
     close();
     map.replaceChildren();
@@ -101,28 +109,63 @@ function explore() {
   // What is under the pointer, or in focus.
   function read(row) {
     find("readout").replaceChildren(
-      ...(row ? [mark(row.family), ` ${inWords(row)}`] : [`${plural(tiles.size, stage.stage === "outputs" ? "place" : "tensor")}, ${bytes([...tiles.keys()].reduce((sum, one) => sum + one.nbytes, 0))}`]),
+      ...(row
+        ? [mark(row.family), ` ${inWords(row)}`]
+        : [
+            `${plural(tiles.size, stage.stage === "outputs" ? "place" : "tensor")}, ${bytes([...tiles.keys()].reduce((sum, one) => sum + one.nbytes, 0))}`,
+          ]),
     );
   }
 
   function legend(inOrder) {
-    const swatch = (family, step) => make("i", { class: `swatch ${family}${step === null ? "" : ` l${step}`}` });
+    const swatch = (family, step) =>
+      make("i", { class: `swatch ${family}${step === null ? "" : ` l${step}`}` });
     const present = new Set(rows.filter((row) => row.isTensor).map((row) => row.family));
-    const plain = { identical: "identical", structure: "missing, or of another form", ignored: "ignored" };
+    const plain = {
+      identical: "identical",
+      structure: "missing, or of another form",
+      ignored: "ignored",
+    };
     const scaled = ["close", "undecided", "different"].filter((family) => present.has(family));
-    const parts = Object.entries(plain).filter(([family]) => present.has(family)).map(([family, words]) =>
-      make("span", { class: "entry" }, swatch(family, null), ` ${words}`));
+    const parts = Object.entries(plain)
+      .filter(([family]) => present.has(family))
+      .map(([family, words]) =>
+        make("span", { class: "entry" }, swatch(family, null), ` ${words}`),
+      );
     for (const family of scaled) {
       const steps = Array.from({ length: LEVELS }, (_, step) => swatch(family, step));
       steps.splice(4, 0, make("i", { class: "tick" }));
-      parts.push(make("span", { class: "entry" }, make("span", { class: "ramp", "aria-hidden": "true" }, ...steps), ` ${family}`));
+      parts.push(
+        make(
+          "span",
+          { class: "entry" },
+          make("span", { class: "ramp", "aria-hidden": "true" }, ...steps),
+          ` ${family}`,
+        ),
+      );
     }
     if (stage.departs !== null) {
-      parts.push(make("span", { class: "entry" }, make("i", { class: "swatch departs different" }), " first departs"));
-      parts.push(make("span", { class: "entry" }, make("i", { class: "swatch input-of identical" }), " its inputs"));
+      parts.push(
+        make(
+          "span",
+          { class: "entry" },
+          make("i", { class: "swatch departs different" }),
+          " first departs",
+        ),
+      );
+      parts.push(
+        make(
+          "span",
+          { class: "entry" },
+          make("i", { class: "swatch input-of identical" }),
+          " its inputs",
+        ),
+      );
     }
     const size = inOrder ? "" : "Area: size in bytes, the smallest enlarged. ";
-    const depth = scaled.length ? `Shade${inOrder ? " and height" : ""}: rms of the difference relative to the tolerance, a decade a step; the bar marks the tolerance.` : "";
+    const depth = scaled.length
+      ? `Shade${inOrder ? " and height" : ""}: rms of the difference relative to the tolerance, a decade a step; the bar marks the tolerance.`
+      : "";
     find("legend").replaceChildren(...parts, make("span", { class: "muted" }, size + depth));
   }
 
@@ -133,8 +176,13 @@ function explore() {
     for (const row of rows) numbers.set(row.kind, (numbers.get(row.kind) ?? 0) + 1);
     chosenKinds.clear();
     const buttons = SEVERITY.filter((kind) => numbers.has(kind)).map((kind) => {
-      const button = make("button", { type: "button", class: "kind", "aria-pressed": "false", title: ABOUT[kind] },
-        mark(DATA.families[kind]), ` ${kind} `, make("b", {}, count(numbers.get(kind))));
+      const button = make(
+        "button",
+        { type: "button", class: "kind", "aria-pressed": "false", title: ABOUT[kind] },
+        mark(DATA.families[kind]),
+        ` ${kind} `,
+        make("b", {}, count(numbers.get(kind))),
+      );
       button.addEventListener("click", () => {
         const pressed = !chosenKinds.delete(kind);
         if (pressed) chosenKinds.add(kind);
@@ -156,7 +204,9 @@ function explore() {
       passes: (row) => ["identical", "close"].includes(row.kind),
     }[find("filter-verdict").value];
     const shown = (row) =>
-      verdict(row) && (!chosenKinds.size || chosenKinds.has(row.kind)) && words.every((word) => row.search.includes(word));
+      verdict(row) &&
+      (!chosenKinds.size || chosenKinds.has(row.kind)) &&
+      words.every((word) => row.search.includes(word));
     const number = table.filter(shown);
     for (const [row, element] of tiles) element.classList.toggle("out", !shown(row));
     mapKeys.reset();
@@ -172,9 +222,15 @@ function explore() {
     if (element) opener = element;
     tiles.get(row)?.setAttribute("aria-selected", "true");
     table.element(row)?.classList.add("open");
-    detail.replaceChildren(...detailOf(row, {
-      stage, place: table.place(row), remark: remarks.get(row), onclose: close, onstep: step,
-    }));
+    detail.replaceChildren(
+      ...detailOf(row, {
+        stage,
+        place: table.place(row),
+        remark: remarks.get(row),
+        onclose: close,
+        onstep: step,
+      }),
+    );
     detail.hidden = false;
     find("explorer").classList.add("with-detail");
     detail.scrollTop = 0;
@@ -215,7 +271,8 @@ function explore() {
   find("filter").addEventListener("submit", (event) => event.preventDefault());
   find("filter").addEventListener("reset", () => {
     chosenKinds.clear();
-    for (const button of document.querySelectorAll("#filter-kinds button")) button.setAttribute("aria-pressed", "false");
+    for (const button of document.querySelectorAll("#filter-kinds button"))
+      button.setAttribute("aria-pressed", "false");
     setTimeout(filter); // when the fields are empty
   });
   for (const button of document.querySelectorAll("button.stage")) {

@@ -21,21 +21,66 @@ const bySeverity = (a, b) =>
 
 // `first` is the direction of the first click; `wide` ones are left out on a phone.
 const COLUMNS = [
-  { name: "place", label: "#", title: "Place in the model", first: "ascending", number: true, wide: true, sort: (a, b) => a.place - b.place },
+  {
+    name: "place",
+    label: "#",
+    title: "Place in the model",
+    first: "ascending",
+    number: true,
+    wide: true,
+    sort: (a, b) => a.place - b.place,
+  },
   { name: "key", label: "Name", first: "ascending", sort: byText((row) => row.key) },
   { name: "kind", label: "Verdict", first: "descending", sort: bySeverity },
   { name: "type", label: "Type", first: "ascending", wide: true, sort: byText(typeOf) },
-  { name: "size", label: "Size", first: "descending", number: true, wide: true, sort: byNumber((row) => row.nbytes) },
-  { name: "max", label: "max |d|", first: "descending", number: true, wide: true, sort: byAmount("max_abs") },
-  { name: "rms", label: "rms", first: "descending", number: true, wide: true, sort: byAmount("rms") },
-  { name: "ratio", label: "× tol.", title: "rms, in times of what the tolerance allows", first: "descending", number: true, sort: byAmount("ratio") },
+  {
+    name: "size",
+    label: "Size",
+    first: "descending",
+    number: true,
+    wide: true,
+    sort: byNumber((row) => row.nbytes),
+  },
+  {
+    name: "max",
+    label: "max |d|",
+    first: "descending",
+    number: true,
+    wide: true,
+    sort: byAmount("max_abs"),
+  },
+  {
+    name: "rms",
+    label: "rms",
+    first: "descending",
+    number: true,
+    wide: true,
+    sort: byAmount("rms"),
+  },
+  {
+    name: "ratio",
+    label: "× tol.",
+    title: "rms, in times of what the tolerance allows",
+    first: "descending",
+    number: true,
+    sort: byAmount("ratio"),
+  },
 ];
 
 function createTable(table, { onopen, onmove }) {
   const body = table.querySelector("tbody");
   const keys = roving(body, { spatial: false, onopen, onmove });
   const heads = COLUMNS.map((column) => {
-    const button = make("button", { type: "button", "aria-label": column.title ?? null, title: column.title ?? null, onclick: () => sortBy(column) }, column.label);
+    const button = make(
+      "button",
+      {
+        type: "button",
+        "aria-label": column.title ?? null,
+        title: column.title ?? null,
+        onclick: () => sortBy(column),
+      },
+      column.label,
+    );
     return make("th", { scope: "col", class: classes(column) }, button);
   });
   table.querySelector("thead").append(make("tr", {}, ...heads));
@@ -46,7 +91,9 @@ function createTable(table, { onopen, onmove }) {
   let sorting = null;
 
   function classes(column) {
-    return [column.name, column.number && "number", column.wide && "wide"].filter(Boolean).join(" ");
+    return [column.name, column.number && "number", column.wide && "wide"]
+      .filter(Boolean)
+      .join(" ");
   }
 
   function elementOf(line) {
@@ -55,7 +102,11 @@ function createTable(table, { onopen, onmove }) {
   }
 
   function draft({ row, place, remark }) {
-    const item = make("button", { type: "button", class: "item", tabindex: "-1" }, ...breakable(row.key));
+    const item = make(
+      "button",
+      { type: "button", class: "item", tabindex: "-1" },
+      ...breakable(row.key),
+    );
     item.row = row;
     const { difference } = row;
     const cells = {
@@ -66,14 +117,23 @@ function createTable(table, { onopen, onmove }) {
       rms: difference ? short(difference.rms) : "",
       ratio: difference ? times(difference.ratio) : "",
     };
-    return make("tr", { class: remark ? "remarked" : null },
+    return make(
+      "tr",
+      { class: remark ? "remarked" : null },
       ...COLUMNS.map((column) => {
         if (column.name === "key") {
-          return make("th", { scope: "row", class: "key" }, item, remark ? make("span", { class: "remark" }, remark) : null);
+          return make(
+            "th",
+            { scope: "row", class: "key" },
+            item,
+            remark ? make("span", { class: "remark" }, remark) : null,
+          );
         }
-        if (column.name === "kind") return make("td", { class: "kind" }, mark(row.family), ` ${row.kind}`);
+        if (column.name === "kind")
+          return make("td", { class: "kind" }, mark(row.family), ` ${row.kind}`);
         return make("td", { class: classes(column) }, cells[column.name]);
-      }));
+      }),
+    );
   }
 
   function sortBy(column) {
@@ -107,7 +167,9 @@ function createTable(table, { onopen, onmove }) {
   return {
     // Worst first, but what was computed in the order in which it was.
     show(rows, { inOrder, remarks }) {
-      lines = new Map(rows.map((row, place) => [row, { row, place, remark: remarks.get(row), element: null }]));
+      lines = new Map(
+        rows.map((row, place) => [row, { row, place, remark: remarks.get(row), element: null }]),
+      );
       const column = COLUMNS.find(({ name }) => name === (inOrder ? "place" : "kind"));
       sorting = { column, direction: column.first };
     },
