@@ -23,7 +23,7 @@ from zlib_ng import zlib_ng
 from harness.cache import DigestCache
 from harness.checkpoint.tensors import Checkpoint, Checksum, DType, Tensor, numpy_dtype
 from harness.errors import CheckpointError
-from harness.sketch import DEFAULT_BLOCK_NBYTES, Sketch, block_norms, sketch_values, sums_of_squares
+from harness.sketch import DEFAULT_BLOCK_NBYTES, Sketch, sketch_values, squares_of_runs
 from harness.streaming import (
     CHUNK_NBYTES,
     Chunk,
@@ -291,13 +291,11 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
         if not extremes.are_finite:
             finite, nonfinite = _take_out_nonfinite(values)
             extremes = _extremes(finite)
-        # The same sums with and without a sketch, so that statistics do not depend on it.
-        if block_nbytes is None:
-            norms = block_norms(values, block_numel(tensor.dtype, DEFAULT_BLOCK_NBYTES))
-        else:
-            sketches.append(sketch_values(values, block_numel(tensor.dtype, block_nbytes)))
-            norms = sketches[-1].norms
-        moments.append(_moments(finite, float(np.square(norms).sum()), extremes, nonfinite))
+        squares = squares_of_runs(values)
+        if block_nbytes is not None:
+            numel = block_numel(tensor.dtype, block_nbytes)
+            sketches.append(sketch_values(values, numel, squares))
+        moments.append(_moments(finite, float(squares.sum()), extremes, nonfinite))
     return _ChunkPrint(digest, crc32, tuple(moments), tuple(sketches))
 
 
@@ -404,7 +402,7 @@ def _moments(values: Array, squares: float, extremes: _Extremes, nonfinite: _Non
         m2 = squares - count * mean * mean
         if not m2 >= squares / 2:  # the mean is no small part of the values: digits cancel
             centred = np.subtract(values, mean, out=buffers.get("centred", count, "<f8"))
-            m2 = float(sums_of_squares(centred[None])[0])
+            m2 = float(squares_of_runs(centred).sum())
     return _Moments(count, extremes.min, extremes.max, mean, m2, squares, num_zero, *nonfinite)
 
 

@@ -52,27 +52,25 @@ class Sketch:
     norms: Array
 
 
-def sketch_values(values: Array, block_numel: int) -> Sketch:
-    """Sketch finite float64 values (n,); the last block counts as padded with zeros."""
+def sketch_values(values: Array, block_numel: int, squares: Array | None = None) -> Sketch:
+    """Sketch finite float64 values (n,); the last block counts as padded with zeros.
+
+    `squares` are `squares_of_runs(values)` where they are known.
+    """
     matrix = projection(block_numel)
-    blocks, rest = _blocks(values, block_numel)
-    projections = [_project(blocks, matrix)]
+    whole = values.size // block_numel * block_numel
+    rest = values[None, whole:]
+    projections = [_project(values[:whole].reshape(-1, block_numel), matrix)]
     if rest.size:
         projections.append(_project(rest, matrix[: rest.size]))
-    return Sketch(projections=np.concatenate(projections), norms=block_norms(values, block_numel))
-
-
-def block_norms(values: Array, block_numel: int) -> Array:
-    """|x| of each block of finite float64 values (n,)."""
-    squares = np.concatenate([sums_of_squares(b) for b in _blocks(values, block_numel)])
-    return np.asarray(np.sqrt(squares))
-
-
-def _blocks(values: Array, block_numel: int) -> tuple[Array, Array]:
-    """The whole blocks (count, block_numel), and the rest as one or no block of its own."""
-    whole = values.size // block_numel * block_numel
-    blocks = values[:whole].reshape(-1, block_numel)
-    return blocks, values[whole:].reshape(-1, values.size - whole or 1)
+    per_block, odd = divmod(block_numel, RUN_NUMEL)
+    if odd:
+        squares = sums_of_squares(values[:whole].reshape(-1, block_numel))
+        squares = np.append(squares, sums_of_squares(rest)) if rest.size else squares
+    else:
+        runs = squares_of_runs(values) if squares is None else squares
+        squares = np.add.reduceat(runs, np.arange(0, len(runs), per_block))
+    return Sketch(projections=np.concatenate(projections), norms=np.sqrt(squares))
 
 
 # Products of fewer multiplications than a million OpenBLAS computes in place: nearly twice as fast
@@ -92,15 +90,23 @@ def _project(blocks: Array, matrix: Array) -> Array:
     return np.asarray(products.sum(axis=0))
 
 
-# OpenBLAS spreads longer dot products over its threads, which changes the last bits.
-_MAX_DOT = 4096
+# OpenBLAS spreads much longer dot products over its threads, which changes the last bits.
+RUN_NUMEL = 4096
+
+
+def squares_of_runs(values: Array) -> Array:
+    """Sums of squares over runs of RUN_NUMEL values (n,), the last of which is the rest."""
+    whole = values.size // RUN_NUMEL * RUN_NUMEL
+    squares = sums_of_squares(values[:whole].reshape(-1, RUN_NUMEL))
+    rest = values[None, whole:]
+    return np.append(squares, sums_of_squares(rest)) if rest.size else squares
 
 
 def sums_of_squares(blocks: Array) -> Array:
     """|x|**2 of each row of an array (n, m), in its own type; (n,)."""
     count, numel = blocks.shape
-    width = min(numel, _MAX_DOT)
-    if not count or numel % width:
+    width = min(numel, RUN_NUMEL)
+    if not blocks.size or numel % width:
         return np.asarray(np.einsum("ij,ij->i", blocks, blocks))
     runs = blocks.reshape(count, -1, 1, width)
     with np.errstate(over="ignore"):

@@ -223,6 +223,18 @@ def test_stats_are_those_of_numpy_in_float64(
     assert stats.num_nonfinite == truth.num_nan + truth.num_posinf + truth.num_neginf
 
 
+def test_stats_do_not_depend_on_what_else_is_kept(path: Path) -> None:
+    expected = {key: tensor.stats for key, tensor in fingerprint_of(path).tensors.items()}
+    for options in (
+        {"keep_values": lambda tensor: True},
+        {"keep_values": lambda tensor: False},
+        {"block_nbytes": 1024},
+        {"block_nbytes": 1 << 20},
+    ):
+        found = fingerprint_of(path, **options).tensors
+        assert {key: tensor.stats for key, tensor in found.items()} == expected
+
+
 def test_a_tensor_of_nothing_finite_has_stats_of_zero(tmp_path: Path) -> None:
     x = torch.full((5000,), math.nan)
     found = fingerprint_of(saved(tmp_path, {"x": x})).tensors["x"]
