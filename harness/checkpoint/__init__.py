@@ -231,7 +231,8 @@ def _checkpoint_in(folder: AnyPath) -> AnyPath:
     """
     if (folder / METADATA).is_file():
         return folder / METADATA
-    shards = rank_shards(folder)
+    can_list = isinstance(folder, Path) or folder.is_listable
+    shards = rank_shards(folder) if can_list else []
     # An index beside nothing but shards is that of another save: it cannot name them.
     if shards and all(shard.name.startswith("shard-") for shard in shards):
         return folder
@@ -240,7 +241,7 @@ def _checkpoint_in(folder: AnyPath) -> AnyPath:
             return folder / name
     if shards:
         return folder
-    children: Iterator[AnyPath] = folder.iterdir()
+    children: Iterator[AnyPath] = folder.iterdir() if can_list else iter(())
     if any(child.name.endswith(DISTCP) for child in islice(children, 1000)):
         raise CheckpointError(
             f"{folder}: a torch.distributed.checkpoint folder without its {METADATA}, which is "

@@ -137,6 +137,11 @@ class RemotePath:
         found = self.stat()
         return found is not None and found.is_dir
 
+    @property
+    def is_listable(self) -> bool:
+        """Whether a folder here can tell what is in it: web servers cannot."""
+        return not self._is_web
+
     def iterdir(self) -> Iterator[RemotePath]:
         for name in self.ask("listing it", lambda: self.transport.names(self.url)):
             yield self / name
