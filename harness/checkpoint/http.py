@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from harness.checkpoint.remote import BLOCK_NBYTES, Stat, changed, without_secrets
+from harness.checkpoint import remote
+from harness.checkpoint.remote import Stat, changed, without_secrets
 from harness.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def _promised(answer: ClientResponse, name: str, start: int, end: int) -> tuple[
     if answer.headers.get("Content-Encoding", "identity") != "identity":
         raise _unfit(name, "compresses what it sends")
     if answer.status != 206:
-        length = answer.content_length
-        if answer.status == 200 and start == 0 and length is not None and length <= BLOCK_NBYTES:
+        length, limit = answer.content_length, remote.BLOCK_NBYTES
+        if answer.status == 200 and start == 0 and length is not None and length <= limit:
             return length, length
         raise _unfit(name, f"answers a request for {end - start} bytes with the whole file")
     if found is None or found[1] is None:
