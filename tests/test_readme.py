@@ -93,8 +93,18 @@ def test_the_jobs_and_hooks_run(project: Path, block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", blocks("sh"), ids=line_of)
-def test_the_shell_blocks_run(project: Path, block: Block) -> None:
+def test_the_shell_blocks_run(project: Path, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(project / "cache"))
+    [tests] = [block for block in blocks("python") if "def test_" in block.text]
+    Path("tests/test_net.py").write_text(tests.text)
     run(block.text)
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=line_of)
+def test_the_python_blocks_run(project: Path, block: Block) -> None:
+    Path("golden/nest.safetensors").unlink()
+    Path("block.py").write_text(block.text)
+    run(f"{shlex.quote(sys.executable)} block.py")
 
 
 def test_git_shows_which_tensors_of_a_golden_changed(project: Path) -> None:

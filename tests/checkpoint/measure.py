@@ -1,4 +1,4 @@
-"""Open each file in a process of its own; print what came of it, what processor time and memory it took.
+"""Open each file in a process of its own; print what came of it, and what time and memory it took.
 
 Usage: python measure.py STRUCTURE_MIB FILE...; the first is the limit for a pickle's objects. One
 JSON object a file. Memory is the peak of anonymous memory beyond what the imports take, sampled
