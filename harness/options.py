@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.checkpoint.paths import to_local, to_path
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ class _Location(click.Path):
         self.local_for = local_for
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        from harness.checkpoint.paths import to_local, to_path
+
         return to_path(value) if self.local_for is None else to_local(value, self.local_for)
 
 

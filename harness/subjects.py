@@ -183,9 +183,11 @@ def refuse_reference(path: AnyPath, golden: Golden) -> None:
 
 def path_of(subject: Subject) -> AnyPath | None:
     """The path or URL that a subject is, None for what is open or in memory."""
+    if isinstance(subject, (str, Path)):
+        return to_path(subject)
     from harness.checkpoint.remote import RemotePath
 
-    return to_path(subject) if isinstance(subject, (str, Path, RemotePath)) else None
+    return subject if isinstance(subject, RemotePath) else None
 
 
 # What live stages need on this machine, in the words of an error.

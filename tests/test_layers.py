@@ -127,6 +127,14 @@ def test_commands_on_files_import_neither_the_live_side_nor_what_urls_take(
     assert run.stdout.splitlines()[-1] == "LOADED []"
 
 
+def test_numpy_waits_until_the_command_line_holds_openblas_to_one_thread() -> None:
+    program = "import sys, harness.cli; print('numpy' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "False"
+
+
 def test_importing_the_package_imports_nothing_else() -> None:
     program = (
         "import sys, harness; print(sorted(m for m in sys.modules if m.startswith('harness')))"
