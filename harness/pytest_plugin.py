@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 import pytest
 
-from harness.errors import GoldenError, HarnessError, UsageError
+from harness.errors import GoldenError, HarnessError, NotRecorded, UsageError
 from harness.pytest_tally import EVENTS, SUFFIX, Event, Folder, Tally, Verb, golden_name
 
 if TYPE_CHECKING:
@@ -305,11 +305,16 @@ class _Attempt:
     def run(self) -> None:
         try:
             self._create_missing()
-            recorded = self._compare()
+            try:
+                self._compare()
+            except NotRecorded as error:
+                hint = self.settings.command(self.node, "update")
+                self.error = NotRecorded(str(error), hint=hint)
             # What this run has written stands: who differs from it disagrees with another test.
             first = self.golden not in self.settings.written
-            if self.settings.mode == "update" and not self.passes and first:
-                self.case.update(recorded, self.settings.reason)
+            if self.settings.mode == "update" and not self.passes and first and self.recorded:
+                self.error = None
+                self.case.update(self.recorded, self.settings.reason)
                 self._wrote("updated")
                 self._compare()  # what is accepted has to pass from now on
         except HarnessError as error:
@@ -338,7 +343,7 @@ class _Attempt:
         self.verb = verb
         self.settings.written[self.golden] = self.node
 
-    def _compare(self) -> Golden:
+    def _compare(self) -> None:
         """Hold the subject against the golden as it is now."""
         from harness.api import read_golden
 
@@ -348,7 +353,6 @@ class _Attempt:
         self.stages.clear()
         for stage in self.case.compare(golden):
             self.stages.append(stage)
-        return golden
 
     def report(self) -> Iterator[str]:
         """What a person reads: every stage, what went wrong, and the next step last."""

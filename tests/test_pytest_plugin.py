@@ -907,6 +907,32 @@ def test_the_stages_of_a_model_are_verified_and_recorded(project: Project) -> No
     assert project.golden().history == ()
 
 
+def test_stages_that_a_golden_lacks_are_recorded_by_an_update(project: Project) -> None:
+    project.tests("from torch import nn\n\nNet = lambda: nn.Linear(5, 2)\n", "model")
+    net = {"weight": np.ones((2, 5), np.float32), "bias": np.ones(2, np.float32)}
+    save_file(net, project.path / "linear.safetensors")
+    save_file({"input": np.ones((1, 5), np.float32)}, project.path / "inputs.safetensors")
+    test = """
+        from pathlib import Path
+        from harness.model.stages import LiveOptions
+
+        def test_net(checkpoint_golden):
+            checkpoint_golden.verify_stages(
+                "linear.safetensors",
+                stage="STAGE",
+                live=LiveOptions(target="model:Net", inputs=Path("inputs.safetensors")),
+            )
+        """
+    project.tests(test.replace("STAGE", "load"))
+    assert summary(project.run("--golden-mode=create")) == "1 created"
+    project.tests(test.replace("STAGE", "outputs"))
+    lines = failure(project.run())
+    assert "was recorded without outputs" in lines[-2]
+    assert lines[-1].endswith('--golden-mode=update --golden-reason "why"')
+    assert summary(project.run("--golden-mode=update")) == "1 updated"
+    assert summary(project.run()) == "1 verified"
+
+
 def test_a_module_has_no_stages(project: Project) -> None:
     project.tests(
         """

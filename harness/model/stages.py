@@ -19,7 +19,7 @@ from torch import nn
 from harness.checkpoint import Checkpoint, open_checkpoint
 from harness.checkpoint.tensors import format_key
 from harness.compare import FINDING_KINDS, Comparison, Departure, Finding, Policy, compare
-from harness.errors import ModelError
+from harness.errors import NotRecorded
 from harness.fingerprint import Fingerprint, fingerprint
 from harness.golden import Golden, LiveRecord, source_of, without_paths
 from harness.measuring import AgainstGolden, BySketches
@@ -266,9 +266,9 @@ def _compare_outputs(
     recorded = expected.live.outputs if expected.live is not None else None
     if recorded is None:
         if expected.live is not None:
-            raise ModelError(
+            raise NotRecorded(
                 f"{expected.weights.name}: was recorded without outputs",
-                hint="harness verify --outputs --update-golden records them",
+                hint="the same command with --update-golden records them",
             )
         recorded, found = found, outputs_of(again, inputs_of(again, options.inputs))
         names = "the loaded model", "the reloaded model"

@@ -466,6 +466,22 @@ def test_updating_records_the_stages_anew(plain: Path, harness: Callable[..., Ru
     assert read_golden(golden).history[-1].reason == "new epsilon"
 
 
+def test_outputs_that_a_golden_lacks_are_recorded_by_an_update(
+    plain: Path, harness: Callable[..., Run]
+) -> None:
+    golden = plain.parent / "golden" / "plain.safetensors"
+    api.record(plain, golden, stage="load", live=LiveOptions(target=f"{HERE}:Plain"))
+    arguments = ["verify", plain, "-g", golden, "--outputs"]
+    run = harness(*arguments)
+    assert run.code == 2
+    assert run.err == (
+        f"error: {golden}: was recorded without outputs\n"
+        "  next: the same command with --update-golden records them\n"
+    )
+    assert harness(*arguments, "--update-golden").code == 0
+    assert harness(*arguments).code == 0
+
+
 @pytest.mark.parametrize("fault", ["sys.exit(0)", "1 / 0"])
 def test_code_under_test_that_ends_the_process_is_an_error_and_no_verdict(
     tmp_path: Path,
