@@ -1,4 +1,4 @@
-"""The command line: arguments in, reports and exit codes out; all else is in `harness.api`.
+"""The command line: arguments in, reports and exit codes out; what verbs do is in `harness.api`.
 
 Exit codes: 0 all identical or close, 1 something differs, 2 could not tell (unreadable, usage),
 3 nothing differs but something is undecided. Of several goldens the worst counts: 2, 1, 3, 0.
@@ -7,21 +7,18 @@ Exit codes: 0 all identical or close, 1 something differs, 2 could not tell (unr
 from __future__ import annotations
 
 import io
-import json
 import os
 import shlex
-import shutil
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from harness import __version__
-from harness.errors import GoldenError, HarnessError, NotRecorded, UsageError
+from harness.errors import HarnessError, UsageError
 from harness.options import (
     PATH,
     live_of,
@@ -34,14 +31,21 @@ from harness.options import (
     stage_options,
 )
 from harness.progress import progress_bar
+from harness.terminal import (
+    echo_error,
+    echo_json,
+    echo_stage,
+    ended,
+    failure,
+    finish,
+    told,
+    without_secrets,
+)
+from harness.verifying import Verification, goldens_of
 
 if TYPE_CHECKING:
     from harness.checkpoint.paths import AnyPath
-    from harness.compare import Comparison, Policy
-    from harness.golden import Golden
-    from harness.model.stages import LiveOptions
-    from harness.report.outcome import Outcome, Result
-    from harness.report.text import Style
+    from harness.report.outcome import Outcome
 
 _GOLDEN = click.option("-g", "--golden", type=PATH, help="The golden file.")
 _JOBS = click.option(
@@ -72,13 +76,13 @@ def _run(arguments: list[str]) -> int:
         return 130
     except (HarnessError, click.ClickException) as error:
         if {"--json", "--format=json", "json"} & set(arguments):
-            _echo_json(_failure(error))
+            echo_json(failure(error))
         elif isinstance(error, HarnessError):
-            _echo_error(error)
+            echo_error(error)
         else:
             text = io.StringIO()
             error.show(file=text)
-            click.echo(_without_secrets(text.getvalue()), err=True, nl=False)
+            click.echo(without_secrets(text.getvalue()), err=True, nl=False)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SystemExit as stopped:
@@ -87,7 +91,7 @@ def _run(arguments: list[str]) -> int:
         return 2 if stopped.code else 0
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
-        _echo_error(UsageError(f"{what}{error.strerror or error}", hint="check the path"))
+        echo_error(UsageError(f"{what}{error.strerror or error}", hint="check the path"))
     except Exception:  # exit code 1 would say that a checkpoint differs
         traceback.print_exc()
         click.echo("error: this is a bug in the harness; please report it", err=True)
@@ -239,7 +243,7 @@ def verify(
 
     if reason and not update_golden:
         raise UsageError("--reason goes with --update-golden")
-    run = _Run(
+    run = Verification(
         policy=policy_of(options),
         stage=stage,
         options=options,
@@ -252,263 +256,12 @@ def verify(
         arguments=arguments,
     )
     try:
-        goldens = _goldens(checkpoint, golden)
+        goldens = goldens_of(checkpoint, golden)
     except HarnessError as error:
-        outcomes: tuple[Outcome, ...] = (_ended(error, form, expected=golden, actual=checkpoint),)
+        outcomes: tuple[Outcome, ...] = (ended(error, form, expected=golden, actual=checkpoint),)
     else:
         outcomes = tuple(run.outcome(checkpoint, target) for target in goldens)
-    return _finish(Result(command="verify", outcomes=outcomes), form, reports)
-
-
-def _goldens(checkpoint: AnyPath | None, golden: AnyPath | None) -> Sequence[AnyPath]:
-    from harness.api import GOLDEN_FOLDER, choose_golden
-    from harness.golden import SUFFIX
-
-    if checkpoint is not None or golden is not None:
-        return [choose_golden(checkpoint, golden)]
-    found = [path for path in sorted(GOLDEN_FOLDER.glob(f"*{SUFFIX}")) if not _is_other(path)]
-    if not found:
-        above = next(
-            (p for p in Path.cwd().parents if any(p.glob(f"{GOLDEN_FOLDER}/*{SUFFIX}"))), None
-        )
-        raise GoldenError(
-            f"no goldens in {GOLDEN_FOLDER}/ of the current folder",
-            hint="record one: harness record CHECKPOINT"
-            if above is None
-            else f"go to where they are: cd {shlex.quote(os.path.relpath(above))}",
-        )
-    return found
-
-
-def _is_other(path: Path) -> bool:
-    """Whether a file among the goldens is something else in good order, such as inputs."""
-    from harness.api import open_checkpoint
-    from harness.golden import is_golden
-
-    if is_golden(path):
-        return False
-    try:
-        open_checkpoint(path).close()
-    except HarnessError:
-        return False
-    click.echo(f"note: {path} is no golden, and is left out", err=True)
-    return True
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """One invocation of verify: what is asked for, for each golden in turn."""
-
-    policy: Policy
-    stage: Any
-    options: dict[str, Any]
-    reference: AnyPath | None
-    cache: Path | None
-    jobs: int | None
-    form: str
-    updating: bool
-    reason: str
-    arguments: list[str]
-
-    def outcome(self, checkpoint: AnyPath | None, golden: AnyPath) -> Outcome:
-        """Verify one golden and report each stage as it ends; update it if that is asked for."""
-        from harness import api
-        from harness.report.outcome import Outcome
-
-        stages: list[Comparison] = []
-        steps: tuple[str, ...] = ()
-        updated, error = None, None
-        try:
-            recorded = api.read_golden(golden)
-            try:
-                self._verify(checkpoint, recorded, stages)
-            except NotRecorded:
-                if not self.updating:
-                    raise
-            if self.updating:
-                updated = self._update(checkpoint, recorded)
-                # What a golden cannot hold is still there: it holds the file, not the code.
-                if any(not s.ok for s in stages if s.stage in ("load", "reload")):
-                    stages.clear()
-                    self._verify(checkpoint, api.read_golden(golden), stages)
-            else:
-                steps = self._next_steps(stages, checkpoint, recorded)
-        except HarnessError as found:
-            error = _told(found, self.form)
-        for line in steps if self.form == "text" else ():
-            click.echo(f"\n  {line}")
-        name = stages[0].actual.name if stages else None
-        return Outcome(
-            expected=str(golden),
-            actual=name if name is not None or checkpoint is None else str(checkpoint),
-            stages=tuple(stages),
-            error=error,
-            updated=updated,
-            next_steps=steps,
-        )
-
-    def _verify(
-        self, checkpoint: AnyPath | None, recorded: Golden, stages: list[Comparison]
-    ) -> None:
-        from harness import api
-
-        stage = self._stage(checkpoint, recorded)
-        with progress_bar(checkpoint or recorded.checkpoint) as progress:
-            for comparison in api.verify_stages(
-                checkpoint,
-                recorded,
-                policy=self.policy,
-                stage=stage,
-                live=self._live(recorded, stage),
-                reference=self.reference,
-                cache=self.cache,
-                jobs=self.jobs,
-                progress=progress,
-            ):
-                stages.append(comparison)
-                _echo_stage(comparison, self.form)
-
-    def _update(self, checkpoint: AnyPath | None, recorded: Golden) -> bool:
-        """Accept what is there now; returns whether the golden changed."""
-        from harness import api
-        from harness.checkpoint.sources import read_file
-
-        stage = self._stage(checkpoint, recorded)
-        before = read_file(recorded.path)
-        with progress_bar(checkpoint or recorded.checkpoint) as progress:
-            updated = api.update(
-                checkpoint,
-                recorded,
-                reason=self.reason,
-                stage=stage,
-                live=self._live(recorded, stage),
-                jobs=self.jobs,
-                progress=progress,
-            )
-        changed = read_file(recorded.path) != before
-        if self.form == "text" and not changed:
-            click.echo(f"{recorded.path} is up to date, and was not touched")
-        elif self.form == "text":
-            roots = (recorded.fingerprint.root.hex()[:16], updated.fingerprint.root.hex()[:16])
-            said = "is as it was" if roots[0] == roots[1] else f"is now {roots[1]}"
-            click.echo(f"updated {recorded.path}: root {roots[0]} {said}")
-            for entry in updated.history:
-                click.echo(f"  replaced {entry.root[:16]}  {entry.reason or '(no reason given)'}")
-        return changed
-
-    def _stage(self, checkpoint: AnyPath | None, golden: Golden) -> Any:
-        """How far to go: as asked for, else as the golden remembers where no file is named."""
-        remembered = golden.live.stages[-1] if golden.live is not None else "file"
-        return stage_of(self.stage, self.options, remembered if checkpoint is None else "file")
-
-    def _live(self, golden: Golden, stage: Any) -> LiveOptions | None:
-        if stage == "file":
-            return None
-        from harness.model.stages import remembered
-
-        return live_of(self.options, remembered(golden))
-
-    def _next_steps(
-        self, stages: Sequence[Comparison], checkpoint: AnyPath | None, golden: Golden
-    ) -> tuple[str, ...]:
-        from harness import api
-        from harness.report.outcome import worst
-        from harness.report.text import how_to_accept
-
-        code = worst(stage.exit_code for stage in stages)
-        found = next(stage for stage in stages if stage.exit_code == code)
-        kinds = {finding.kind for finding in found.findings if finding.fails}
-        strangers = kinds == {"missing", "unexpected"} and not found.num_identical
-        if checkpoint and strangers and not api.golden_path(checkpoint).exists():
-            return (
-                "if it is another model, give it a golden of its own:  "
-                f"harness record {shlex.quote(str(checkpoint))}",
-            )
-        if found.stage in ("load", "reload") and kinds - {"requires_grad"}:
-            return (
-                "the golden holds the file, not what the code makes of it: mend the code, "
-                "or save what it makes as a checkpoint and record that",
-            )
-        there = golden.checkpoint
-        # Of a URL it is not worth asking.
-        known = there is not None and (not isinstance(there, Path) or there.exists())
-        # As it was asked, so that the same question is asked again.
-        which = [] if checkpoint or self._names_golden() else ["-g", str(golden.path)]
-        asked = map(_without_secrets, _without_reports(self.arguments))
-        command = shlex.join(["harness", *asked, *which])
-        reference = [shlex.quote(str(there))] if known else []
-        return tuple(how_to_accept(found, command, *reference))
-
-    def _names_golden(self) -> bool:
-        return any(a == "-g" or a.startswith("--golden") for a in self.arguments)
-
-
-def _without_reports(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command without those that only say how to report."""
-    kept, rest = [], iter(arguments)
-    for argument in rest:
-        if argument in ("--report", "--format"):
-            next(rest, None)
-        elif not argument.startswith(("--report=", "--format=")):
-            kept.append(argument)
-    return kept
-
-
-def _without_secrets(text: str) -> str:
-    """What a person typed may hold a URL with a password or a signature."""
-    from harness.checkpoint.remote import redacted
-
-    return redacted(text)
-
-
-def _echo_stage(comparison: Comparison, form: str) -> None:
-    from harness.report.text import render
-
-    if form == "text":
-        click.echo(render(comparison, _style()))
-
-
-def _told(error: HarnessError, form: str) -> HarnessError:
-    """What ended an outcome early; printed at once in a text report."""
-    if form == "text":
-        _echo_error(error)
-    return error
-
-
-def _ended(
-    error: HarnessError, form: str, *, expected: AnyPath | None, actual: AnyPath | None
-) -> Outcome:
-    """The outcome of what ended before anything was compared."""
-    from harness.report.outcome import Outcome
-
-    return Outcome(
-        expected=None if expected is None else str(expected),
-        actual=None if actual is None else str(actual),
-        error=_told(error, form),
-    )
-
-
-def _finish(result: Result, form: str, reports: Sequence[Path]) -> int:
-    """Print the JSON, write the reports, and give the exit code of all."""
-    from harness.report.files import append_step_summary, write_report
-    from harness.report.json import result_as_json
-
-    code = result.exit_code
-    if form == "json":
-        _echo_json(result_as_json(result))
-    for path in reports:
-        try:
-            write_report(result, path)
-        except HarnessError as error:  # the others are still wanted
-            _echo_error(error)
-            code = 2
-    summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    if summary:
-        try:
-            append_step_summary(result, Path(summary))
-        except HarnessError as error:  # no reason for a run to fail
-            click.echo(f"note: {error}", err=True)
-    return code
+    return finish(Result(command="verify", outcomes=outcomes), form, reports)
 
 
 @cli.command()
@@ -531,11 +284,11 @@ def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **optio
             checkpoint, policy=policy_of(options), live=live_of(options)
         ):
             stages.append(comparison)
-            _echo_stage(comparison, form)
+            echo_stage(comparison, form)
     except HarnessError as found:
-        error = _told(found, form)
+        error = told(found, form)
     outcome = Outcome(expected=None, actual=str(checkpoint), stages=tuple(stages), error=error)
-    return _finish(Result(command="roundtrip", outcomes=(outcome,)), form, reports)
+    return finish(Result(command="roundtrip", outcomes=(outcome,)), form, reports)
 
 
 @cli.command()
@@ -571,11 +324,11 @@ def diff(
                 progress=progress,
             )
     except HarnessError as error:
-        outcome = _ended(error, form, expected=expected, actual=actual)
+        outcome = ended(error, form, expected=expected, actual=actual)
     else:
-        _echo_stage(comparison, form)
+        echo_stage(comparison, form)
         outcome = Outcome(expected=str(expected), actual=str(actual), stages=(comparison,))
-    return _finish(Result(command="diff", outcomes=(outcome,)), form, reports)
+    return finish(Result(command="diff", outcomes=(outcome,)), form, reports)
 
 
 @cli.command()
@@ -613,36 +366,6 @@ def show(file: AnyPath, as_json: bool, stats: bool, section: str | None, jobs: i
         data = fingerprint_as_json(found)
         if history is not None:
             data["history"] = [{"root": u.root, "reason": u.reason} for u in history]
-        _echo_json(data)
+        echo_json(data)
     else:
         click.echo(render_table(found, history=history or (), stats=stats))
-
-
-def _style() -> Style:
-    from harness.report.text import Style
-
-    terminal = sys.stdout.isatty()
-    color = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    width = shutil.get_terminal_size().columns if terminal else None
-    return Style(color=color, unicode=terminal and utf8, width=width)
-
-
-def _echo_error(error: HarnessError) -> None:
-    from harness.report.folding import escaped
-
-    click.echo(f"error: {escaped(str(error))}", err=True)
-    if error.hint:
-        click.echo(f"  next: {escaped(error.hint)}", err=True)
-
-
-def _failure(error: HarnessError | click.ClickException) -> dict[str, Any]:
-    from harness.report.json import error_as_json
-
-    if isinstance(error, click.ClickException):
-        error = UsageError(_without_secrets(error.format_message()), hint="harness --help")
-    return {"exit_code": 2, "error": error_as_json(error)}
-
-
-def _echo_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2))

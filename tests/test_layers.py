@@ -33,6 +33,8 @@ LAYERS = [
     ["harness.model.callback"],
     ["harness.options", "harness.progress"],
     ["harness.pytest_tally"],
+    ["harness.terminal"],
+    ["harness.verifying"],
     ["harness.cli", "harness.pytest_plugin"],
     ["harness.__main__"],
 ]

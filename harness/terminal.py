@@ -1,0 +1,116 @@
+"""What the commands print: reports and errors, on a terminal, in a pipe, or as JSON.
+
+In: comparisons, errors, and a `Result`. Out: lines on the terminal, report files, an exit code.
+What a person typed is shown without the secrets of its URLs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from harness.errors import HarnessError, UsageError
+
+if TYPE_CHECKING:
+    from harness.checkpoint.paths import AnyPath
+    from harness.compare import Comparison
+    from harness.report.outcome import Outcome, Result
+    from harness.report.text import Style
+
+
+def echo_stage(comparison: Comparison, form: str) -> None:
+    """Print the report of one stage, where text is asked for."""
+    from harness.report.text import render
+
+    if form == "text":
+        click.echo(render(comparison, _style()))
+
+
+def told(error: HarnessError, form: str) -> HarnessError:
+    """What ended an outcome early; printed at once in a text report."""
+    if form == "text":
+        echo_error(error)
+    return error
+
+
+def ended(
+    error: HarnessError, form: str, *, expected: AnyPath | None, actual: AnyPath | None
+) -> Outcome:
+    """The outcome of what ended before anything was compared."""
+    from harness.report.outcome import Outcome
+
+    return Outcome(
+        expected=None if expected is None else str(expected),
+        actual=None if actual is None else str(actual),
+        error=told(error, form),
+    )
+
+
+def finish(result: Result, form: str, reports: Sequence[Path]) -> int:
+    """Print the JSON, write the reports, and give the exit code of all."""
+    from harness.report.files import append_step_summary, write_report
+    from harness.report.json import result_as_json
+
+    code = result.exit_code
+    if form == "json":
+        echo_json(result_as_json(result))
+    for path in reports:
+        try:
+            write_report(result, path)
+        except HarnessError as error:  # the others are still wanted
+            echo_error(error)
+            code = 2
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary:
+        try:
+            append_step_summary(result, Path(summary))
+        except HarnessError as error:  # no reason for a run to fail
+            click.echo(f"note: {error}", err=True)
+    return code
+
+
+def _style() -> Style:
+    from harness.report.text import Style
+
+    terminal = sys.stdout.isatty()
+    color = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    width = shutil.get_terminal_size().columns if terminal else None
+    return Style(color=color, unicode=terminal and utf8, width=width)
+
+
+def echo_error(error: HarnessError) -> None:
+    """Print an error and its next step on the error stream."""
+    from harness.report.folding import escaped
+
+    click.echo(f"error: {escaped(str(error))}", err=True)
+    if error.hint:
+        click.echo(f"  next: {escaped(error.hint)}", err=True)
+
+
+def echo_json(data: Any) -> None:
+    """Print JSON, indented."""
+    click.echo(json.dumps(data, indent=2))
+
+
+def failure(error: HarnessError | click.ClickException) -> dict[str, Any]:
+    """The JSON of a command that came to no result."""
+    from harness.report.json import error_as_json
+
+    if isinstance(error, click.ClickException):
+        error = UsageError(without_secrets(error.format_message()), hint="harness --help")
+    return {"exit_code": 2, "error": error_as_json(error)}
+
+
+def without_secrets(text: str) -> str:
+    """What a person typed may hold a URL with a password or a signature."""
+    from harness.checkpoint.remote import redacted
+
+    return redacted(text)

@@ -1,0 +1,223 @@
+"""One run of `harness verify`: each golden in turn, stage by stage, and the next steps.
+
+In: what was asked for on the command line. Out: an `Outcome` per golden, each stage of which is
+printed as it ends; an updated golden where that is asked for. Refused (GoldenError): a folder
+without goldens.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from harness.errors import GoldenError, HarnessError, NotRecorded
+from harness.options import live_of, stage_of
+from harness.progress import progress_bar
+from harness.terminal import echo_stage, told, without_secrets
+
+if TYPE_CHECKING:
+    from harness.checkpoint.paths import AnyPath
+    from harness.compare import Comparison, Policy
+    from harness.golden import Golden
+    from harness.model.stages import LiveOptions
+    from harness.report.outcome import Outcome
+
+
+def goldens_of(checkpoint: AnyPath | None, golden: AnyPath | None) -> Sequence[AnyPath]:
+    from harness.api import GOLDEN_FOLDER, choose_golden
+    from harness.golden import SUFFIX
+
+    if checkpoint is not None or golden is not None:
+        return [choose_golden(checkpoint, golden)]
+    found = [path for path in sorted(GOLDEN_FOLDER.glob(f"*{SUFFIX}")) if not _is_other(path)]
+    if not found:
+        above = next(
+            (p for p in Path.cwd().parents if any(p.glob(f"{GOLDEN_FOLDER}/*{SUFFIX}"))), None
+        )
+        raise GoldenError(
+            f"no goldens in {GOLDEN_FOLDER}/ of the current folder",
+            hint="record one: harness record CHECKPOINT"
+            if above is None
+            else f"go to where they are: cd {shlex.quote(os.path.relpath(above))}",
+        )
+    return found
+
+
+def _is_other(path: Path) -> bool:
+    """Whether a file among the goldens is something else in good order, such as inputs."""
+    from harness.api import open_checkpoint
+    from harness.golden import is_golden
+
+    if is_golden(path):
+        return False
+    try:
+        open_checkpoint(path).close()
+    except HarnessError:
+        return False
+    click.echo(f"note: {path} is no golden, and is left out", err=True)
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """One invocation of verify: what is asked for, for each golden in turn."""
+
+    policy: Policy
+    stage: Any
+    options: dict[str, Any]
+    reference: AnyPath | None
+    cache: Path | None
+    jobs: int | None
+    form: str
+    updating: bool
+    reason: str
+    arguments: list[str]
+
+    def outcome(self, checkpoint: AnyPath | None, golden: AnyPath) -> Outcome:
+        """Verify one golden and report each stage as it ends; update it if that is asked for."""
+        from harness import api
+        from harness.report.outcome import Outcome
+
+        stages: list[Comparison] = []
+        steps: tuple[str, ...] = ()
+        updated, error = None, None
+        try:
+            recorded = api.read_golden(golden)
+            try:
+                self._verify(checkpoint, recorded, stages)
+            except NotRecorded:
+                if not self.updating:
+                    raise
+            if self.updating:
+                updated = self._update(checkpoint, recorded)
+                # What a golden cannot hold is still there: it holds the file, not the code.
+                if any(not s.ok for s in stages if s.stage in ("load", "reload")):
+                    stages.clear()
+                    self._verify(checkpoint, api.read_golden(golden), stages)
+            else:
+                steps = self._next_steps(stages, checkpoint, recorded)
+        except HarnessError as found:
+            error = told(found, self.form)
+        for line in steps if self.form == "text" else ():
+            click.echo(f"\n  {line}")
+        name = stages[0].actual.name if stages else None
+        return Outcome(
+            expected=str(golden),
+            actual=name if name is not None or checkpoint is None else str(checkpoint),
+            stages=tuple(stages),
+            error=error,
+            updated=updated,
+            next_steps=steps,
+        )
+
+    def _verify(
+        self, checkpoint: AnyPath | None, recorded: Golden, stages: list[Comparison]
+    ) -> None:
+        from harness import api
+
+        stage = self._stage(checkpoint, recorded)
+        with progress_bar(checkpoint or recorded.checkpoint) as progress:
+            for comparison in api.verify_stages(
+                checkpoint,
+                recorded,
+                policy=self.policy,
+                stage=stage,
+                live=self._live(recorded, stage),
+                reference=self.reference,
+                cache=self.cache,
+                jobs=self.jobs,
+                progress=progress,
+            ):
+                stages.append(comparison)
+                echo_stage(comparison, self.form)
+
+    def _update(self, checkpoint: AnyPath | None, recorded: Golden) -> bool:
+        """Accept what is there now; returns whether the golden changed."""
+        from harness import api
+        from harness.checkpoint.sources import read_file
+
+        stage = self._stage(checkpoint, recorded)
+        before = read_file(recorded.path)
+        with progress_bar(checkpoint or recorded.checkpoint) as progress:
+            updated = api.update(
+                checkpoint,
+                recorded,
+                reason=self.reason,
+                stage=stage,
+                live=self._live(recorded, stage),
+                jobs=self.jobs,
+                progress=progress,
+            )
+        changed = read_file(recorded.path) != before
+        if self.form == "text" and not changed:
+            click.echo(f"{recorded.path} is up to date, and was not touched")
+        elif self.form == "text":
+            roots = (recorded.fingerprint.root.hex()[:16], updated.fingerprint.root.hex()[:16])
+            said = "is as it was" if roots[0] == roots[1] else f"is now {roots[1]}"
+            click.echo(f"updated {recorded.path}: root {roots[0]} {said}")
+            for entry in updated.history:
+                click.echo(f"  replaced {entry.root[:16]}  {entry.reason or '(no reason given)'}")
+        return changed
+
+    def _stage(self, checkpoint: AnyPath | None, golden: Golden) -> Any:
+        """How far to go: as asked for, else as the golden remembers where no file is named."""
+        remembered = golden.live.stages[-1] if golden.live is not None else "file"
+        return stage_of(self.stage, self.options, remembered if checkpoint is None else "file")
+
+    def _live(self, golden: Golden, stage: Any) -> LiveOptions | None:
+        if stage == "file":
+            return None
+        from harness.model.stages import remembered
+
+        return live_of(self.options, remembered(golden))
+
+    def _next_steps(
+        self, stages: Sequence[Comparison], checkpoint: AnyPath | None, golden: Golden
+    ) -> tuple[str, ...]:
+        from harness import api
+        from harness.report.outcome import worst
+        from harness.report.text import how_to_accept
+
+        code = worst(stage.exit_code for stage in stages)
+        found = next(stage for stage in stages if stage.exit_code == code)
+        kinds = {finding.kind for finding in found.findings if finding.fails}
+        strangers = kinds == {"missing", "unexpected"} and not found.num_identical
+        if checkpoint and strangers and not api.golden_path(checkpoint).exists():
+            return (
+                "if it is another model, give it a golden of its own:  "
+                f"harness record {shlex.quote(str(checkpoint))}",
+            )
+        if found.stage in ("load", "reload") and kinds - {"requires_grad"}:
+            return (
+                "the golden holds the file, not what the code makes of it: mend the code, "
+                "or save what it makes as a checkpoint and record that",
+            )
+        there = golden.checkpoint
+        # Of a URL it is not worth asking.
+        known = there is not None and (not isinstance(there, Path) or there.exists())
+        # As it was asked, so that the same question is asked again.
+        which = [] if checkpoint or self._names_golden() else ["-g", str(golden.path)]
+        asked = map(without_secrets, _without_reports(self.arguments))
+        command = shlex.join(["harness", *asked, *which])
+        reference = [shlex.quote(str(there))] if known else []
+        return tuple(how_to_accept(found, command, *reference))
+
+    def _names_golden(self) -> bool:
+        return any(a == "-g" or a.startswith("--golden") for a in self.arguments)
+
+
+def _without_reports(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command without those that only say how to report."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in ("--report", "--format"):
+            next(rest, None)
+        elif not argument.startswith(("--report=", "--format=")):
+            kept.append(argument)
+    return kept
