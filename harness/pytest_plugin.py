@@ -386,7 +386,7 @@ class _Attempt:
         elif writer is not None:
             yield f"{writer} has written this golden in this run: give one of the two another name"
         else:
-            if found.verdict == "undecided":
+            if found.verdict == "undecided" and found.stage == "file":
                 yield f"to decide exactly:  verify(…, reference={self._reference()!r})"
             if prefix is not None and found.findings[0].expected == "no prefix":
                 yield f"to look past the prefix:  verify(…, strip_prefix={prefix!r})"
@@ -394,14 +394,11 @@ class _Attempt:
 
     def _reference(self) -> str:
         """The recorded checkpoint as a test would name it, where it is not what is verified."""
-        from harness.subjects import path_of
+        from harness.subjects import other_reference
 
-        there = None if self.recorded is None else self.recorded.checkpoint
-        path = path_of(self.case.subject)
+        there = other_reference(self.recorded, self.case.subject) if self.recorded else None
         if not isinstance(there, Path):
             return "RECORDED_CKPT" if there is None else str(there)
-        if not there.exists() or (isinstance(path, Path) and there.samefile(path)):
-            return "RECORDED_CKPT"
         return os.path.relpath(there, self.settings.folder.invoked)
 
 

@@ -181,6 +181,17 @@ def refuse_reference(path: AnyPath, golden: Golden) -> None:
         )
 
 
+def other_reference(golden: Golden, subject: Subject | None) -> AnyPath | None:
+    """The recorded checkpoint, where it is there and not the very one that is verified."""
+    there = golden.checkpoint
+    if there is None or subject is None:
+        return None
+    if isinstance(there, Path) and not is_there(there):  # of a URL it is not worth asking
+        return None
+    path = path_of(subject)
+    return None if path is not None and _is_same(there, path) else there
+
+
 def path_of(subject: Subject) -> AnyPath | None:
     """The path or URL that a subject is, None for what is open or in memory."""
     if isinstance(subject, (str, Path)):

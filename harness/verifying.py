@@ -35,7 +35,7 @@ def goldens_of(checkpoint: AnyPath | None, golden: AnyPath | None) -> Sequence[A
 
     if checkpoint is not None or golden is not None:
         return [choose_golden(checkpoint, golden)]
-    found = [path for path in sorted(GOLDEN_FOLDER.glob(f"*{SUFFIX}")) if not _is_other(path)]
+    found = [p for p in sorted(GOLDEN_FOLDER.glob(f"*{SUFFIX}")) if not _is_left_out(p)]
     if not found:
         above = next(
             (p for p in Path.cwd().parents if any(p.glob(f"{GOLDEN_FOLDER}/*{SUFFIX}"))), None
@@ -49,18 +49,25 @@ def goldens_of(checkpoint: AnyPath | None, golden: AnyPath | None) -> Sequence[A
     return found
 
 
-def _is_other(path: Path) -> bool:
-    """Whether a file among the goldens is something else in good order, such as inputs."""
-    from harness.api import open_checkpoint
+def _is_left_out(path: Path) -> bool:
+    """Whether a file among the goldens, in good order, is nothing to verify here; says so.
+
+    Such as inputs of a model, or the golden of a live one, which a test or a script verifies.
+    """
+    from harness.api import open_checkpoint, read_golden
     from harness.golden import is_golden
 
-    if is_golden(path):
-        return False
     try:
-        open_checkpoint(path).close()
-    except HarnessError:
+        if not is_golden(path):
+            open_checkpoint(path).close()
+            why = "is no golden"
+        elif not read_golden(path).source:
+            why = "was recorded from a live model, names no checkpoint"
+        else:
+            return False
+    except HarnessError:  # told when it is verified
         return False
-    click.echo(f"note: {path} is no golden, and is left out", err=True)
+    click.echo(f"note: {path} {why}, and is left out", err=True)
     return True
 
 
@@ -183,8 +190,11 @@ class Verification:
         from harness import api
         from harness.report.outcome import worst
         from harness.report.text import how_to_accept
+        from harness.subjects import other_reference
 
         code = worst(stage.exit_code for stage in stages)
+        if code == 0:
+            return ()
         found = next(stage for stage in stages if stage.exit_code == code)
         kinds = {finding.kind for finding in found.findings if finding.fails}
         strangers = kinds == {"missing", "unexpected"} and not found.num_identical
@@ -198,14 +208,12 @@ class Verification:
                 "the golden holds the file, not what the code makes of it: mend the code, "
                 "or save what it makes as a checkpoint and record that",
             )
-        there = golden.checkpoint
-        # Of a URL it is not worth asking.
-        known = there is not None and (not isinstance(there, Path) or there.exists())
         # As it was asked, so that the same question is asked again.
         which = [] if checkpoint or self._names_golden() else ["-g", str(golden.path)]
         asked = map(without_secrets, _without_reports(self.arguments))
         command = shlex.join(["harness", *asked, *which])
-        reference = [shlex.quote(str(there))] if known else []
+        there = other_reference(golden, checkpoint)
+        reference = [] if there is None else [shlex.quote(str(there))]
         return tuple(how_to_accept(found, command, *reference))
 
     def _names_golden(self) -> bool:

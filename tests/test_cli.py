@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
+from harness import api
 from harness.model.files import quiet
 from tests.conftest import Harness, Run, on_terminal
 
@@ -123,6 +125,16 @@ def test_what_the_golden_cannot_tell_is_undecided_and_a_reference_decides_it(
     assert run.out.startswith("ok close")
 
 
+def test_what_is_verified_is_not_named_as_its_own_reference(
+    recorded: Path, harness: Harness, data: Path
+) -> None:
+    shutil.copy(data / "nest_tiny_perturbed_all_1e-6.nemo", "models/nest.nemo")
+    for arguments in (["models/nest.nemo"], ["-g", "golden/nest.safetensors"], []):
+        run = harness("verify", *arguments)
+        assert run.code == 3
+        assert run.out.endswith("--reference RECORDED_CKPT\n")
+
+
 def test_a_reference_that_was_not_recorded_is_refused(
     recorded: Path, harness: Harness, data: Path
 ) -> None:
@@ -208,6 +220,22 @@ def test_of_several_goldens_each_is_reported_and_the_worst_counts(
     assert run.code == run.json["exit_code"] == 2
     assert [len(g["stages"]) for g in run.json["goldens"]] == [1, 1, 0]
     assert run.json["goldens"][2]["error"]["kind"] == "checkpoint"
+
+
+def test_a_golden_of_a_live_model_is_left_out_where_no_file_is_named(
+    recorded: Path, harness: Harness
+) -> None:
+    live = Path("golden/live.safetensors")
+    api.record(torch.nn.Linear(2, 2), live)
+    run = harness("verify")
+    assert run.code == 0
+    assert run.out.count("ok identical") == 1
+    assert run.err == (
+        f"note: {live} was recorded from a live model, names no checkpoint, and is left out\n"
+    )
+    assert harness("verify", "-g", live).code == 2
+    recorded.unlink()
+    assert harness("verify").code == 2  # nothing was verified
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def how_to_accept(
     """
     if comparison.ok:
         return []
-    if comparison.verdict == "undecided":
+    if comparison.verdict == "undecided" and comparison.stage == "file":
         return [f"to decide exactly:   {command} --reference {reference}"]
     prefixes = [f for f in comparison.findings if f.kind == "prefix"]
     lines = []

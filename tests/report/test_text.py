@@ -103,6 +103,14 @@ def test_a_prefix_to_strip_is_quoted_as_a_shell_needs_it() -> None:
     assert how_to_accept(found, "harness verify x")[0].endswith("--strip-prefix 'a b;c.'")
 
 
+@pytest.mark.parametrize(("stage", "step"), [("file", "--reference"), ("outputs", "--update")])
+def test_only_the_file_has_a_reference_that_decides(stage: str, step: str) -> None:
+    undecided = Finding(kind="undecided", key="a.weight", expected="float32 [2]")
+    found = comparison(undecided, stage=stage)
+    (line,) = how_to_accept(found, "harness verify x")
+    assert step in line
+
+
 @pytest.fixture
 def project(tmp_path: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A golden of long keys, and a checkpoint of which everything differs."""
