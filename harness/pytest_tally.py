@@ -211,11 +211,14 @@ def _asks_for_all(config: pytest.Config) -> bool:
 
 
 def _is_for_command(path: Path) -> bool:
-    """Whether `harness verify` finds a golden's checkpoint: then it needs no test to use it."""
+    """Whether `harness verify` finds a golden's checkpoint: then it needs no test to use it.
+
+    What is behind a URL is not asked for: a summary waits for no server.
+    """
     from harness.golden import is_there, read_golden
 
     try:
         checkpoint = read_golden(path).checkpoint
     except HarnessError:
         return False
-    return checkpoint is not None and is_there(checkpoint)
+    return checkpoint is not None and (not isinstance(checkpoint, Path) or is_there(checkpoint))

@@ -27,6 +27,7 @@ import harness.nest
 import harness.report.text
 from harness.api import read_golden, record
 from harness.compare import Policy
+from harness.golden import write_golden
 from harness.pytest_plugin import PolicyKeywords, golden_name
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
@@ -734,6 +735,17 @@ def test_what_is_not_the_plugins_is_not_unused(project: Project) -> None:
     assert summary(project.run()) == "1 verified"
     project.tests("def test_it(): pass")
     assert summary(project.run()) is None
+
+
+def test_the_summary_asks_no_server_for_the_checkpoint_of_a_golden(project: Project) -> None:
+    project.tests(ONE_TEST)
+    project.run("--golden-mode=create")
+    project.record("net")
+    golden = project.golden("golden/net.safetensors")
+    write_golden(
+        dataclasses.replace(golden, source="http://127.0.0.1:9/net.safetensors"), overwrite=True
+    )
+    assert summary(project.run()) == "1 verified"
 
 
 # Where it runs.
