@@ -81,7 +81,7 @@ class FileSource:
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+                count = os.preadv(self._descriptor(), [buffer[done:]], offset + done)
             except OSError as error:
                 raise CheckpointError(
                     f"{self.name}: reading {len(buffer)} bytes at {offset} failed: "
@@ -101,17 +101,24 @@ class FileSource:
         if nbytes == 0:
             return memoryview(b"")
         if self._map is None or len(self._map) < offset + nbytes:
-            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(self._descriptor(), 0, access=mmap.ACCESS_READ)
         return memoryview(self._map)[offset : offset + nbytes]
 
     def stamp(self) -> str | None:
-        found = os.fstat(self._fd)
+        found = os.fstat(self._descriptor())
         # What was written a moment ago may be written again within the clock's resolution.
         if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < _SETTLED_NS:
             return None
         return (
             f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
         )
+
+    def _descriptor(self) -> int:
+        if self._fd < 0:
+            raise CheckpointError(
+                f"{self.name}: is closed", hint="open the checkpoint again, and read it before"
+            )
+        return self._fd
 
     def close(self) -> None:
         # The map, if any, lives as long as the arrays over it.
