@@ -202,6 +202,8 @@ class CheckpointGolden:
 def _named(name: str) -> str:
     """Check a name that a test gives: a file of `golden_dir` itself, folders are for tests' own."""
     __tracebackhide__ = True
+    from harness.report.folding import error_lines
+
     golden = name.removesuffix(SUFFIX)
     if golden and golden[0] != "." and golden.isprintable() and not set(golden) & set("/\\"):
         return golden
@@ -209,19 +211,20 @@ def _named(name: str) -> str:
         f"a golden's name is that of a file, not {name!r}",
         hint="give a name without folders, or none: then the golden is the test's own",
     )
-    pytest.fail("\n".join(_error_lines(error)), pytrace=False)
+    pytest.fail("\n".join(error_lines(error)), pytrace=False)
 
 
 def _policy_of(policy: Policy | None, keywords: PolicyKeywords) -> Policy:
     __tracebackhide__ = True
     from harness.compare import Policy
+    from harness.report.folding import error_lines
 
     try:
         if policy is not None and keywords:
             raise UsageError("give policy=… or its fields as keywords, not both")
         return policy or Policy(**keywords)
     except UsageError as error:
-        text = "\n".join(_error_lines(error))
+        text = "\n".join(error_lines(error))
     pytest.fail(text, pytrace=False)
 
 
@@ -356,6 +359,7 @@ class _Attempt:
 
     def report(self) -> Iterator[str]:
         """What a person reads: every stage, what went wrong, and the next step last."""
+        from harness.report.folding import error_lines
         from harness.report.text import render
 
         for stage in self.stages:
@@ -363,7 +367,7 @@ class _Attempt:
         if self.error is None:
             yield from (f"  {step}" for step in self._next_steps())
         else:
-            yield from _error_lines(self.error)
+            yield from error_lines(self.error)
 
     def _next_steps(self) -> Iterator[str]:
         from harness.report.outcome import worst
@@ -400,14 +404,3 @@ class _Attempt:
         if not isinstance(there, Path):
             return "RECORDED_CKPT" if there is None else str(there)
         return os.path.relpath(there, self.settings.folder.invoked)
-
-
-def _error_lines(error: HarnessError) -> Iterator[str]:
-    yield f"error: {_printable(str(error))}"
-    if error.hint:
-        yield f"  next: {_printable(error.hint)}"
-
-
-def _printable(text: str) -> str:
-    """Names from a file may hold control characters or lone surrogates."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -88,11 +88,10 @@ def _style() -> Style:
 
 def echo_error(error: HarnessError) -> None:
     """Print an error and its next step on the error stream."""
-    from harness.report.folding import escaped
+    from harness.report.folding import error_lines
 
-    click.echo(f"error: {escaped(str(error))}", err=True)
-    if error.hint:
-        click.echo(f"  next: {escaped(error.hint)}", err=True)
+    for line in error_lines(error):
+        click.echo(line, err=True)
 
 
 def echo_json(data: Any) -> None:

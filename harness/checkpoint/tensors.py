@@ -292,9 +292,9 @@ class Checksum(NamedTuple):
 class Checkpoint:
     """An open checkpoint: its tensors in the order of the file. Close it, or use it as a context.
 
-        `container` is the format's name; `section` the path of the state dict inside ("" for the
+    `container` is the format's name; `section` the path of the state dict inside ("" for the
     root); `keeps_aliases` tells whether the format can say that two tensors are tied;
-        `checksums` are the container's own.
+    `checksums` are the container's own.
     """
 
     name: str

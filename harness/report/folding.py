@@ -1,11 +1,17 @@
-"""Fold keys that differ only in their numbers: `layers.{0…16}.norm.bias` instead of 17 lines."""
+"""Names and errors as lines for people.
+
+In: keys, which are folded where they differ only in their numbers (`layers.{0…16}.norm.bias`
+instead of 17 lines), any other text, and errors. Out: text that is safe on a terminal.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
+
+from harness.errors import HarnessError
 
 _NUMBER = re.compile(r"(?<![^.\[])(\d+)(?![^.\]])")
 
@@ -20,6 +26,13 @@ def printable(key: str) -> str:
 def escaped(text: str) -> str:
     """Any text as it may stand on one line of a terminal: names in it may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def error_lines(error: HarnessError) -> Iterator[str]:
+    """An error and its next step."""
+    yield f"error: {escaped(str(error))}"
+    if error.hint:
+        yield f"  next: {escaped(error.hint)}"
 
 
 def fold(keys: Sequence[str], *, ellipsis: str = "…") -> list[tuple[str, list[str]]]:

@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from harness.compare import Comparison
 from harness.errors import HarnessError
-from harness.report.folding import escaped, printable
+from harness.report.folding import error_lines, escaped, printable
 from harness.report.outcome import Outcome, Result
 from harness.report.text import render as render_text
 from harness.report.text import tally
@@ -90,8 +90,7 @@ def _body(stage: Comparison, outcome: Outcome) -> str:
 
 
 def _told(error: HarnessError) -> str:
-    hint = f"  next: {escaped(error.hint)}\n" if error.hint else ""
-    return f"\nerror: {escaped(str(error))}\n{hint}"
+    return "\n" + "".join(f"{line}\n" for line in error_lines(error))
 
 
 def _where_it_ended(result: Result, outcome: Outcome) -> str:

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from harness.compare import Comparison
-from harness.errors import HarnessError
 from harness.report.fitting import fit, shorten
-from harness.report.folding import escaped
+from harness.report.folding import error_lines, escaped
 from harness.report.outcome import Outcome, Result
 from harness.report.text import (
     SYMBOLS,
@@ -109,7 +108,7 @@ def _parts(result: Result, outcome: Outcome) -> Iterator[_Part]:
             yield _Part(f"{tally(stage)}\n\n{_fenced(_head(stage))}")
             yield from _details(stage)
     if outcome.error is not None:
-        yield _Part(f"### {title}: could not tell\n\n{_fenced(_error(outcome.error))}")
+        yield _Part(f"### {title}: could not tell\n\n{_fenced(error_lines(outcome.error))}")
     for step in outcome.next_steps:
         yield _Part(_step(step))
 
@@ -139,12 +138,6 @@ def _details(stage: Comparison) -> Iterator[_Part]:
 
 def _section(section: Section) -> str:
     return _fenced(line.removeprefix("    ") for line in section.lines)
-
-
-def _error(error: HarnessError) -> Iterator[str]:
-    yield f"error: {escaped(str(error))}"
-    if error.hint:
-        yield f"  next: {escaped(error.hint)}"
 
 
 def _step(step: str) -> str:
