@@ -186,7 +186,7 @@ def verify(
         )
         beside = None
         if reference is not None:
-            refuse_reference(to_path(reference), recorded)
+            refuse_reference(to_path(reference), recorded, subject)
             beside = stack.enter_context(open_checkpoint(reference, section=recorded.section))
         found = fingerprint_checkpoint(
             actual,

@@ -169,14 +169,14 @@ def _refuse_golden(path: AnyPath | None) -> None:
         )
 
 
-def refuse_reference(path: AnyPath, golden: Golden) -> None:
+def refuse_reference(path: AnyPath, golden: Golden, subject: Subject | None) -> None:
     """Refuse a golden in the place of the checkpoint that was recorded; raises UsageError."""
     if is_golden(path):
-        there = golden.checkpoint
+        there = other_reference(golden, subject)
         raise UsageError(
             f"--reference {path}: is a golden, not the checkpoint that was recorded",
             hint=f"--reference {_typed(there)}"
-            if there is not None and is_there(there)
+            if there is not None
             else "give the checkpoint that was recorded, or leave it out",
         )
 

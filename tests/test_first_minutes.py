@@ -90,6 +90,11 @@ MISTAKES = [
         "is a golden, not the checkpoint that was recorded",
         "--reference models/nest.nemo",
     ),
+    (
+        "verify models/nest.nemo --reference golden/nest.safetensors",
+        "is a golden, not the checkpoint that was recorded",
+        "give the checkpoint that was recorded, or leave it out",
+    ),
     # A model that cannot be built.
     (f"{NEST} nope:Thing", "No module named 'nope'", "install it, or run from the folder"),
     (f"{NEST} nope.deeper:Thing", "No module named 'nope'", "install it, or run from"),

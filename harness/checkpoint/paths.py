@@ -62,5 +62,5 @@ def to_local(location: Location, what: str) -> Path:
         return path
     raise UsageError(
         f"{path}: {what} must be on this machine",
-        hint=f"download it first, and give the file in place of {path.name}",
+        hint="give a path of this machine; what is to be read, download it first",
     )
