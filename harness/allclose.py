@@ -84,6 +84,8 @@ _MIN_RUN_NUMEL = 64
 MAX_STRIP = 64
 # A float32 sum of squares below this has lost terms to underflow.
 _SAFE_SQUARES = 1e-25
+# Below this share of a limit a rounded difference is below the limit itself.
+_SURELY = 1 - 2.0**-20
 # Differences beyond these may be infinite in the narrow type.
 _HUGE = {"float16": 65504.0, "complex32": 65504.0, "bfloat16": 3.38e38}
 
@@ -154,26 +156,30 @@ class _Kernel:
         with np.errstate(all="ignore"):
             atol, rtol = np.array([self.tolerance.atol, self.tolerance.rtol]).astype(self.work)
             error = self._magnitude(np.subtract(a, e, out=self._scratch("error", e)))
-            allowed = self._magnitude(np.multiply(e, rtol, out=self._scratch("allowed", e)))
-            needed = np.subtract(error, allowed, out=self._scratch("needed", error))
+            scaled = self._magnitude(np.multiply(e, rtol, out=self._scratch("scaled", e)))
+            needed = np.subtract(error, scaled, out=self._scratch("needed", error))
             min_atol = _top(needed)
-            allowed += atol
             squares = self._squares(error)
             total = float(squares.sum())
-            beyond = np.greater(error, allowed, out=buffers.get("beyond", error.size, "?"))
             nonfinite = (0, 0)
             if not math.isfinite(total):
                 nonfinite = (_num_nonfinite(e), _num_nonfinite(a))
-                same = _by_element(a == e, error.size)
-                beyond = ~same & (~(error <= allowed) | ~np.isfinite(error))
                 # Infinities of one sign are close, as in torch.
-                error = np.where(same, 0, error)
-                min_atol = _top(np.where(same, 0, needed))
+                same = _by_element(a == e, error.size)
+                error[same] = needed[same] = 0
+                min_atol = _top(needed)
             if not _SAFE_SQUARES < total < math.inf:
                 measured = np.where(np.isfinite(error), error, 0).astype("<f8")
                 squares = self._squares(measured)
+            beyond = buffers.get("beyond", error.size, "?")
             if self.narrow is not None:
-                self._decide_again(e, a, error, allowed, beyond)
+                self._decide_narrowly(e, a, error, scaled, beyond)
+            elif math.isfinite(total) and min_atol <= atol * _SURELY:
+                beyond.fill(False)  # the sum below is rounded to no less than what it exceeds
+            else:
+                np.greater(error, np.add(scaled, atol, out=scaled), out=beyond)
+                if not math.isfinite(total):
+                    beyond |= ~np.isfinite(error)
             differing = np.not_equal(error, 0, out=buffers.get("differing", error.size, "?"))
             if self.tolerance.exact:
                 if self.same_type:
@@ -214,18 +220,22 @@ class _Kernel:
             return np.hypot(values[:, 0], values[:, 1])
         return np.abs(values, out=values)
 
-    def _decide_again(
-        self, e: Array, a: Array, error: Array, allowed: Array, beyond: Array
+    def _decide_narrowly(
+        self, e: Array, a: Array, error: Array, scaled: Array, beyond: Array
     ) -> None:
         """Round as torch does, where the wide arithmetic is too near the limit to know."""
         assert self.narrow is not None
         relative, absolute = roundings(self.expected)
-        limit = np.multiply(allowed, relative, out=self._scratch("limit", error))
-        limit += absolute
-        distance = np.subtract(error, allowed, out=self._scratch("needed", error))
-        near = np.abs(distance, out=distance) <= limit
+        atol = self.tolerance.atol
+        limit, near = self._scratch("needed", error), buffers.get("near", error.size, "?")
+        for factor, sign, flags in ((1 - relative, -1, near), (1 + relative, 1, beyond)):
+            np.multiply(scaled, self.work.type(factor), out=limit)
+            limit += self.work.type(atol * factor + sign * absolute)
+            np.greater(error, limit, out=flags)
+        near ^= beyond
         # Of complex32 torch rounds rtol, too, which may be off by any factor.
-        near |= self.is_complex or error > _HUGE[self.expected.name]
+        if self.is_complex or not error.max() <= _HUGE[self.expected.name]:
+            near.fill(True)
         where = np.flatnonzero(near)
         where = where[~_by_element(a[where] == e[where], where.size)]
         if where.size:
