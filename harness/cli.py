@@ -100,10 +100,23 @@ def _run(arguments: list[str]) -> int:
 
 def _is_one_of_several() -> bool:
     """Whether torchrun, or whoever sets its variables, has started several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    size = os.environ.get("WORLD_SIZE", "")
+    return size.isdecimal() and int(size) > 1 and "RANK" in os.environ
+
+
+class _Commands(click.Group):
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[:1] == ["update"]:
+            raise UsageError(
+                "update is not a command: a golden is replaced by a flag, after its differences "
+                "were shown",
+                hint="harness verify CKPT --update-golden --reason WHY",
+            )
+        return super().resolve_command(ctx, args)
 
 
 @click.group(
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 identical or close, 1 different, 2 could not tell, 3 undecided.",
 )
