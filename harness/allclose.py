@@ -229,11 +229,10 @@ class _Kernel:
         """Round as torch does, where the wide arithmetic is too near the limit to know."""
         assert self.narrow is not None
         relative, absolute = roundings(self.expected)
-        atol = self.tolerance.atol
         limit, near = self._scratch("needed", error), buffers.get("near", error.size, "?")
         for factor, sign, flags in ((1 - relative, -1, near), (1 + relative, 1, beyond)):
             np.multiply(scaled, self.work.type(factor), out=limit)
-            limit += self.work.type(atol * factor + sign * absolute)
+            limit += self.work.type(self.tolerance.atol * factor + sign * absolute)
             np.greater(error, limit, out=flags)
         near ^= beyond
         # Of complex32 torch rounds rtol, too, which may be off by any factor.
