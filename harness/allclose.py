@@ -115,6 +115,28 @@ def tally_chunk(
     actual.read_into(int(chunk.start * ratio), theirs.data)
     if expected.dtype == actual.dtype and _are_equal(ours, theirs):
         return None
+    return _tally_values(expected, actual, chunk, tolerance, ours, theirs)
+
+
+def tally_nan(tensor: Values, chunk: Chunk, tolerance: Tolerance) -> Tally | None:
+    """Compare a chunk of two tensors that is the same in both; None unless it holds NaN.
+
+    Of tensors that differ elsewhere NaN must be counted: to `torch.allclose` it is close to
+    nothing, not even to itself.
+    """
+    if not tensor.dtype.is_floating:
+        return None
+    data = buffers.get("chunk", chunk.nbytes)
+    tensor.read_into(chunk.start, data.data)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        if not np.isnan(data.view(numpy_dtype(tensor.dtype))).any():
+            return None
+    return _tally_values(tensor, tensor, chunk, tolerance, data, data)
+
+
+def _tally_values(
+    expected: Values, actual: Values, chunk: Chunk, tolerance: Tolerance, ours: Array, theirs: Array
+) -> Tally:
     first = chunk.start // expected.dtype.itemsize
     kernel = _Kernel(expected.dtype, actual.dtype, tolerance, run_numel(expected.numel))
     tallies: list[Tally] = []

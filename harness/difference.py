@@ -27,6 +27,7 @@ from harness.allclose import (
     roundings,
     run_numel,
     tally_chunk,
+    tally_nan,
 )
 from harness.checkpoint.tensors import numpy_dtype
 from harness.fingerprint import Stats, TensorPrint, block_numel, digest_of
@@ -88,7 +89,15 @@ class Difference:
 def conclude(
     expected: Values, actual: Values, tallies: Sequence[Tally | None], tolerance: Tolerance
 ) -> Difference:
-    """Join the tallies of all chunks into the exact difference of two tensors."""
+    """Join the tallies of all chunks into the exact difference of two tensors.
+
+    Chunks that are the same are read once more where others are not: they may hold NaN.
+    """
+    if any(tally is not None for tally in tallies):
+        tallies = [
+            tally_nan(actual, chunk, tolerance) if tally is None else tally
+            for chunk, tally in zip(chunks(expected.nbytes), tallies, strict=True)
+        ]
     total = add_tallies([tally for tally in tallies if tally is not None])
     numel = expected.numel
     if total.num_differing == 0:

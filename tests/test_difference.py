@@ -290,3 +290,26 @@ def test_stats_of_two_checkpoints_are_measured_only_where_asked_for(tmp_path: Pa
     [finding] = api.diff(one, other).findings
     assert finding.difference is not None
     assert finding.difference.stats == (None, None)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.complex64], ids=str
+)
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_nan_in_chunks_that_are_the_same_is_close_to_nothing(
+    tmp_path: Path, dtype: torch.dtype, count: int
+) -> None:
+    numel = 12_600_000 // dtype.itemsize  # four chunks
+    x = torch.zeros(numel).to(dtype)
+    x[:count] = math.nan
+    y = x.clone()
+    y[-1] = 1e-7 if dtype.itemsize > 1 else 1.52587890625e-05
+    torch.save({"x": x}, tmp_path / "one.pt")
+    torch.save({"x": y}, tmp_path / "other.pt")
+    policy = Policy(atol=1e-4)
+    [finding] = api.diff(tmp_path / "one.pt", tmp_path / "other.pt", policy=policy).findings
+    assert finding.kind == ("different" if count else "close")
+    assert finding.difference is not None
+    assert finding.difference.num_nonfinite == (count, count)
+    assert finding.difference.num_beyond == count
+    assert math.isinf(finding.difference.min_atol[0]) == bool(count)
