@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,8 @@ class Verification:
         from harness import api
 
         stage = self._stage(checkpoint, recorded)
-        with progress_bar(checkpoint or recorded.checkpoint) as progress:
+        with ExitStack() as reading:
+            progress = reading.enter_context(progress_bar(checkpoint or recorded.checkpoint))
             for comparison in api.verify_stages(
                 checkpoint,
                 recorded,
@@ -141,6 +143,7 @@ class Verification:
                 jobs=self.jobs,
                 progress=progress,
             ):
+                reading.close()  # the bar is of the file; the report has the terminal to itself
                 stages.append(comparison)
                 echo_stage(comparison, self.form)
 

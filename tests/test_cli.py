@@ -262,6 +262,25 @@ def test_options_that_fit_nothing_are_errors(
     assert message in run.err
 
 
+def test_the_bar_is_gone_before_a_stage_is_reported(
+    recorded: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bar:
+        def update(self, task: int, *, completed: int) -> None:
+            sys.stdout.write("bar\n")
+
+        def stop(self) -> None:
+            sys.stdout.write("gone\n")
+
+    clock = iter(range(0, 10**6, 2))
+    monkeypatch.setattr("harness.progress._start_bar", lambda path, total: Bar())
+    monkeypatch.setattr("harness.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    lines = harness("verify", "models/nest.nemo", "--reload").out.splitlines()
+    assert lines[0] == "bar"
+    assert [line.split()[0] for line in lines[lines.index("gone") :]] == ["gone", "ok", "ok", "ok"]
+
+
 @pytest.mark.parametrize("arguments", [["models/none.nemo"], ["--nonsense"], ["-g", "none"]])
 def test_errors_are_json_where_json_is_asked_for(
     recorded: Path, harness: Harness, arguments: list[str]
