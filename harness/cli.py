@@ -115,6 +115,31 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
+_MEANT = {
+    "update": "verify CKPT --update-golden --reason WHY",
+    "check": "verify CKPT",
+    "test": "verify CKPT",
+    "create": "record CKPT",
+    "compare": "diff EXPECTED ACTUAL",
+    "list": "show FILE",
+    "help": "--help",
+}
+
+
+class _Commands(click.Group):
+    """The commands in the order in which they are needed; others' names lead to them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] in _MEANT and not ctx.resilient_parsing:
+            raise UsageError(f"no command {args[0]}", hint=f"harness {_MEANT[args[0]]}")
+        return super().resolve_command(ctx, args)
+
+
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -122,7 +147,11 @@ class _Commands(click.Group):
 )
 @click.version_option(__version__, prog_name="harness")
 def cli() -> None:
-    """Tell from a small golden fingerprint whether a checkpoint still is what it was."""
+    """Tell from a small golden fingerprint whether a checkpoint still is what it was.
+
+    Begin with 'harness record CHECKPOINT' and commit the golden that it writes; 'harness verify'
+    then tells whether the checkpoint changed.
+    """
     _import_numpy()
 
 

@@ -262,6 +262,27 @@ def test_options_that_fit_nothing_are_errors(
     assert message in run.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["update", "x"], "harness verify CKPT --update-golden --reason WHY"),
+        (["check"], "harness verify CKPT"),
+        (["compare", "a", "b"], "harness diff EXPECTED ACTUAL"),
+        (["help"], "harness --help"),
+    ],
+)
+def test_another_name_of_a_command_leads_to_it(
+    harness: Harness, arguments: list[str], hint: str
+) -> None:
+    run = harness(*arguments)
+    assert run == Run(2, "", f"error: no command {arguments[0]}\n  next: {hint}\n")
+
+
+def test_help_lists_the_commands_in_the_order_of_need(harness: Harness) -> None:
+    listed = re.findall(r"^  (\w+)  ", harness("--help").out.partition("Commands:")[2], re.M)
+    assert listed == ["record", "verify", "roundtrip", "diff", "show"]
+
+
 def test_the_bar_is_gone_before_a_stage_is_reported(
     recorded: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
