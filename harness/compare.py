@@ -497,7 +497,9 @@ def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> 
         if not _fits(glob, candidates):
             raise UsageError(
                 f"{option} {glob}: fits no key of {expected.name}",
-                hint=f"harness show {expected.name} lists the keys",
+                hint=f"a glob fits whole keys: '*{glob}*' would fit"
+                if _fits(f"*{glob}*", candidates)
+                else f"harness show {expected.name} lists the keys",
             )
     for old, new in policy.key_map:
         if not any(key == old or (old.endswith(".") and key.startswith(old)) for key in keys):

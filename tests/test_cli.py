@@ -262,6 +262,13 @@ def test_options_that_fit_nothing_are_errors(
     assert message in run.err
 
 
+def test_a_glob_of_half_a_key_is_told_how_to_fit(recorded: Path, harness: Harness) -> None:
+    run = harness("verify", "models/nest.nemo", "--ignore", "conv.pointwise")
+    assert run.code == 2
+    assert run.err.endswith("  next: a glob fits whole keys: '*conv.pointwise*' would fit\n")
+    assert harness("verify", "models/nest.nemo", "--ignore", "*conv.pointwise*").code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
