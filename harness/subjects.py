@@ -116,8 +116,8 @@ def new_golden(subject: Subject, golden: Location | None, *, overwrite: bool) ->
     source = None if path is None else _other_source(target, path)
     raise GoldenError(
         f"{target}: a golden is recorded there already{f', from {source}' if source else ''}",
-        hint=f"to replace it: harness verify {_typed(path)} -g {_typed(target)} --update-golden "
-        "--reason WHY"
+        hint=f"to replace it: harness verify {_typed(path)}"
+        f"{'' if golden is None else f' -g {_typed(target)}'} --update-golden --reason WHY"
         if golden is not None or source is None
         else f"give yours another name: harness record {_typed(path)} "
         f"-g {_typed(target.with_name('OTHER' + SUFFIX))}",

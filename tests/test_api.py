@@ -203,7 +203,9 @@ def test_a_golden_of_another_checkpoint_of_that_name_is_told(file: Path, net: Ne
     api.record(file)
     message, hint = refused(GoldenError, partial(api.record, file))
     assert message == "golden/net.safetensors: a golden is recorded there already"
-    assert "--update-golden" in str(hint)
+    assert hint == "to replace it: harness verify net.pt --update-golden --reason WHY"
+    message, hint = refused(GoldenError, partial(api.record, file, "golden/net.safetensors"))
+    assert "net.pt -g golden/net.safetensors --update-golden" in str(hint)
     Path("other").mkdir()
     torch.save(net.state_dict(), "other/net.pt")
     message, hint = refused(GoldenError, partial(api.record, "other/net.pt"))
