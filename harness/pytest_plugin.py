@@ -110,7 +110,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def checkpoint_golden(request: pytest.FixtureRequest) -> CheckpointGolden:
-    """Verify checkpoints, modules and state dicts against committed goldens."""
+    """Verify checkpoints, modules and state dicts against committed goldens.
+
+    checkpoint_golden.verify("model.pt"), or of a module or a state dict. The first time, run
+    pytest --golden-mode=create.
+    """
     return CheckpointGolden(
         _settings=request.config.stash[_SETTINGS],
         _node=request.node.nodeid,
