@@ -163,7 +163,12 @@ def _report_paths(ctx: click.Context, param: click.Parameter, paths: Any) -> Any
 
 _REPORT = [
     click.option(
-        "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
+        "--format",
+        "form",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="What is printed.",
     ),
     click.option(
         "--report",
