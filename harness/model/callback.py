@@ -180,7 +180,7 @@ class GoldenCheckpoint(pl.Callback):
         self._collect(trainer, wait=True)
         if stage == "fit":
             failed = sum(save.error is not None for save in self.saves)
-            rank_zero_info(f"GoldenCheckpoint: {len(self.saves)} saves verified, {failed} bad")
+            rank_zero_info(f"GoldenCheckpoint: saves verified: {len(self.saves)}, bad: {failed}")
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
