@@ -46,12 +46,6 @@ def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 NEST = "verify models/nest.nemo --load --model"
 MISTAKES = [
-    # Not a command.
-    (
-        "update models/nest.nemo",
-        "update is not a command",
-        "harness verify CKPT --update-golden --reason WHY",
-    ),
     # A wrong path.
     ("verify models/nets.nemo", "no such file", "did you mean models/nest.nemo?"),
     ("verify modles/nest.nemo", "no such file", "did you mean models/nest.nemo?"),
