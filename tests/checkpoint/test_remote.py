@@ -512,7 +512,7 @@ def test_a_golden_is_recorded_from_a_url_and_verified_without_naming_it(
     # The same checkpoint again: nothing to overwrite.
     again = harness("record", url)
     assert again.code == 2
-    assert f"harness verify {url} -g" in again.err
+    assert f"harness verify {url} --update-golden" in again.err
     assert SECRET not in (project / "golden" / "nest_tiny.safetensors").read_bytes().decode("latin")
 
 
