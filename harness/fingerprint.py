@@ -285,10 +285,12 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
     if not scan.wants_stats:
         return _ChunkPrint(digest, crc32, (), ())
     moments, sketches = [], []
+    # Of the whole chunk at once, where it is all finite: fewer calls let threads wait less.
+    of_chunk = _extremes(data.view(numpy_dtype(tensor.dtype))) if _is_ieee(tensor.dtype) else None
     for part in _parts(data, tensor.dtype, block_nbytes):
         values = widen(part, tensor.dtype)
         finite, nonfinite = values, _NonFinite()
-        extremes = _extremes(_ieee(part, values, tensor.dtype))
+        extremes = of_chunk if of_chunk and of_chunk.are_finite else _extremes(values)
         if not extremes.are_finite:
             finite, nonfinite = _take_out_nonfinite(values)
             extremes = _extremes(finite)
@@ -334,10 +336,9 @@ def _float8_values(dtype: DType) -> Array:
     return table
 
 
-def _ieee(data: Array, values: Array, dtype: DType) -> Array:
-    """The numbers as they are stored, where they are IEEE numbers, else as float64."""
-    is_ieee = dtype.is_floating and _component_nbytes(dtype) > 1
-    return data.view(numpy_dtype(dtype)) if is_ieee else values
+def _is_ieee(dtype: DType) -> bool:
+    """Whether its numbers are ordered as their bits are, and NaN and infinity have the greatest."""
+    return dtype.is_floating and _component_nbytes(dtype) > 1
 
 
 class _NonFinite(NamedTuple):

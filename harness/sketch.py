@@ -108,9 +108,9 @@ def sums_of_squares(blocks: Array) -> Array:
     width = min(numel, RUN_NUMEL)
     if not blocks.size or numel % width:
         return np.asarray(np.einsum("ij,ij->i", blocks, blocks))
-    runs = blocks.reshape(count, -1, 1, width)
+    runs = blocks.reshape(count, -1, width)
     with np.errstate(over="ignore"):
-        return np.asarray((runs @ runs.swapaxes(2, 3)).reshape(count, -1).sum(axis=1))
+        return np.asarray(np.vecdot(runs, runs).sum(axis=1))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
