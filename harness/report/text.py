@@ -94,10 +94,13 @@ def tally(comparison: Comparison) -> str:
     return ", ".join(counts)
 
 
+_MAX_MAPPED = 3  # more make a command that nobody reads
+
+
 def how_to_accept(
     comparison: Comparison, command: str, reference: str = "RECORDED_CKPT"
 ) -> list[str]:
-    """The one next step for what was found.
+    """What to do about what was found: look past it where an option can, or accept it.
 
     `command` verifies again; `reference` is the recorded checkpoint, where it is known.
     """
@@ -105,11 +108,19 @@ def how_to_accept(
         return []
     if comparison.verdict == "undecided" and comparison.stage == "file":
         return [f"to decide exactly:   {command} --reference {reference}"]
-    prefixes = [f for f in comparison.findings if f.kind == "prefix"]
     lines = []
+    failing = [finding for finding in comparison.findings if finding.fails]
+    prefixes = [f for f in failing if f.kind == "prefix"]
     if prefixes and prefixes[0].actual != "no prefix" and prefixes[0].expected == "no prefix":
         prefix = shlex.quote(prefixes[0].key)
         lines.append(f"to look past the prefix:  {command} --strip-prefix {prefix}")
+    if comparison.stage == "file" and {f.kind for f in failing} == {"dtype"}:
+        lines.append(f"to compare the values:  {command} --no-check-dtype")
+    names = [f"{f.key}={f.actual_key}" for f in failing if f.kind == "renamed"]
+    may_map = all(f.key != f.actual_key and "=" not in f.key for f in failing)
+    if 0 < len(names) == len(failing) <= _MAX_MAPPED and may_map:
+        maps = " ".join(f"--map {shlex.quote(name)}" for name in names)
+        lines.append(f"to look past the name:  {command} {maps}")
     lines.append(f'if this is meant:  {command} --update-golden --reason "why"')
     return lines
 

@@ -103,6 +103,29 @@ def test_a_prefix_to_strip_is_quoted_as_a_shell_needs_it() -> None:
     assert how_to_accept(found, "harness verify x")[0].endswith("--strip-prefix 'a b;c.'")
 
 
+def test_other_dtypes_alone_lead_to_a_comparison_of_their_values() -> None:
+    dtype = Finding(kind="dtype", key="a", expected="float32", actual="bfloat16")
+    missing = Finding(kind="missing", key="b", expected="float32 [2]")
+    first, last = how_to_accept(comparison(dtype), "harness verify x")
+    assert first == "to compare the values:  harness verify x --no-check-dtype"
+    assert last.startswith("if this is meant:")
+    assert len(how_to_accept(comparison(dtype, missing), "harness verify x")) == 1
+    assert len(how_to_accept(comparison(dtype, stage="outputs"), "harness verify x")) == 1
+
+
+def test_a_few_new_names_alone_lead_to_a_map_of_them() -> None:
+    def renamed(*pairs: tuple[str, str]) -> list[str]:
+        findings = [Finding(kind="renamed", key=old, actual_key=new) for old, new in pairs]
+        return how_to_accept(comparison(*findings), "harness verify x")
+
+    first, last = renamed(("a", "b"), ("c d", "e"))
+    assert first == "to look past the name:  harness verify x --map a=b --map 'c d=e'"
+    assert last.startswith("if this is meant:")
+    assert len(renamed(*((f"a{n}", f"b{n}") for n in range(4)))) == 1
+    assert len(renamed(("a", "a"))) == 1  # a map that did not fit
+    assert len(renamed(("a=b", "c"))) == 1  # which no map can say
+
+
 @pytest.mark.parametrize(("stage", "step"), [("file", "--reference"), ("outputs", "--update")])
 def test_only_the_file_has_a_reference_that_decides(stage: str, step: str) -> None:
     undecided = Finding(kind="undecided", key="a.weight", expected="float32 [2]")
