@@ -45,6 +45,7 @@ class Tally:
     """What the objects of several pickles have cost so far: one limit holds for them together."""
 
     nbytes: int = 0
+    max_nbytes: int = MAX_STRUCTURE_NBYTES
 
 
 def unpickle(
@@ -53,22 +54,21 @@ def unpickle(
     name: str,
     constructors: Constructors,
     persistent: Callable[[Any], Any] | None = None,
-    max_nbytes: int = MAX_STRUCTURE_NBYTES,
+    max_nbytes: int | None = None,
     tally: Tally | None = None,
 ) -> tuple[Any, int]:
     """Read one pickle from the start of `data`; returns the object and where the pickle ends.
 
     `constructors` maps (module, name) to functions that take the pickled arguments and return
     plain values; they must check their arguments and may raise CheckpointError, TypeError or
-    ValueError. `max_nbytes` bounds the memory of what is read, together with what `tally` counts
-    already. Raises CheckpointError, with the offset, for everything malformed.
+    ValueError. What is read costs at most `max_nbytes`, by default those of `tally`, together with
+    what it counts already. Raises CheckpointError, with the offset, for everything malformed.
     """
-    machine = _Machine(data, name, constructors, persistent, max_nbytes)
-    if tally is not None:
-        machine.cost = tally.nbytes
+    tally = tally or Tally()
+    machine = _Machine(data, name, constructors, persistent, max_nbytes or tally.max_nbytes)
+    machine.cost = tally.nbytes
     value = machine.run()
-    if tally is not None:
-        tally.nbytes = machine.cost
+    tally.nbytes = machine.cost
     return value, machine.position
 
 

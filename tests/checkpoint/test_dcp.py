@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from harness.checkpoint import dcp, open_checkpoint, sources, torchfile
+from harness.checkpoint.pickles import Tally
 from harness.checkpoint.tensors import Checkpoint
 from harness.errors import CheckpointError, HarnessError
 from harness.fingerprint import fingerprint
@@ -598,6 +599,19 @@ def test_the_pickles_of_a_folder_share_one_limit(
             with pytest.raises(CheckpointError, match=match) as caught:
                 open_checkpoint(tmp_path)
             assert "fewer chunks" in str(caught.value.hint)
+
+
+def test_the_limit_grows_with_what_torch_writes_of_many_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dcp(tmp_path, {"w": halves(torch.ones(400, 2), count=400)})
+    monkeypatch.setattr(dcp, "Tally", lambda: Tally(max_nbytes=1 << 16))
+    open_checkpoint(tmp_path).close()
+    metadata = read_metadata(tmp_path)
+    metadata.planner_data = [{} for _ in range(60_000)]  # objects of a byte each
+    write_metadata(tmp_path, metadata)
+    with pytest.raises(CheckpointError, match="a structure of more than"):
+        open_checkpoint(tmp_path)
 
 
 def test_many_chunks_cost_no_more_memory_than_they_are_counted_for(tmp_path: Path) -> None:
