@@ -12,6 +12,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -193,7 +194,7 @@ def record(
     It goes to golden/<stem>.safetensors unless --golden says otherwise.
     """
     from harness import api
-    from harness.checkpoint.sources import read_file
+    from harness.checkpoint.sources import open_source
     from harness.sketch import DEFAULT_BLOCK_NBYTES
 
     stage = stage_of(stage, options)
@@ -211,7 +212,8 @@ def record(
             progress=progress,
         )
     found = recorded.fingerprint
-    nbytes = len(read_file(recorded.path))
+    with closing(open_source(recorded.path)) as written:
+        nbytes = written.nbytes
     total = sum(t.nbytes for t in found.tensors.values() if t.alias_of is None)
     beside = f" ({100 * nbytes / max(1, total):.1f} % of the weights)"
     if recorded.live is not None and recorded.live.outputs is not None:

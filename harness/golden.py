@@ -25,7 +25,7 @@ import numpy as np
 
 from harness.checkpoint.paths import AnyPath, Location, is_url, to_path
 from harness.checkpoint.safetensors import is_safetensors, read_safetensors
-from harness.checkpoint.sources import open_source, read, read_file
+from harness.checkpoint.sources import open_source, read
 from harness.checkpoint.tensors import Tensor
 from harness.columns import Columns, columns_of, rows_of
 from harness.errors import CheckpointError, GoldenError
@@ -145,7 +145,7 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
     data = serialize(golden)
     try:
         if path.exists():
-            if read_file(path) == data:
+            if _holds(path, data):
                 return False
             if not overwrite:
                 raise _is_recorded(path)
@@ -160,6 +160,11 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
             f"{path}: cannot be written: {error.strerror}", hint="check the folder's permissions"
         ) from error
     return True
+
+
+def _holds(path: AnyPath, data: bytes) -> bool:
+    with contextlib.closing(open_source(path)) as source:
+        return source.nbytes == len(data) and bytes(source.view(0, len(data))) == data
 
 
 def _put(path: RemotePath, data: bytes, *, overwrite: bool) -> None:
