@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from harness.checkpoint.inert import Global, plain_key
-from harness.checkpoint.pickles import Constructors
+from harness.checkpoint.machine import Constructors
 from harness.checkpoint.tensors import DTYPES, DType, Storage, Tensor
 
 # torch.storage._dtype_to_storage_type_map, turned around
@@ -98,7 +98,7 @@ def torch_dtype(value: Any) -> DType:
 def _size(value: Any) -> tuple[int, ...]:
     if isinstance(value, list):  # TorchScript
         value = tuple(value[: _MAX_DIMENSIONS + 1])
-    if not isinstance(value, tuple) or not all(type(item) is int for item in value):
+    if not isinstance(value, tuple) or not {int}.issuperset(map(type, value)):
         raise ValueError(f"a size must be a tuple of integers, not {brief(value)}")
     if len(value) > _MAX_DIMENSIONS:
         raise ValueError(f"a size of {len(value)} dimensions")
