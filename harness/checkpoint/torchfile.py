@@ -102,7 +102,7 @@ def read_torch_zip(source: Source, *, tally: Tally | None = None) -> TorchFile:
             for entry in entries.values()
             if entry.crc32 and entry.nbytes
         ),
-        script_classes=_script_classes(entries, f"{prefix}code/") if script else {},
+        script_classes=_script_classes(source.name, entries, f"{prefix}code/") if script else {},
     )
 
 
@@ -262,7 +262,7 @@ _MAX_CODE_NBYTES = 4 << 20
 
 
 def _script_classes(
-    entries: Mapping[str, Entry], prefix: str
+    name: str, entries: Mapping[str, Entry], prefix: str
 ) -> dict[Global, tuple[tuple[str, ...], tuple[str, ...]]]:
     """Read which attributes of each TorchScript class are parameters and buffers.
 
@@ -272,7 +272,7 @@ def _script_classes(
     classes = {}
     code = [e for e in entries.values() if e.name.startswith(prefix) and e.name.endswith(".py")]
     if sum(entry.nbytes for entry in code) > _MAX_CODE_NBYTES:
-        raise _damaged(code[0].archive.name, f"has more than {_MAX_CODE_NBYTES} bytes of code")
+        raise _damaged(name, f"has more than {_MAX_CODE_NBYTES} bytes of code")
     for entry in code:
         module = entry.name.removeprefix(prefix).removesuffix(".py").replace("/", ".")
         text = read(entry.source, 0, entry.nbytes).decode("utf-8", "replace")

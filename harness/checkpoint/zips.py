@@ -9,9 +9,10 @@ APPNOTE 6.3.10 with zip64. The standard library's zipfile accepts most of what i
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from operator import attrgetter
+from typing import NamedTuple
 
 from harness.checkpoint.sources import (
     InflatedSource,
@@ -32,62 +33,51 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_DIRECTORY_NBYTES = 16 << 20
 _MAX_ENTRIES = 100_000
 _STORED, _DEFLATED = 0, 8
+_ELSEWHERE = 0xFFFFFFFF  # the number is in the zip64 field
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Entry:
-    """One file of the archive, before `limit`; `crc32` is 0 where the writer left it out."""
+class Entry(NamedTuple):
+    """One file of the archive; `crc32` is 0 where the writer left it out."""
 
     name: str
-    archive: Source
+    nbytes: int
+    crc32: int
+    source: Source
+
+
+class _Row(NamedTuple):
+    """What the directory says of an entry."""
+
+    name: str
     header_offset: int
     compressed_nbytes: int
     nbytes: int
     method: int
     crc32: int
-    spool: Spool
-    limit: int = 0
-
-    @cached_property
-    def source(self) -> Source:
-        """The entry's bytes, inflated on first use where they are compressed."""
-        where = f"{self.archive.name}: {self.name}"
-        stored = RangeSource(self.archive, self.start, self.compressed_nbytes, where)
-        if self.method == _STORED:
-            return stored
-        return InflatedSource(
-            stored,
-            0,
-            self.compressed_nbytes,
-            where,
-            wbits=-15,
-            nbytes=self.nbytes,
-            spool=self.spool,
-        )
-
-    def start(self) -> int:
-        """Where the bytes start, which only the header right before them tells."""
-        fields = _LOCAL.unpack(read(self.archive, self.header_offset, _LOCAL.size))
-        if fields[0] != MAGIC or fields[3] != self.method:
-            raise _damaged(self.archive, f"has no header for {self.name!r} at {self.header_offset}")
-        start: int = self.header_offset + _LOCAL.size + fields[9] + fields[10]
-        end = start + self.compressed_nbytes
-        if end > self.limit:
-            raise _damaged(
-                self.archive, f"places the end of {self.name!r} at {end}, outside of its room"
-            )
-        return start
 
 
 def read_zip(source: Source) -> dict[str, Entry]:
-    """Read an archive's directory; raises CheckpointError for anything inconsistent."""
+    """Read an archive's directory; raises CheckpointError for anything inconsistent.
+
+    The entries' headers are spread over the file: where looking costs a round trip, each is
+    checked when its entry is read.
+    """
     count, directory, offset = _find_directory(source)
-    entries: dict[str, Entry] = {}
-    for entry in _entries(source, directory, count):
-        if entry.name in entries:
-            raise _damaged(source, f"holds two entries named {entry.name!r}")
-        entries[entry.name] = entry
-    return _laid_out(source, entries, offset)
+    rows = {}
+    for row in _rows(source, directory, count):
+        if row.name in rows:
+            raise _damaged(source, f"holds two entries named {row.name!r}")
+        rows[row.name] = row
+    limits = _limits(source, rows.values(), offset)
+    spool, local = Spool(source.name, source.nbytes), is_local(source)
+    entries = {}
+    for row in rows.values():
+        find = partial(_start, source, row, limits[row.name])
+        start = find() if local else find
+        entries[row.name] = Entry(
+            row.name, row.nbytes, row.crc32, _bytes_of(source, row, start, spool)
+        )
+    return entries
 
 
 def _find_directory(source: Source) -> tuple[int, bytes, int]:
@@ -126,9 +116,8 @@ def _find_directory(source: Source) -> tuple[int, bytes, int]:
     return count, read(source, offset, nbytes), offset
 
 
-def _entries(source: Source, directory: bytes, count: int) -> Iterator[Entry]:
+def _rows(source: Source, directory: bytes, count: int) -> Iterator[_Row]:
     position = 0
-    spool = Spool(source.name, source.nbytes)
     for _ in range(count):
         if position + _CENTRAL.size > len(directory):
             raise _damaged(source, f"announces {count} entries, but its directory ends early")
@@ -154,16 +143,7 @@ def _entries(source: Source, directory: bytes, count: int) -> Iterator[Entry]:
             )
         if method == _STORED and nbytes != compressed:
             raise _damaged(source, f"gives {name!r} two sizes, {compressed} and {nbytes} bytes")
-        yield Entry(
-            name=name,
-            archive=source,
-            header_offset=header,
-            compressed_nbytes=compressed,
-            nbytes=nbytes,
-            method=method,
-            crc32=crc32,
-            spool=spool,
-        )
+        yield _Row(name, header, compressed, nbytes, method, crc32)
     if position != len(directory):
         raise _damaged(source, f"announces {count} entries, but its directory holds more")
 
@@ -172,7 +152,9 @@ def _zip64(
     source: Source, extra: bytes, nbytes: int, compressed: int, header: int
 ) -> tuple[int, int, int]:
     values = [nbytes, compressed, header]
-    wanted = [index for index, value in enumerate(values) if value == 0xFFFFFFFF]
+    if _ELSEWHERE not in values:
+        return nbytes, compressed, header
+    wanted = [index for index, value in enumerate(values) if value == _ELSEWHERE]
     position = 0
     while wanted and position + 4 <= len(extra):
         tag, size = struct.unpack_from("<HH", extra, position)
@@ -186,27 +168,50 @@ def _zip64(
     return values[0], values[1], values[2]
 
 
-def _laid_out(source: Source, entries: dict[str, Entry], directory_offset: int) -> dict[str, Entry]:
-    """Give each entry its room, and check that no two share bytes (as zip bombs do).
-
-    Their headers are spread over the file: where looking costs a round trip, each is checked when
-    its entry is read.
-    """
+def _limits(source: Source, rows: Iterable[_Row], directory_offset: int) -> dict[str, int]:
+    """Where each entry has to end, by name: no two share bytes, as they do in zip bombs."""
     limit = directory_offset
-    found = {}
-    for entry in sorted(entries.values(), key=lambda entry: entry.header_offset, reverse=True):
-        if entry.header_offset + _LOCAL.size + entry.compressed_nbytes > limit:
+    limits = {}
+    for row in sorted(rows, key=attrgetter("header_offset"), reverse=True):
+        if row.header_offset + _LOCAL.size + row.compressed_nbytes > limit:
             raise _damaged(
                 source,
-                f"places {entry.name!r} at {entry.header_offset}, outside of it"
+                f"places {row.name!r} at {row.header_offset}, outside of it"
                 if limit == directory_offset
-                else f"has entries that overlap at {entry.name!r}",
+                else f"has entries that overlap at {row.name!r}",
             )
-        found[entry.name] = replace(entry, limit=limit)
-        limit = entry.header_offset
-        if is_local(source):
-            found[entry.name].start()
-    return {name: found[name] for name in entries}
+        limits[row.name] = limit
+        limit = row.header_offset
+    return limits
+
+
+def _start(source: Source, row: _Row, limit: int) -> int:
+    """Where an entry's bytes start, which only the header right before them tells."""
+    fields = _LOCAL.unpack(read(source, row.header_offset, _LOCAL.size))
+    if fields[0] != MAGIC or fields[3] != row.method:
+        raise _damaged(source, f"has no header for {row.name!r} at {row.header_offset}")
+    start: int = row.header_offset + _LOCAL.size + fields[9] + fields[10]
+    end = start + row.compressed_nbytes
+    if end > limit:
+        raise _damaged(source, f"places the end of {row.name!r} at {end}, outside of its room")
+    return start
+
+
+def _bytes_of(source: Source, row: _Row, start: int | Callable[[], int], spool: Spool) -> Source:
+    """An entry's bytes, inflated on first use where they are compressed."""
+    where = f"{source.name}: {row.name}"
+    stored = RangeSource(source, start, row.compressed_nbytes, where)
+    if row.method == _STORED:
+        return stored
+    return InflatedSource(
+        stored,
+        0,
+        row.compressed_nbytes,
+        where,
+        wbits=-15,
+        nbytes=row.nbytes,
+        spool=spool,
+    )
 
 
 def _damaged(source: Source, why: str) -> CheckpointError:
