@@ -158,7 +158,7 @@ class Tensor:
     negative: bool = False
     alias_of: str | None = None
 
-    @cached_property
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -167,7 +167,7 @@ class Tensor:
         """Logical bytes: numel times itemsize."""
         return self.numel * self.dtype.itemsize
 
-    @cached_property
+    @property
     def is_contiguous(self) -> bool:
         """Whether the logical bytes are one run of the storage."""
         if self.strides is None or self.numel == 0:
@@ -338,19 +338,23 @@ def tensor_table(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     logical = 0
     for tensor in tensors:
         _check_view(name, tensor)
-        if tensor.key in table:
+        key, storage, nbytes = tensor.key, tensor.storage, tensor.nbytes
+        if key in table:
             raise CheckpointError(
-                f"{name}: two tensors have the key {tensor.key!r}",
+                f"{name}: two tensors have the key {key!r}",
                 hint="the file is malformed: save it again",
             )
-        original = first.setdefault(tensor.identity, tensor.key) if tensor.numel else tensor.key
-        alias_of = original if original != tensor.key and tensor.storage.source else None
-        if alias_of is None and tensor.storage.source is not None:
-            logical += tensor.nbytes
-            stored[id(tensor.storage)] = tensor.storage.nbytes
+        alias_of = None
+        if storage.source is not None:
+            original = first.setdefault(tensor.identity, key) if nbytes else key
+            if original != key:
+                alias_of = original
+            else:
+                logical += nbytes
+                stored[id(storage)] = storage.nbytes
         if alias_of != tensor.alias_of:
             tensor = replace(tensor, alias_of=alias_of)
-        table[tensor.key] = tensor
+        table[key] = tensor
     if logical > _EXPANSION_FREE_NBYTES + _EXPANSION_LIMIT * sum(stored.values()):
         raise CheckpointError(
             f"{name}: its views expand {sum(stored.values())} stored bytes to {logical}",
@@ -364,9 +368,9 @@ def _check_view(name: str, tensor: Tensor) -> None:
     bad = None
     if len(shape) > 64:  # numpy's limit; torch prints no more either
         bad = f"has {len(shape)} dimensions"
-    elif any(size < 0 or size >= 1 << 62 for size in shape):
+    elif shape and (min(shape) < 0 or max(shape) >= 1 << 62):
         bad = "has an impossible shape"
-    elif strides is not None and (len(strides) != len(shape) or any(s < 0 for s in strides)):
+    elif strides is not None and (len(strides) != len(shape) or min(strides, default=0) < 0):
         bad = f"has strides {list(strides)[:8]}, which do not fit its shape"
     elif tensor.offset < 0:
         bad = f"starts at element {tensor.offset} of its storage"
