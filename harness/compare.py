@@ -12,12 +12,14 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from harness.allclose import Tolerance
-from harness.difference import Difference, Measure, Verdict
 from harness.errors import CheckpointError, GoldenMismatch, UsageError
 from harness.fingerprint import Fingerprint, TensorPrint
+
+if TYPE_CHECKING:
+    from harness.allclose import Tolerance
+    from harness.difference import Difference, Measure, Verdict
 
 # Worst first: what stops a load, then what computes something else, then what is only noted.
 FindingKind = Literal[
@@ -74,6 +76,8 @@ class Policy:
 
     def tolerance(self, key: str) -> Tolerance:
         """The tolerance for a golden's key."""
+        from harness.allclose import Tolerance  # not before something differs
+
         atol, rtol = self.atol, self.rtol
         for glob, its_atol, its_rtol in self.tolerances:
             if fnmatchcase(key, glob):
@@ -257,7 +261,8 @@ def compare(
         else:
             to_measure.append(pair)
     triples = [(p.expected, p.actual, policy.tolerance(p.expected.key)) for p in to_measure]
-    for pair, difference in zip(to_measure, measure(triples), strict=True):
+    differences = measure(triples) if triples else []
+    for pair, difference in zip(to_measure, differences, strict=True):
         if difference.verdict == "identical":
             _refuse_contradiction(pair, actual)
             num_identical += pair.expected.key not in aliases

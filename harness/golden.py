@@ -12,7 +12,6 @@ differ.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import shlex
@@ -361,8 +360,10 @@ def close_golden(path: AnyPath) -> Path | None:
     """A golden beside the place, with a name much like it; None by URL."""
     if not isinstance(path, Path):
         return None
+    from difflib import get_close_matches
+
     beside = {other.name: other for other in path.parent.glob(f"*{SUFFIX}")}
-    close = difflib.get_close_matches(path.name, sorted(beside))
+    close = get_close_matches(path.name, sorted(beside))
     return next((beside[name] for name in close if is_golden(beside[name])), None)
 
 

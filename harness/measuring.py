@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
-from harness.allclose import Tally, Tolerance, tally_chunk
 from harness.checkpoint import Checkpoint, Tensor
-from harness.difference import Difference, conclude, difference_from_sketch
 from harness.errors import CheckpointError
 from harness.fingerprint import Fingerprint, TensorPrint, fingerprint, statistics
 from harness.streaming import Chunk, Progress, map_chunks
 
-Triple = tuple[TensorPrint, TensorPrint, Tolerance]
+# What measures is imported where something differs: a verify that passes starts without.
+if TYPE_CHECKING:
+    from harness.allclose import Tally, Tolerance
+    from harness.difference import Difference
+
+Triple: TypeAlias = "tuple[TensorPrint, TensorPrint, Tolerance]"
 
 
 @dataclass(frozen=True)
@@ -33,18 +37,20 @@ class _Exact:
         return self.expected.nbytes
 
 
-def _tally(pair: _Exact, chunk: Chunk) -> Tally | None:
-    return tally_chunk(pair.expected, pair.actual, chunk, pair.tolerance)
-
-
 def _measure_exactly(
     pairs: Sequence[_Exact], jobs: int | None, progress: Progress | None, *, stats: bool
 ) -> list[Difference]:
     """Tally every pair; with `stats`, one more pass over both sides of each."""
-    tallies = map_chunks(pairs, _tally, jobs=jobs, progress=progress)
+    from harness.allclose import tally_chunk
+    from harness.difference import conclude
+
+    def tally(pair: _Exact, chunk: Chunk) -> Tally | None:
+        return tally_chunk(pair.expected, pair.actual, chunk, pair.tolerance)
+
+    tallies = map_chunks(pairs, tally, jobs=jobs, progress=progress)
     differences = [
-        conclude(pair.expected, pair.actual, tally, pair.tolerance)
-        for pair, tally in zip(pairs, tallies, strict=True)
+        conclude(pair.expected, pair.actual, found, pair.tolerance)
+        for pair, found in zip(pairs, tallies, strict=True)
     ]
     if not stats:
         return differences
@@ -132,6 +138,8 @@ class AgainstGolden:
         return found
 
     def _from_sketches(self, triples: Mapping[int, Triple]) -> dict[int, Difference]:
+        from harness.difference import difference_from_sketch
+
         # Blocks count elements, so another dtype needs blocks of another size in bytes.
         by_block: dict[int, set[str]] = defaultdict(set)
         for expected, actual, _ in triples.values():
@@ -173,6 +181,8 @@ class BySketches:
     block_nbytes: int
 
     def __call__(self, triples: Sequence[Triple]) -> list[Difference]:
+        from harness.difference import difference_from_sketch
+
         return [
             replace(
                 difference_from_sketch(expected, actual, tolerance, self.block_nbytes, None),

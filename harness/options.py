@@ -154,9 +154,9 @@ _RUN = [
 
 
 def _report_paths(ctx: click.Context, param: click.Parameter, paths: Any) -> Any:
-    from harness.report.files import check_report
-
     for path in paths:
+        from harness.report.files import check_report
+
         check_report(path)
     return paths
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,13 +54,14 @@ def ended(
 
 def finish(result: Result, form: str, reports: Sequence[Path]) -> int:
     """Print the JSON, write the reports, and give the exit code of all."""
-    from harness.report.files import append_step_summary, write_report
-    from harness.report.json import result_as_json
-
     code = result.exit_code
     if form == "json":
+        from harness.report.json import result_as_json
+
         echo_json(result_as_json(result))
     for path in reports:
+        from harness.report.files import write_report
+
         try:
             write_report(result, path)
         except HarnessError as error:  # the others are still wanted
@@ -69,6 +69,8 @@ def finish(result: Result, form: str, reports: Sequence[Path]) -> int:
             code = 2
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
+        from harness.report.files import append_step_summary
+
         try:
             append_step_summary(result, Path(summary))
         except HarnessError as error:  # no reason for a run to fail
@@ -82,7 +84,11 @@ def _style() -> Style:
     terminal = sys.stdout.isatty()
     color = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    width = shutil.get_terminal_size().columns if terminal else None
+    width = None
+    if terminal:
+        from shutil import get_terminal_size  # which brings three modules of compression
+
+        width = get_terminal_size().columns
     return Style(color=color, unicode=terminal and utf8, width=width)
 
 

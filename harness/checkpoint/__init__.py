@@ -16,14 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.dcp import DISTCP, METADATA, read_dcp
 from harness.checkpoint.inert import Record
 from harness.checkpoint.nemo import is_tar, read_nemo
-from harness.checkpoint.paths import AnyPath, Location, to_path
-from harness.checkpoint.rankshards import rank_shards, read_rank_shards
+from harness.checkpoint.paths import DISTCP, METADATA, AnyPath, Location, to_path
 from harness.checkpoint.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.sections import find_tensors, plain_config
-from harness.checkpoint.sharded import MAX_INDEX_NBYTES, join_shards, read_index
 from harness.checkpoint.sources import InflatedSource, Source, open_source, read
 from harness.checkpoint.tensors import Checkpoint, DType, Tensor, tensor_table
 from harness.checkpoint.torchfile import TorchFile, read_torch_legacy, read_torch_zip
@@ -171,6 +168,8 @@ def _torch_checkpoint(
 
 
 def _sharded(path: AnyPath, source: Source) -> Checkpoint:
+    from harness.checkpoint.sharded import MAX_INDEX_NBYTES, join_shards, read_index
+
     table = read_index(path, read(source, 0, min(source.nbytes, MAX_INDEX_NBYTES + 1)))
 
     def open_shard(shard: AnyPath) -> Checkpoint:
@@ -197,6 +196,8 @@ def _sharded(path: AnyPath, source: Source) -> Checkpoint:
 
 
 def _distributed(folder: AnyPath, section: str | None) -> Checkpoint:
+    from harness.checkpoint.dcp import read_dcp
+
     file, sources = read_dcp(folder)
     found, tensors = find_tensors(file, str(folder), section)
     return Checkpoint(
@@ -213,6 +214,8 @@ def _distributed(folder: AnyPath, section: str | None) -> Checkpoint:
 
 
 def _rank_shards(folder: AnyPath) -> Checkpoint:
+    from harness.checkpoint.rankshards import rank_shards, read_rank_shards
+
     tensors, sources = read_rank_shards(folder, rank_shards(folder))
     return Checkpoint(
         name=str(folder),
@@ -229,6 +232,8 @@ def _checkpoint_in(folder: AnyPath) -> AnyPath:
 
     `.metadata` comes first: the other files can be given by their own names, its folder cannot.
     """
+    from harness.checkpoint.rankshards import rank_shards
+
     if (folder / METADATA).is_file():
         return folder / METADATA
     can_list = isinstance(folder, Path) or folder.is_listable

@@ -19,7 +19,7 @@ from typing import Any
 from harness.checkpoint.archives import TensorArchives
 from harness.checkpoint.assembled import Index, Piece, assemble, is_index
 from harness.checkpoint.inert import Global, OpaqueKey, Record, TupleKey
-from harness.checkpoint.paths import AnyPath
+from harness.checkpoint.paths import METADATA, AnyPath
 from harness.checkpoint.pickles import Tally, unpickle
 from harness.checkpoint.rebuild import CONSTRUCTORS, brief, torch_dtype
 from harness.checkpoint.sources import Pool, RangeSource, Source, open_source
@@ -27,8 +27,6 @@ from harness.checkpoint.tensors import DType, Tensor, format_key
 from harness.checkpoint.torchfile import TorchFile, read_torch_zip
 from harness.errors import CheckpointError
 
-METADATA = ".metadata"
-DISTCP = ".distcp"
 LIGHTNING = "meta.pt"
 # Thousands of ranks and tensors make a large `.metadata`: what torch writes of a chunk there, about
 # 140 bytes, is counted as 5 KB of objects, and takes half of that.

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 AnyPath: TypeAlias = "Path | RemotePath"
 Location: TypeAlias = "str | Path | RemotePath"
 
+# In a folder of torch.distributed.checkpoint: its index, and the suffix of what that places.
+METADATA = ".metadata"
+DISTCP = ".distcp"
+
 # Anything else with a colon in it is a file's name, or a drive of Windows.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 

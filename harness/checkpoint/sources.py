@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 import threading
 import time
 import zlib
@@ -237,7 +236,9 @@ class Spool(FileSource):
         _check_expansion(self.name, self._compressed_nbytes, self.nbytes + len(data))
         try:
             if self._fd < 0:
-                with tempfile.TemporaryFile() as file:
+                from tempfile import TemporaryFile
+
+                with TemporaryFile() as file:
                     self._fd = os.dup(file.fileno())
             while data:
                 written = os.pwrite(self._fd, data, self.nbytes)

@@ -10,12 +10,14 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.compare import FINDING_KINDS, Comparison, Departure, Finding, FindingKind
-from harness.difference import Difference, Element
 from harness.report.fitting import fit
 from harness.report.folding import escaped, fold, printable
+
+if TYPE_CHECKING:
+    from harness.difference import Difference, Element
 
 _MAX_GROUPS = 12
 SYMBOLS = {"identical": "✓", "close": "✓", "undecided": "?", "different": "✗"}
