@@ -49,7 +49,7 @@ class Machine:
         self.memo: list[Any] = []
         self.globals: dict[tuple[str, str], Global] = {}
         self.max_nbytes = max_nbytes
-        self.cost = 0
+        self.left = max_nbytes  # what the objects to come may cost
 
     def fail(self, why: str, hint: str = _SAVE_AGAIN) -> NoReturn:
         raise CheckpointError(f"{self.name}: its pickle {why}, at byte {self.position}", hint=hint)
@@ -58,8 +58,8 @@ class Machine:
 
     def spend(self, nbytes: int) -> None:
         """Count what the objects cost; nothing is refunded for those that are dropped."""
-        self.cost += nbytes
-        if self.cost > self.max_nbytes:
+        self.left -= nbytes
+        if self.left < 0:
             self.fail(
                 f"describes a structure of more than {self.max_nbytes >> 20} MiB",
                 "save the weights by themselves, or in fewer chunks; if it is not that large, the "
@@ -113,16 +113,6 @@ class Machine:
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
-    def pop(self) -> Any:
-        if not self.stack:
-            self.fail("takes a value where none is")
-        return self.stack.pop()
-
-    def top(self) -> Any:
-        if not self.stack:
-            self.fail("takes a value where none is")
-        return self.stack[-1]
-
     def mark(self) -> None:
         self.below.append(self.stack)
         self.stack = []
@@ -136,7 +126,7 @@ class Machine:
 
     def put(self, index: int) -> None:
         """Remember the top; picklers count from 0 or 1 without gaps, so a list is enough."""
-        memo, value = self.memo, self.top()
+        memo, value = self.memo, self.stack[-1]
         if index == len(memo):
             memo.append(value)
         elif 0 <= index < len(memo):
@@ -147,7 +137,8 @@ class Machine:
             self.fail(f"skips to the memo entry {index}")
 
     def get(self, index: int) -> None:
-        value = self.memo[index] if 0 <= index < len(self.memo) else _UNSET
+        memo = self.memo
+        value = memo[index] if 0 <= index < len(memo) else _UNSET
         if value is _UNSET:
             self.fail(f"asks for the memo entry {index}, which it never made")
         self.stack.append(value)

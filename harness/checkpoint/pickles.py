@@ -53,9 +53,9 @@ def unpickle(
     """
     tally = tally or Tally()
     machine = Machine(data, name, constructors, persistent, max_nbytes or tally.max_nbytes)
-    machine.cost = tally.nbytes
+    machine.left -= tally.nbytes
     value = _run(machine)
-    tally.nbytes = machine.cost
+    tally.nbytes = machine.max_nbytes - machine.left
     return value, machine.position
 
 
@@ -64,16 +64,16 @@ class _Stop(Exception):  # noqa: N818 - ends the loop, not an error
 
 
 def _run(m: Machine) -> Any:
-    data, size = m.data, len(m.data)
+    data, size, opcodes = m.data, len(m.data), _OPCODES
     try:
         while True:
             position = m.position
             if position >= size:
                 m.fail("ends before its STOP")
-            operation, operand, width, cost = _OPCODES[data[position]]
+            operation, operand, width, cost = opcodes[data[position]]
             m.position = position + width
-            m.cost += cost
-            if m.cost > m.max_nbytes:
+            m.left -= cost
+            if m.left < 0:
                 m.spend(0)  # says so
             if operand is None:
                 operation(m)
@@ -98,7 +98,7 @@ def _run(m: Machine) -> Any:
 
 
 def _stop(m: Machine) -> None:
-    raise _Stop(m.pop())
+    raise _Stop(m.stack.pop())
 
 
 def _drop(m: Machine) -> None:
@@ -152,53 +152,53 @@ def _binary(m: Machine, nbytes: int) -> None:
 
 
 def _tuple2(m: Machine) -> None:
-    second, first = m.pop(), m.pop()
+    second, first = m.stack.pop(), m.stack.pop()
     m.push((first, second))
 
 
 def _tuple3(m: Machine) -> None:
-    third, second, first = m.pop(), m.pop(), m.pop()
+    third, second, first = m.stack.pop(), m.stack.pop(), m.stack.pop()
     m.push((first, second, third))
 
 
 def _dict(m: Machine) -> None:
     items = m.pop_to_mark()
     m.push({})
-    m.store(m.top(), items)
+    m.store(m.stack[-1], items)
 
 
 def _append(m: Machine) -> None:
-    item = m.pop()
-    m.append(m.top(), [item])
+    item = m.stack.pop()
+    m.append(m.stack[-1], [item])
 
 
 def _extend(m: Machine) -> None:
     items = m.pop_to_mark()
-    m.append(m.top(), items)
+    m.append(m.stack[-1], items)
 
 
 def _set_item(m: Machine) -> None:
-    value, key = m.pop(), m.pop()
-    m.store(m.top(), [key, value])
+    value, key = m.stack.pop(), m.stack.pop()
+    m.store(m.stack[-1], [key, value])
 
 
 def _set_items(m: Machine) -> None:
     items = m.pop_to_mark()
-    m.store(m.top(), items)
+    m.store(m.stack[-1], items)
 
 
 def _stack_global(m: Machine) -> None:
-    name, module = m.pop(), m.pop()
+    name, module = m.stack.pop(), m.stack.pop()
     m.push(m.find_global(module, name))
 
 
 def _reduce(m: Machine) -> None:
-    args, callee = m.pop(), m.pop()
+    args, callee = m.stack.pop(), m.stack.pop()
     m.push(m.call(callee, args))
 
 
 def _new_with_keywords(m: Machine) -> None:
-    kwargs, args, callee = m.pop(), m.pop(), m.pop()
+    kwargs, args, callee = m.stack.pop(), m.stack.pop(), m.stack.pop()
     if not isinstance(kwargs, dict):
         m.fail("gives keyword arguments that are no dict")
     m.push(m.call(callee, args, kwargs))
@@ -215,8 +215,8 @@ def _object(m: Machine) -> None:
 
 
 def _build(m: Machine) -> None:
-    state = m.pop()
-    m.build(m.top(), state)
+    state = m.stack.pop()
+    m.build(m.stack[-1], state)
 
 
 # What it costs in memory; never less than what is really taken.
@@ -232,7 +232,7 @@ _ROWS: list[tuple[bytes, str, int, Callable[..., Any]]] = [
     (b"(", "", _CALL, Machine.mark),
     (b"0", "", _SLOT, _drop),
     (b"1", "", _SLOT, Machine.pop_to_mark),
-    (b"2", "", _SLOT, lambda m: m.push(m.top())),
+    (b"2", "", _SLOT, lambda m: m.push(m.stack[-1])),
     # constants and numbers
     (b"N", "", _SLOT, lambda m: m.push(None)),
     (b"\x88", "", _SLOT, lambda m: m.push(True)),
@@ -248,7 +248,12 @@ _ROWS: list[tuple[bytes, str, int, Callable[..., Any]]] = [
     (b"\x8b", "<I", _NUMBER, _long),
     # text and bytes
     (b"S", "", _OBJECT, _quoted),
-    (b"V", "", _OBJECT, lambda m: m.push(m.line().encode("latin-1").decode("raw_unicode_escape"))),
+    (
+        b"V",
+        "",
+        _OBJECT,
+        lambda m: m.push(m.line().encode("latin-1").decode("raw_unicode_escape")),
+    ),
     (b"U", "B", _SLOT, _python2_text),
     (b"T", "<I", _SLOT, _python2_text),
     (b"\x8c", "B", _SLOT, _text),
@@ -260,7 +265,7 @@ _ROWS: list[tuple[bytes, str, int, Callable[..., Any]]] = [
     (b"\x96", "<Q", _OBJECT, _binary),
     # containers
     (b")", "", _SLOT, lambda m: m.push(())),
-    (b"\x85", "", _OBJECT, lambda m: m.push((m.pop(),))),
+    (b"\x85", "", _OBJECT, lambda m: m.push((m.stack.pop(),))),
     (b"\x86", "", _OBJECT, _tuple2),
     (b"\x87", "", _OBJECT, _tuple3),
     (b"t", "", _OBJECT, lambda m: m.push(tuple(m.pop_to_mark()))),
@@ -293,7 +298,7 @@ _ROWS: list[tuple[bytes, str, int, Callable[..., Any]]] = [
     (b"o", "", _CALL, _object),
     (b"b", "", _SLOT, _build),
     (b"P", "", _CALL, lambda m: _persist(m, m.line())),
-    (b"Q", "", _CALL, lambda m: _persist(m, m.pop())),
+    (b"Q", "", _CALL, lambda m: _persist(m, m.stack.pop())),
 ]
 
 
