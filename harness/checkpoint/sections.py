@@ -8,7 +8,6 @@ trees deeper than any model's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from harness.checkpoint.inert import Global, OpaqueKey, Record
@@ -114,8 +113,8 @@ class _Tree:
     def named(self, target: Any) -> list[Tensor]:
         """List the tensors below `target` in order, each under its key."""
         if isinstance(target, Tensor):
-            return [replace(target, key="tensor")]
-        return [replace(tensor, key=format_key(path)) for path, tensor in self._walk(target)]
+            return [target.named("tensor")]
+        return [tensor.named(format_key(path)) for path, tensor in self._walk(target)]
 
     def _walk(self, target: Any) -> Iterator[tuple[Path, Tensor]]:
         """Depth first, without recursion; an object inside of itself is not entered again."""

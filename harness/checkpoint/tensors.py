@@ -179,6 +179,20 @@ class Tensor:
             expected *= size
         return True
 
+    def named(self, key: str) -> Tensor:
+        """The same view under a key: `replace` for the many of a file, in half the time."""
+        return Tensor(
+            key=key,
+            dtype=self.dtype,
+            shape=self.shape,
+            storage=self.storage,
+            offset=self.offset,
+            strides=self.strides,
+            conjugate=self.conjugate,
+            negative=self.negative,
+            alias_of=self.alias_of,
+        )
+
     @property
     def identity(self) -> tuple[object, ...]:
         """Equal for two tensors of one checkpoint only if they are the same view: tied."""
