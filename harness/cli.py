@@ -6,6 +6,7 @@ Exit codes: 0 all identical or close, 1 something differs, 2 could not tell (unr
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import shlex
@@ -58,7 +59,10 @@ _JOBS = click.option(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: run the command and exit with its code; a crash is a 2, never a 1."""
-    sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+    code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    if arguments is None:
+        gc.freeze()  # else the interpreter looks through every object for cycles before it ends
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:
