@@ -10,7 +10,8 @@ are. Refused (ValueError): columns that do not fit the rows, values that do not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Any
@@ -102,10 +103,11 @@ class Columns:
 
     def __init__(self, columns: Mapping[str, Tensor]) -> None:
         self._columns = columns
-        self._digests, self._stats = columns["digest"].array(), columns["stats"].array()
+        self._digests, stats = columns["digest"].array(), columns["stats"].array()
         self._sketch, self._norms = _mapped(columns["sketch"]), _mapped(columns["block_norm"])
-        if self._digests.shape[1:] != (32,) or self._stats.shape[1:] != (_NUM_STATS,):
+        if self._digests.shape[1:] != (32,) or stats.shape[1:] != (_NUM_STATS,):
             raise ValueError("the columns have other widths")
+        self._stats: list[list[float]] = stats.tolist()
         self._row = self._block = 0
 
     def check_used_up(self) -> None:
@@ -167,11 +169,10 @@ class Columns:
         return Sketch(projections=self._sketch[rows], norms=self._norms[rows])
 
 
-def _stats(row: Array) -> Stats | None:
-    if np.isnan(row).all():
+def _stats(row: Sequence[float]) -> Stats | None:
+    if all(map(math.isnan, row)):
         return None
-    values = [float(value) for value in row]
-    low, high, mean, std, l2, *counts = values
+    low, high, mean, std, l2, *counts = row
     zero, nan, posinf, neginf = (int(count) for count in counts)
     return Stats(
         min=low,
