@@ -37,20 +37,22 @@ class _Exact:
         return self.expected.nbytes
 
 
+def _tally(pair: _Exact, chunk: Chunk) -> Tally | None:
+    from harness.allclose import tally_chunk
+
+    return tally_chunk(pair.expected, pair.actual, chunk, pair.tolerance)
+
+
 def _measure_exactly(
     pairs: Sequence[_Exact], jobs: int | None, progress: Progress | None, *, stats: bool
 ) -> list[Difference]:
     """Tally every pair; with `stats`, one more pass over both sides of each."""
-    from harness.allclose import tally_chunk
     from harness.difference import conclude
 
-    def tally(pair: _Exact, chunk: Chunk) -> Tally | None:
-        return tally_chunk(pair.expected, pair.actual, chunk, pair.tolerance)
-
-    tallies = map_chunks(pairs, tally, jobs=jobs, progress=progress)
+    tallies = map_chunks(pairs, _tally, jobs=jobs, progress=progress)
     differences = [
-        conclude(pair.expected, pair.actual, found, pair.tolerance)
-        for pair, found in zip(pairs, tallies, strict=True)
+        conclude(pair.expected, pair.actual, tally, pair.tolerance)
+        for pair, tally in zip(pairs, tallies, strict=True)
     ]
     if not stats:
         return differences
