@@ -25,6 +25,8 @@ from harness.sketch import sums_of_squares
 from harness.streaming import Chunk, buffers
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Flags = Array | bool
+"""Some elements of a pass: flags, or True for all of them and False for none."""
 
 MAX_ELEMENTS = 5
 
@@ -89,8 +91,10 @@ _SAFE_SQUARES = 1e-25
 _SURELY = 1 - 2.0**-20
 # The worst elements are looked for in groups, of which only the greatest are looked at again.
 _GROUP_NUMEL = 4096
+# So few candidates are sorted as they are.
+_FEW = 512
 # Differences beyond these may be infinite in the narrow type.
-_HUGE = {"float16": 65504.0, "complex32": 65504.0, "bfloat16": 3.38e38}
+_HUGE = {"float16": 65504.0, "bfloat16": 3.38e38}
 
 
 def run_numel(numel: int) -> int:
@@ -168,6 +172,8 @@ class _Kernel:
         self.is_complex = "complex" in (expected.kind, actual.kind)
         double = not self.same_type or expected.name in ("float64", "complex128")
         self.work = np.dtype("<f8" if double else "<f4")
+        with np.errstate(over="ignore"):
+            self.atol, self.rtol = np.array([tolerance.atol, tolerance.rtol]).astype(self.work)
         # torch rounds to the stored type after each step; below 4 bytes we widen, and only what
         # lies close to the limit is decided again in the narrow type.
         narrow = self.same_type and expected.name in ("float16", "bfloat16", "complex32")
@@ -177,43 +183,60 @@ class _Kernel:
         """Tally one pass; of its worst elements only those that are worse than `least`."""
         if not self.floating:
             return self._tally_exact(expected, actual, first, least)
-        e = self._values(expected, self.expected, "expected")
-        a = self._values(actual, self.actual, "actual")
+        # Where values are widened, they are spent for what is made of them: less to cache.
+        e = self._values(expected, self.expected, "scaled")
+        a = self._values(actual, self.actual, "error")
         with np.errstate(all="ignore"):
-            atol, rtol = np.array([self.tolerance.atol, self.tolerance.rtol]).astype(self.work)
             error = self._magnitude(np.subtract(a, e, out=self._scratch("error", e)))
-            scaled = self._magnitude(np.multiply(e, rtol, out=self._scratch("scaled", e)))
+            scaled = self._magnitude(np.multiply(e, self.rtol, out=self._scratch("scaled", e)))
             needed = np.subtract(error, scaled, out=self._scratch("needed", error))
-            min_atol = _top(needed)
             squares = self._squares(error)
             total = float(squares.sum())
+            finite = math.isfinite(total)
             nonfinite = (0, 0)
-            if not math.isfinite(total):
+            if not finite:
+                e = self._values(expected, self.expected, "expected")
+                a = self._values(actual, self.actual, "actual")
                 nonfinite = (_num_nonfinite(e), _num_nonfinite(a))
-                # Infinities of one sign are close, as in torch.
+                # Infinities of one sign are close, as in torch; NaN is off by more than anything.
                 same = _by_element(a == e, error.size)
-                error[same] = needed[same] = 0
-                min_atol = _top(needed)
+                error[same] = scaled[same] = needed[same] = 0
+                error[np.isnan(error)] = np.inf
             if not _SAFE_SQUARES < total < math.inf:
                 measured = np.where(np.isfinite(error), error, 0).astype("<f8")
                 squares = self._squares(measured)
-            beyond = buffers.get("beyond", error.size, "?")
-            if self.narrow is not None:
-                self._decide_narrowly(e, a, error, scaled, beyond)
-            elif math.isfinite(total) and min_atol <= atol * _SURELY:
-                beyond.fill(False)  # the sum below is rounded to no less than what it exceeds
-            else:
-                np.greater(error, np.add(scaled, atol, out=scaled), out=beyond)
-                if not math.isfinite(total):
-                    beyond |= ~np.isfinite(error)
-            differing = np.not_equal(error, 0, out=buffers.get("differing", error.size, "?"))
-            if self.tolerance.exact:
-                if self.same_type:
-                    differing = ~_by_element(expected == actual, error.size)
-                    error = np.where(differing, error, 0)
+            min_atol = _top(needed)
+            tops = _tops(error)
+            if self.tolerance.exact and self.same_type:
+                word = f"<u{min(self.expected.itemsize, 8)}"
+                same = _by_element(expected.view(word) == actual.view(word), error.size)
+                if not finite:
+                    error[same] = 0  # the same NaN
+                    tops = _tops(error)
+                differing: Flags = ~same
                 beyond = differing
+            else:
+                # Mostly all differ, or few do: the least tells before all are looked at one by one.
+                differing = float(error.min()) > 0 or np.not_equal(
+                    error, 0, out=buffers.get("differing", error.size, "?")
+                )
+                if self.tolerance.exact:
+                    beyond = differing
+                elif self.narrow is not None:
+                    beyond = self._decide_narrowly(
+                        expected, actual, error, scaled, needed, float(tops.max())
+                    )
+                elif finite and min_atol <= self.atol * _SURELY:
+                    beyond = False  # the sum below is rounded to no less than what it exceeds
+                else:
+                    limit = np.add(scaled, self.atol, out=scaled)
+                    beyond = np.greater(error, limit, out=buffers.get("beyond", error.size, "?"))
+                    if not finite:
+                        beyond |= ~np.isfinite(error)
             min_atol = max(0.0, min_atol)
-            return _tally(error, differing, beyond, min_atol, squares, first, least, nonfinite)
+            return _tally(
+                error, tops, differing, beyond, min_atol, squares, first, least, nonfinite
+            )
 
     def _scratch(self, name: str, like: Array) -> Array:
         return buffers.get(name, like.size, self.work.str).reshape(like.shape)
@@ -247,30 +270,45 @@ class _Kernel:
         return np.abs(values, out=values)
 
     def _decide_narrowly(
-        self, e: Array, a: Array, error: Array, scaled: Array, beyond: Array
-    ) -> None:
+        self,
+        expected: Array,
+        actual: Array,
+        error: Array,
+        scaled: Array,
+        needed: Array,
+        max_abs: float,
+    ) -> Array:
         """Round as torch does, where the wide arithmetic is too near the limit to know."""
-        assert self.narrow is not None
-        relative, absolute = roundings(self.expected)
-        limit, near = self._scratch("needed", error), buffers.get("near", error.size, "?")
-        for factor, sign, flags in ((1 - relative, -1, near), (1 + relative, 1, beyond)):
-            np.multiply(scaled, self.work.type(factor), out=limit)
-            limit += self.work.type(self.tolerance.atol * factor + sign * absolute)
-            np.greater(error, limit, out=flags)
-        near ^= beyond
-        # Of complex32 torch rounds rtol, too, which may be off by any factor.
-        if self.is_complex or not error.max() <= _HUGE[self.expected.name]:
-            near.fill(True)
-        where = np.flatnonzero(near)
-        where = where[~_by_element(a[where] == e[where], where.size)]
-        if where.size:
-            # The scalar atol is rounded to the dtype before it is added.
-            atol, rtol = np.float32(self.tolerance.atol), np.float32(self.tolerance.rtol)
-            atol, rtol = self._round(atol), self._round(rtol) if self.is_complex else rtol
-            difference = self._round(self._magnitude(self._round(a[where] - e[where])))
-            scaled = self._round(self._magnitude(self._round(e[where] * rtol)))
-            close = (difference <= self._round(scaled + atol)) & np.isfinite(difference)
-            beyond[where] = ~close
+        beyond = buffers.get("beyond", error.size, "?")
+        near: Any = slice(None)
+        if self.is_complex:
+            # torch rounds components, and rtol, which may be off by any factor.
+            e = self._values(expected, self.expected, "expected")
+            a = self._values(actual, self.actual, "actual")
+            error = self._magnitude(self._round(a - e))
+            scaled = self._magnitude(self._round(e * self._round(self.rtol)))
+        elif max_abs <= _HUGE[self.expected.name]:
+            near = self._near_limit(scaled, needed, beyond)
+        # The scalar atol is rounded to the dtype before it is added.
+        difference, scaled = self._round(error[near]), self._round(scaled[near])
+        close = difference <= self._round(scaled + self._round(self.atol))
+        beyond[near] = ~(close & np.isfinite(difference))
+        return beyond
+
+    def _near_limit(self, scaled: Array, needed: Array, beyond: Array) -> Array:
+        """Flag what is surely beyond the limit; return the places where that is not sure."""
+        relative, absolute = map(self.work.type, roundings(self.expected))
+        near = buffers.get("near", needed.size, "?")
+        # With one slack for all, which is the greatest; by one for each where that is too much.
+        for share in (scaled.max(), scaled):
+            slack = (share + self.atol) * relative + absolute
+            np.greater(needed, self.atol + slack, out=beyond)
+            # What rtol alone allows is allowed whatever is rounded: of equal elements none is near.
+            np.greater(needed, np.maximum(self.atol - slack, 0), out=near)
+            near ^= beyond
+            if np.count_nonzero(near) <= needed.size // 64:
+                break
+        return np.flatnonzero(near)
 
     def _round(self, values: Any) -> Any:
         return values.astype(self.narrow).astype("<f4")
@@ -287,7 +325,8 @@ class _Kernel:
                 error[differing] = np.maximum(error[differing], 1.0)
             squares = self._squares(error)
         needed = math.inf if differing.any() else 0.0  # no tolerance makes these equal
-        return _tally(error, differing, differing, needed, squares, first, least)
+        tops = _tops(error)
+        return _tally(error, tops, differing, differing, needed, squares, first, least)
 
 
 def roundings(dtype: DType) -> tuple[float, float]:
@@ -304,29 +343,38 @@ def roundings(dtype: DType) -> tuple[float, float]:
 
 def _tally(
     error: Array,
-    differing: Array,
-    beyond: Array,
+    tops: Array,
+    differing: Flags,
+    beyond: Flags,
     min_atol: float,
     squares: Array,
     first: int,
     least: float,
     num_nonfinite: tuple[int, int] = (0, 0),
 ) -> Tally:
-    num_differing, num_beyond = int(np.count_nonzero(differing)), int(np.count_nonzero(beyond))
-    max_abs = _top(error)
+    num_differing, num_beyond = _count(differing, error.size), _count(beyond, error.size)
+    max_abs = float(tops.max())
     candidates = beyond if num_beyond else differing
-    flags = differing.tobytes()
+    worst: tuple[tuple[float, int], ...] = ()
+    if num_differing and max_abs > least:
+        worst = _worst(error, tops, candidates, first, least)
+    # The ends of all are known, and to find others costs a copy.
+    ends = b"\1" if num_differing == error.size else np.asarray(differing).tobytes()
     return Tally(
         num_differing=num_differing,
         num_beyond=num_beyond,
         max_abs=max_abs,
         min_atol=min_atol,
         squares=tuple(squares.tolist()),
-        first=first + flags.find(1) if num_differing else -1,
-        last=first + flags.rfind(1) if num_differing else -1,
-        worst=_worst(error, candidates, first, least) if max_abs > least else (),
+        first=first + ends.find(1) if num_differing else -1,
+        last=first + error.size - len(ends) + ends.rfind(1) if num_differing else -1,
+        worst=worst,
         num_nonfinite=num_nonfinite,
     )
+
+
+def _count(flags: Flags, numel: int) -> int:
+    return numel * flags if isinstance(flags, bool) else int(np.count_nonzero(flags))
 
 
 def _num_nonfinite(values: Array) -> int:
@@ -344,29 +392,38 @@ def _top(values: Array) -> float:
     return math.inf if math.isnan(top) else top
 
 
-def _worst(
-    error: Array, candidates: Array, first: int, least: float
-) -> tuple[tuple[float, int], ...]:
-    """The few elements that are farthest off, and farther than `least`; NaN as infinity.
+def _tops(error: Array) -> Array:
+    """The greatest of each group."""
+    return np.maximum.reduceat(error, np.arange(0, error.size, _GROUP_NUMEL))
 
-    `error` is spent: what was found is taken out of it.
+
+def _worst(
+    error: Array, tops: Array, candidates: Flags, first: int, least: float
+) -> tuple[tuple[float, int], ...]:
+    """The few candidates that are farthest off, and farther than `least`.
+
+    `error` and `tops` are spent: what was found is taken out of them.
     """
-    ranked = error if candidates.all() else np.where(candidates, error, -np.inf)
-    starts = np.arange(0, ranked.size, _GROUP_NUMEL)
-    tops = np.maximum.reduceat(ranked, starts)
-    if math.isnan(float(tops.max())):
-        ranked[np.isnan(ranked)] = np.inf
-        tops = np.maximum.reduceat(ranked, starts)
+    if not isinstance(candidates, bool) and np.count_nonzero(candidates) <= _FEW:
+        where = np.flatnonzero(candidates)
+        order = where[np.argsort(-error[where], kind="stable")[:MAX_ELEMENTS]]
+        return tuple((float(error[i]), first + int(i)) for i in order if float(error[i]) > least)
     found: list[tuple[float, int]] = []
+    sifted = set()
     while len(found) < MAX_ELEMENTS:
         top = int(tops.argmax())  # the first of equal ones, here and below
-        group = ranked[starts[top] : starts[top] + _GROUP_NUMEL]
-        index = int(group.argmax())
-        size = float(group[index])
-        if not size > least:
+        if not float(tops[top]) > least:
             break
-        found.append((size, first + int(starts[top]) + index))
-        group[index] = -np.inf
+        start = top * _GROUP_NUMEL
+        group = error[start : start + _GROUP_NUMEL]
+        if isinstance(candidates, bool) or top in sifted:
+            index = int(group.argmax())
+            found.append((float(group[index]), first + start + index))
+            group[index] = -np.inf
+        else:
+            # The greatest of all bounds the greatest of the candidates: most groups stay unsifted.
+            group[~candidates[start : start + _GROUP_NUMEL]] = -np.inf
+            sifted.add(top)
         tops[top] = group.max()
     return tuple(found)
 

@@ -14,7 +14,8 @@ from harness.fingerprint import TensorPrint
 from harness.streaming import CHUNK_NBYTES
 
 NUMEL = 100_000
-TOLERANCES = [(1e-5, 1e-5), (1e-3, 0.0), (0.0, 1e-2), (1e-6, 1e-7), (1e-2, 0.1), (0.0, 0.0)]
+TOLERANCES = [(1e-5, 1e-5), (1e-3, 0.0), (0.0, 1e-2), (1e-6, 1e-7), (1e-2, 0.1)]
+TOLERANCES += [(1.1e-3, 0.1), (0.0, 0.0)]  # the narrow types round 1e-2 up, 1.1e-3 down
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
@@ -78,6 +79,32 @@ def test_every_element_at_the_limit_is_decided_as_torch_does(
         assert ours == theirs, scale
         decided += theirs
     assert decided > 1000 or atol == rtol == 0
+
+
+@pytest.mark.parametrize("beside", ["equal", "not finite"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_one_element_about_the_limit_is_decided_as_torch_does_among_others(
+    dtype: torch.dtype, beside: str
+) -> None:
+    """At the limit and a few ulps from it, on both sides, where all others are out of question."""
+    inf, nan, tiny = math.inf, math.nan, torch.finfo(dtype).tiny
+    others = torch.tensor([0.5, 1e-3, -tiny / 4, inf, -inf, nan, inf, 1.0], dtype=dtype)
+    its = torch.tensor([0.5, 1e-3, -tiny / 4, inf, -inf, nan, -inf, nan], dtype=dtype)
+    if beside == "equal":
+        others, its = others[:3], its[:3]
+    integer = BITS[others.element_size()]
+    for atol, rtol in [*TOLERANCES[:-1], (tiny / 8, 0.0), (tiny / 8, 1e-2)]:
+        decided = set()
+        for value in (0.0, 1.0, -3.0, 0.3, 1e-4, tiny, tiny / 8):
+            e = torch.tensor([value], dtype=dtype)
+            at = (e.double().abs() + atol + rtol * e.double().abs()).to(dtype)
+            for ulps in range(-3, 4):
+                code = (at.view(integer) + ulps).clamp(min=0).to(integer)
+                a = code.view(dtype).copysign(torch.tensor(value, dtype=torch.float64))
+                ours, theirs = num_beyond(torch.cat([others, e]), torch.cat([its, a]), atol, rtol)
+                assert ours == theirs, (atol, rtol, value, ulps)
+                decided.add(theirs)
+        assert len(decided) == 2, (atol, rtol)
 
 
 def test_complex128_at_the_limit_is_decided_as_torch_does_to_an_ulp() -> None:
@@ -252,6 +279,31 @@ def test_the_worst_elements_come_first_and_the_place_is_named() -> None:
     assert found.rms == pytest.approx(math.sqrt(sum(i * i for i in range(1, 7)) / 100_000))
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [1e-4, 0.02, 1.0])
+def test_the_worst_are_those_of_the_elements_beyond_and_the_first_of_equal_ones(
+    dtype: torch.dtype, share: float, exact: bool
+) -> None:
+    """Also where few are beyond, and where the greatest differences are not: rtol allows them."""
+    g = torch.Generator().manual_seed(0)
+    expected = torch.randint(1, 5, (NUMEL,), generator=g).to(dtype)
+    expected[::7] *= 1024  # whose differences are greater, but within
+    off = (torch.rand(NUMEL, generator=g) < share) * torch.randint(1, 9, (NUMEL,), generator=g)
+    actual = expected + (off * expected.clamp(min=64) / 128).to(dtype)
+    actual[NUMEL // 2] = expected[NUMEL // 2] = math.nan
+    found = compared(expected, actual, 1e-3, 0.25, exact=exact)
+    close = torch.isclose(actual, expected, atol=1e-3, rtol=0.25)
+    same = actual.view(BITS[actual.element_size()]) == expected.view(BITS[actual.element_size()])
+    beyond = (~same if exact else ~close).nonzero().flatten().tolist()
+    sizes = (actual.double() - expected.double()).abs().nan_to_num(math.inf)
+    worst = sorted(beyond, key=lambda index: (-float(sizes[index]), index))[:MAX_ELEMENTS]
+    assert found.num_beyond == len(beyond) > 0
+    assert [element.index[0] for element in found.elements] == worst
+    assert found.num_differing == int((actual != expected).sum()) - exact
+    assert found.max_abs[0] == (float(sizes[worst[0]]) if exact else math.inf)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128])
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_elements_are_counted_across_chunks_and_passes(dtype: torch.dtype, extra: int) -> None:
@@ -284,6 +336,14 @@ def test_min_atol_is_the_least_that_passes() -> None:
             least = compared(expected, actual, 1e-9, rtol).min_atol[0]
             assert compared(expected, actual, least * (1 + 1e-5), rtol).verdict == "close"
             assert compared(expected, actual, least * (1 - 1e-5), rtol).verdict == "different"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinities_of_one_sign_need_no_tolerance(dtype: torch.dtype) -> None:
+    expected = torch.tensor([math.inf, -math.inf, 0.0], dtype=dtype)
+    found = compared(expected, torch.tensor([math.inf, -math.inf, 0.5], dtype=dtype), 0.0, 0.0)
+    assert (found.max_abs, found.min_atol) == ((0.5, 0.5), (0.5, 0.5))
+    assert [e.index for e in found.elements] == [(2,)]
 
 
 def test_a_tally_of_nothing_is_no_difference() -> None:
