@@ -84,7 +84,6 @@ class Tally:
 # as many elements, 2.11 s at twice as many, 1.75 s here).
 _PASS_NUMEL = 524288
 _MIN_RUN_NUMEL = 64
-_ROW_NUMEL = 512
 MAX_STRIP = 64
 # A float32 sum of squares below this has lost terms to underflow.
 _SAFE_SQUARES = 1e-25
@@ -245,10 +244,7 @@ class _Kernel:
     def _squares(self, error: Array) -> Array:
         """Sums of squares, run by run; of float32 in float32."""
         whole = error.size // self.run * self.run
-        # numpy keeps the GIL over the products of 500 rows or fewer, however long they are.
-        row = min(self.run, _ROW_NUMEL)
-        rows = sums_of_squares(error[:whole].reshape(-1, row))
-        squares: Array = rows.reshape(-1, self.run // row).sum(axis=1)
+        squares = sums_of_squares(error[:whole].reshape(-1, self.run))
         if whole < error.size:
             squares = np.append(squares, sums_of_squares(error[None, whole:]))
         return squares

@@ -90,8 +90,10 @@ def _project(blocks: Array, matrix: Array) -> Array:
     return np.asarray(products.sum(axis=0))
 
 
-# OpenBLAS spreads much longer dot products over its threads, which changes the last bits.
 RUN_NUMEL = 4096
+# numpy lets other threads on only over 500 dot products or more. OpenBLAS would spread much longer
+# ones over its own threads, which changes the last bits.
+_DOT_NUMEL = 512
 
 
 def squares_of_runs(values: Array) -> Array:
@@ -105,12 +107,12 @@ def squares_of_runs(values: Array) -> Array:
 def sums_of_squares(blocks: Array) -> Array:
     """|x|**2 of each row of an array (n, m), in its own type; (n,)."""
     count, numel = blocks.shape
-    width = min(numel, RUN_NUMEL)
+    width = min(numel, _DOT_NUMEL)
     if not blocks.size or numel % width:
         return np.asarray(np.einsum("ij,ij->i", blocks, blocks))
-    runs = blocks.reshape(count, -1, width)
+    parts = blocks.reshape(count, -1, width)
     with np.errstate(over="ignore"):
-        return np.asarray(np.vecdot(runs, runs).sum(axis=1))
+        return np.asarray(np.vecdot(parts, parts).sum(axis=1))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
