@@ -8,10 +8,12 @@ UsageError): ranks that do not come, and ranks that were started with another co
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -25,9 +27,11 @@ from harness.ranks import working_as
 def run_on_ranks(command: Callable[[], int], arguments: Sequence[str]) -> int:
     """Run a command on rank 0, with the help of all others; returns this rank's exit code."""
     with _joined() as team:
+        gc.freeze()  # else each search for cycles looks through all that torch brought, for 0.1 s
         if team.rank > 0:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when it ends
             team.send(0, _started(arguments))
+            import_module("harness.measuring")  # what is asked for, while rank 0 gets ready
             team.serve()
             return 0
         try:
