@@ -23,7 +23,8 @@ from harness.checkpoint.machine import Constructors, Machine
 from harness.errors import CheckpointError
 
 # What the objects of a pickle may cost in memory: a tensor's structure costs about 2.5 KB, so this
-# is enough for 50,000 tensors, and within the promise of 200 MB whatever the file says.
+# is enough for 50,000 tensors, and within the promise of 200 MB whatever the file says. Folders of
+# many chunks may have more: see harness.checkpoint.dcp.
 MAX_STRUCTURE_NBYTES = 128 << 20
 
 
