@@ -15,8 +15,8 @@ import io
 import os
 import pickle
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,7 +30,7 @@ import torch.distributed as dist
 from harness.checkpoint.remote import RemotePath, RemoteSource
 from harness.checkpoint.sources import FileSource, PooledSource, RangeSource
 from harness.errors import CheckpointError, HarnessError, TeamError
-from harness.streaming import num_cores, parallel
+from harness.streaming import num_cores, parallel, together
 
 _Result = TypeVar("_Result")
 
@@ -77,24 +77,14 @@ class TorchTeam:
         """See `harness.ranks.Team`."""
         run = _Run(function, tasks, self.size, jobs, finished)
         jobs = jobs or num_cores_of_rank()
-        num_threads = max(1, min(jobs, len(tasks)))
-        with ThreadPoolExecutor(num_threads + self.size - 1, "harness") as executor:
-            started = [executor.submit(run.work_here) for _ in range(num_threads)]
-            started += [
-                executor.submit(run.work_there, partial(self.ask, rank))
-                for rank in range(1, self.size)
-            ]
-            try:
-                for future in as_completed(started):
-                    future.result()
-            finally:  # what was sent is still waited for: no rank is left in the middle
-                run.stop()
+        here = [run.work_here] * max(1, min(jobs, len(tasks)))
+        there = [partial(run.work_there, self, rank) for rank in range(1, self.size)]
+        together([*here, *there], stop=run.stop)
         list(parallel(run.work_on, run.unsent, jobs=jobs))
         return run.results
 
-    def ask(self, rank: int, work: _Work) -> Sequence[Any]:
-        """Have a rank do some work; raises what it raises, under its name."""
-        self.send(rank, work)
+    def answer(self, rank: int) -> Sequence[Any]:
+        """Wait for what a rank has made of its work; raises what it raises, under its name."""
         answer: _Answer = self.receive(rank)
         if answer.error is not None:
             error = answer.error
@@ -119,12 +109,25 @@ class TorchTeam:
                 self.send(rank, word, patience=_LAST_WORD)
 
     def send(self, rank: int, value: Any, patience: timedelta = PATIENCE) -> None:
+        self.begin_to_send(rank, value)(patience)
+
+    def begin_to_send(self, rank: int, value: Any) -> Callable[[timedelta], None]:
+        """Send what the rank may receive later; call what this returns to wait until it has."""
         data = _pickled(value)
-        for part in (torch.tensor([len(data)]), torch.frombuffer(data, dtype=torch.uint8)):
+        parts = torch.tensor([len(data)]), torch.frombuffer(data, dtype=torch.uint8)
+        try:  # with the tensors, whose memory is read until then
+            sending = [(part, self._group.send([part], rank, 0)) for part in parts]
+        except RuntimeError as error:
+            self._lose(rank, error)
+
+        def wait(patience: timedelta) -> None:
             try:
-                self._group.send([part], rank, 0).wait(patience)
+                for _, sent in sending:
+                    sent.wait(patience)
             except RuntimeError as error:
                 self._lose(rank, error)
+
+        return wait
 
     def receive(self, rank: int) -> Any:
         size = torch.empty(1, dtype=torch.int64)
@@ -175,19 +178,40 @@ class _Run:
         self.results[index] = self.function(self.tasks[index])
         self.finished(self.tasks[index])
 
-    def work_there(self, ask: Callable[[_Work], Sequence[Any]]) -> None:
-        """Have another rank work on batches that shrink towards the end, so that all end alike."""
-        while taken := self._take(_MAX_BATCH):
-            sent: dict[int, bytes] = {}
-            for index in taken:
-                try:
-                    sent[index] = _pickled(self.tasks[index]).tobytes()
-                except (TypeError, AttributeError, pickle.PicklingError):
-                    self.unsent.append(index)  # it is of this process alone: memory, inflated data
-            work = _Work(self.function, [*sent.values()], self.jobs)
-            for index, result in zip(sent, ask(work) if sent else (), strict=True):
+    def work_there(self, team: TorchTeam, rank: int) -> None:
+        """Have another rank work on batches that shrink towards the end, so that all end alike.
+
+        It has the next batch before it has answered: it need not wait while both sides pickle.
+        """
+        asked: deque[tuple[list[int], Callable[[timedelta], None]]] = deque()
+
+        def keep_answer() -> None:
+            indices, wait = asked.popleft()
+            wait(PATIENCE)
+            for index, result in zip(indices, team.answer(rank), strict=True):
                 self.results[index] = result
                 self.finished(self.tasks[index])
+
+        try:
+            while taken := self._take(_MAX_BATCH):
+                if sent := self._pickled(taken):
+                    work = _Work(self.function, [*sent.values()], self.jobs)
+                    asked.append(([*sent], team.begin_to_send(rank, work)))
+                if len(asked) > 1:
+                    keep_answer()
+        finally:  # whatever happens here, no rank is left in the middle
+            while asked:
+                keep_answer()
+
+    def _pickled(self, indices: Iterable[int]) -> dict[int, bytes]:
+        """The tasks that another process can take over; the others are kept for the end."""
+        pickled = {}
+        for index in indices:
+            try:
+                pickled[index] = _pickled(self.tasks[index]).tobytes()
+            except (TypeError, AttributeError, pickle.PicklingError):
+                self.unsent.append(index)  # it is of this process alone: memory, inflated data
+        return pickled
 
     def stop(self) -> None:
         with self._lock:
