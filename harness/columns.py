@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
-from harness.checkpoint.tensors import DTYPES, Tensor, format_key, numpy_dtype
+from harness.checkpoint.tensors import DTYPES, DType, Tensor, format_key, numpy_dtype
 from harness.fingerprint import Fingerprint, Stats, TensorPrint, block_numel, digest_of
 from harness.sketch import NUM_PROJECTIONS, Sketch, num_blocks
 from harness.streaming import CHUNK_NBYTES, chunks
@@ -92,10 +92,16 @@ def _value_name(prefix: str, key: str) -> str:
 
 def _mapped(column: Tensor) -> Array:
     """A column of float64 as file pages: a sketch that decides nothing is never read."""
-    source, place = column.storage.source, column.storage
-    if source is None or column.dtype.name != "float64":
+    if column.dtype.name != "float64":
         raise ValueError(f"{column.key} is {column.dtype}, not float64")
-    return np.frombuffer(source.view(place.offset, place.nbytes), "<f8").reshape(column.shape)
+    return np.frombuffer(_bytes(column), "<f8").reshape(column.shape)
+
+
+def _bytes(column: Tensor) -> memoryview:
+    place = column.storage
+    if place.source is None:
+        raise ValueError(f"{column.key} has no values")
+    return place.source.view(place.offset, place.nbytes)
 
 
 class Columns:
@@ -122,58 +128,65 @@ class Columns:
         if not 0 < block_nbytes <= CHUNK_NBYTES:
             raise ValueError(f"blocks of {block_nbytes} bytes")
         known: dict[str, TensorPrint] = {}
-        for key, dtype, shape, alias_of, kept in table:
+        for name, dtype_name, sizes, alias_of, kept in table:
             if self._row >= min(len(self._digests), len(self._stats)):
                 raise ValueError("the columns end early")
-            tensor = TensorPrint(
-                key=str(key),
-                dtype=DTYPES[dtype],
-                shape=tuple(int(size) for size in shape),
-                digest=self._digests[self._row].tobytes(),
-                alias_of=alias_of,
-                stats=_stats(self._stats[self._row]),
-            )
+            key, dtype, shape = str(name), DTYPES[dtype_name], tuple(int(size) for size in sizes)
+            digest, stats = self._digests[self._row].tobytes(), _stats(self._stats[self._row])
             self._row += 1
+            values, sketch = None, None
             if alias_of is not None:
-                original = known[alias_of]
-                tensor = replace(tensor, values=original.values, sketch=original.sketch)
+                values, sketch = known[alias_of].values, known[alias_of].sketch
             elif kept == "values":
-                tensor = replace(tensor, values=self._values(prefix, tensor))
+                values = self._values(prefix, key, dtype, shape, digest)
             elif kept == "sketch":
-                tensor = replace(tensor, sketch=self._take_sketch(tensor, block_nbytes))
-            if tensor.key in known:
+                sketch = self._take_sketch(key, dtype, shape, block_nbytes)
+            if key in known:
                 raise ValueError(f"two tensors have the key {key!r}")
-            known[tensor.key] = tensor
-            yield tensor.key, tensor
+            known[key] = tensor = TensorPrint(
+                key=key,
+                dtype=dtype,
+                shape=shape,
+                digest=digest,
+                alias_of=alias_of,
+                stats=stats,
+                values=values,
+                sketch=sketch,
+            )
+            yield key, tensor
 
-    def _values(self, prefix: str, tensor: TensorPrint) -> bytes:
+    def _values(
+        self, prefix: str, key: str, dtype: DType, shape: tuple[int, ...], digest: bytes
+    ) -> bytes:
         # The reader of safetensors files lists its tensors under formatted keys.
-        values = self._columns[format_key((_value_name(prefix, tensor.key),))].array().tobytes()
-        if len(values) != tensor.nbytes:
-            raise ValueError(f"the values of {tensor.key!r} do not fit its shape {tensor.shape}")
+        values = bytes(_bytes(self._columns[format_key((_value_name(prefix, key),))]))
+        if len(values) != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"the values of {key!r} do not fit its shape {shape}")
         # Else a comparison with them could pass what the digest refuses.
         digests = [
             blake3(values[c.start : c.start + c.nbytes]).digest() for c in chunks(len(values))
         ]
-        if digest_of(tensor.dtype, tensor.shape, digests) != tensor.digest:
-            raise ValueError(f"the values of {tensor.key!r} do not make its digest")
+        if digest_of(dtype, shape, digests) != digest:
+            raise ValueError(f"the values of {key!r} do not make its digest")
         return values
 
-    def _take_sketch(self, tensor: TensorPrint, block_nbytes: int) -> Sketch:
-        factor = 2 if tensor.dtype.kind == "complex" else 1
-        count = num_blocks(tensor.numel * factor, block_numel(tensor.dtype, block_nbytes))
+    def _take_sketch(
+        self, key: str, dtype: DType, shape: tuple[int, ...], block_nbytes: int
+    ) -> Sketch:
+        numel = math.prod(shape) * (2 if dtype.kind == "complex" else 1)
+        count = num_blocks(numel, block_numel(dtype, block_nbytes))
         rows = slice(self._block, self._block + count)
         self._block += count
         if self._block > min(len(self._sketch), len(self._norms)):
-            raise ValueError(f"the sketch ends before {tensor.key!r}")
+            raise ValueError(f"the sketch ends before {key!r}")
         return Sketch(projections=self._sketch[rows], norms=self._norms[rows])
 
 
 def _stats(row: Sequence[float]) -> Stats | None:
-    if all(map(math.isnan, row)):
-        return None
     low, high, mean, std, l2, *counts = row
-    zero, nan, posinf, neginf = (int(count) for count in counts)
+    if math.isnan(low) and all(map(math.isnan, row)):
+        return None
+    zero, nan, posinf, neginf = map(int, counts)
     return Stats(
         min=low,
         max=high,

@@ -9,7 +9,6 @@ root = BLAKE3 over the sorted (key, digest) rows. Neither depends on container, 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,20 +153,15 @@ def fingerprint(
     scans = []
     for tensor in originals:
         wants = details(tensor)
-        sketched = wants and tensor.dtype.is_floating and not keep_values(tensor)
-        block = block_nbytes if sketched else None
-        scans.append(_Scan(tensor, tensor.key in checksums, wants, block))
+        keeps = wants and keep_values(tensor)
+        block = block_nbytes if wants and not keeps and tensor.dtype.is_floating else None
+        scans.append(_Scan(tensor, tensor.key in checksums, wants, keeps, block))
     scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
     if check_integrity:
         found = {t.key: parts for t, parts in zip(originals, scanned, strict=True)}
         _check_integrity(checkpoint, found, checksums, jobs)
-    for tensor, parts in zip(originals, scanned, strict=True):
-        if details(tensor) and keep_values(tensor):
-            kept = bytearray(tensor.nbytes)
-            tensor.read_into(0, memoryview(kept))
-            prints[tensor.key] = _join(tensor, parts, details=True, values=bytes(kept))
-        else:
-            prints[tensor.key] = _join(tensor, parts, details=details(tensor), values=None)
+    for scan, parts in zip(scans, scanned, strict=True):
+        prints[scan.tensor.key] = _join(scan, parts)
         parts.clear()  # the sketches of a large checkpoint are not held twice
     if cache is not None:
         digests = {key: t.digest for key, t in prints.items() if t.digest is not None}
@@ -222,7 +216,7 @@ def outline(checkpoint: Checkpoint) -> Fingerprint:
 
 def statistics(tensors: Sequence[Tensor | TensorPrint], *, jobs: int | None = None) -> list[Stats]:
     """The stats of tensors whose values can be read. Memory: 20 MB a thread."""
-    scans = [_Scan(tensor, False, True, None) for tensor in tensors]
+    scans = [_Scan(tensor, False, True, False, None) for tensor in tensors]
     scanned = map_chunks(scans, _scan_chunk, jobs=jobs)
     return [_stats([m for part in parts for m in part.moments]) for parts in scanned]
 
@@ -234,8 +228,9 @@ def block_numel(dtype: DType, block_nbytes: int) -> int:
 
 def digest_of(dtype: DType, shape: tuple[int, ...], chunk_digests: list[bytes]) -> bytes:
     """Join the digests of a tensor's chunks into the tensor's."""
-    header = json.dumps(["checkpoint-harness tensor 1", dtype.name, list(shape)])
-    return blake3(header.encode() + b"\n" + b"".join(chunk_digests)).digest()
+    sizes = ", ".join(map(str, shape))
+    header = f'["checkpoint-harness tensor 1", "{dtype.name}", [{sizes}]]\n'
+    return blake3(header.encode() + b"".join(chunk_digests)).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,9 +252,10 @@ class _Moments:
 @dataclass(frozen=True, slots=True)
 class _ChunkPrint:
     digest: bytes
-    crc32: int
-    moments: tuple[_Moments, ...]
-    sketches: tuple[Sketch, ...]
+    crc32: int = 0
+    moments: tuple[_Moments, ...] = ()
+    sketches: tuple[Sketch, ...] = ()
+    values: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +265,7 @@ class _Scan:
     tensor: Tensor | TensorPrint
     wants_crc32: bool
     wants_stats: bool
+    keeps_values: bool
     block_nbytes: int | None
 
     @property
@@ -283,7 +280,7 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
     digest = blake3(data.data).digest()
     crc32 = zlib_ng.crc32(data.data) if scan.wants_crc32 else 0
     if not scan.wants_stats:
-        return _ChunkPrint(digest, crc32, (), ())
+        return _ChunkPrint(digest, crc32)
     moments, sketches = [], []
     # Of the whole chunk at once, where it is all finite: fewer calls let threads wait less.
     of_chunk = _extremes(data.view(numpy_dtype(tensor.dtype))) if _is_ieee(tensor.dtype) else None
@@ -299,7 +296,8 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
             numel = block_numel(tensor.dtype, block_nbytes)
             sketches.append(sketch_values(values, numel, squares))
         moments.append(_moments(finite, float(squares.sum()), extremes, nonfinite))
-    return _ChunkPrint(digest, crc32, tuple(moments), tuple(sketches))
+    kept = data.tobytes() if scan.keeps_values else b""
+    return _ChunkPrint(digest, crc32, tuple(moments), tuple(sketches), kept)
 
 
 def _parts(data: Array, dtype: DType, block_nbytes: int | None) -> Iterator[Array]:
@@ -407,17 +405,16 @@ def _moments(values: Array, squares: float, extremes: _Extremes, nonfinite: _Non
     return _Moments(count, extremes.min, extremes.max, mean, m2, squares, num_zero, *nonfinite)
 
 
-def _join(
-    tensor: Tensor, parts: list[_ChunkPrint], *, details: bool, values: bytes | None
-) -> TensorPrint:
+def _join(scan: _Scan, parts: Sequence[_ChunkPrint]) -> TensorPrint:
+    tensor = scan.tensor
     sketches = [sketch for part in parts for sketch in part.sketches]
     return TensorPrint(
         key=tensor.key,
         dtype=tensor.dtype,
         shape=tensor.shape,
         digest=digest_of(tensor.dtype, tensor.shape, [part.digest for part in parts]),
-        stats=_stats([m for part in parts for m in part.moments]) if details else None,
-        values=values,
+        stats=_stats([m for part in parts for m in part.moments]) if scan.wants_stats else None,
+        values=b"".join(part.values for part in parts) if scan.keeps_values else None,
         sketch=Sketch(
             projections=np.concatenate([sketch.projections for sketch in sketches]),
             norms=np.concatenate([sketch.norms for sketch in sketches]),
@@ -427,7 +424,7 @@ def _join(
     )
 
 
-def _stats(parts: list[_Moments]) -> Stats:
+def _stats(parts: Sequence[_Moments]) -> Stats:
     finite = [part for part in parts if part.count]
     count, mean, m2 = 0, 0.0, 0.0
     for part in finite:
@@ -437,15 +434,15 @@ def _stats(parts: list[_Moments]) -> Stats:
         m2 += part.m2 + delta * delta * count * part.count / total
         count = total
     return Stats(
-        min=min((part.min for part in finite), default=0.0),
-        max=max((part.max for part in finite), default=0.0),
+        min=min([part.min for part in finite], default=0.0),
+        max=max([part.max for part in finite], default=0.0),
         mean=mean,
         std=math.sqrt(m2 / count) if count else 0.0,
-        l2=math.sqrt(math.fsum(part.sum_squares for part in finite)),
-        num_zero=sum(part.num_zero for part in parts),
-        num_nan=sum(part.num_nan for part in parts),
-        num_posinf=sum(part.num_posinf for part in parts),
-        num_neginf=sum(part.num_neginf for part in parts),
+        l2=math.sqrt(math.fsum([part.sum_squares for part in finite])),
+        num_zero=sum([part.num_zero for part in parts]),
+        num_nan=sum([part.num_nan for part in parts]),
+        num_posinf=sum([part.num_posinf for part in parts]),
+        num_neginf=sum([part.num_neginf for part in parts]),
     )
 
 
