@@ -38,6 +38,7 @@ from harness.sketch import (
     block_ranges,
     compare_sketches,
     recover,
+    total_squares,
 )
 from harness.streaming import buffers, chunks
 
@@ -122,7 +123,7 @@ def conclude(
         numel=numel,
         max_abs=(total.max_abs, total.max_abs),
         min_atol=(total.min_atol, total.min_atol),
-        rms=math.sqrt(math.fsum(total.squares) / numel) if numel else 0.0,
+        rms=math.sqrt(total_squares(total.squares) / numel) if numel else 0.0,
         num_differing=total.num_differing,
         num_beyond=total.num_beyond,
         elements=tuple(
@@ -158,7 +159,7 @@ def _strip(squares: Sequence[float], run: int, numel: int) -> tuple[float, ...]:
     found = []
     for first in range(0, len(squares), per_range):
         count = min((first + per_range) * run, numel) - first * run
-        found.append(math.sqrt(math.fsum(squares[first : first + per_range]) / count))
+        found.append(math.sqrt(total_squares(squares[first : first + per_range]) / count))
     return tuple(found)
 
 

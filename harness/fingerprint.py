@@ -22,7 +22,13 @@ from zlib_ng import zlib_ng
 from harness.cache import DigestCache
 from harness.checkpoint.tensors import Checkpoint, Checksum, DType, Tensor, numpy_dtype
 from harness.errors import CheckpointError
-from harness.sketch import DEFAULT_BLOCK_NBYTES, Sketch, sketch_values, squares_of_runs
+from harness.sketch import (
+    DEFAULT_BLOCK_NBYTES,
+    Sketch,
+    sketch_values,
+    squares_of_runs,
+    total_squares,
+)
 from harness.streaming import (
     CHUNK_NBYTES,
     Chunk,
@@ -438,7 +444,7 @@ def _stats(parts: Sequence[_Moments]) -> Stats:
         max=max([part.max for part in finite], default=0.0),
         mean=mean,
         std=math.sqrt(m2 / count) if count else 0.0,
-        l2=math.sqrt(math.fsum([part.sum_squares for part in finite])),
+        l2=math.sqrt(total_squares(part.sum_squares for part in finite)),
         num_zero=sum([part.num_zero for part in parts]),
         num_nan=sum([part.num_nan for part in parts]),
         num_posinf=sum([part.num_posinf for part in parts]),
@@ -460,8 +466,7 @@ def _check_integrity(
         _check_crc32(checksum, joined)
     done = {id(checksum) for checksum in whole.values()}
     rest = [checksum for checksum in checkpoint.checksums if id(checksum) not in done]
-    for _ in share(_check_entries, list(_batches(rest)), jobs=jobs):
-        pass
+    share(_check_entries, list(_batches(rest)), jobs=jobs)
 
 
 def _whole_storages(

@@ -415,7 +415,10 @@ def _parse(path: AnyPath, columns: Mapping[str, Tensor], metadata: Mapping[str, 
             history=tuple(Update(root=h["root"], reason=h["reason"]) for h in header["history"]),
             live=live,
         )
-    except (KeyError, TypeError, ValueError, IndexError, RecursionError, AttributeError) as error:
+    except (
+        *(KeyError, IndexError, AttributeError, TypeError),
+        *(ValueError, OverflowError, RecursionError),
+    ) as error:
         raise GoldenError(
             f"{path}: a damaged golden ({type(error).__name__}: {error})",
             hint=_RESTORE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,13 +27,16 @@ def progress_bar(path: AnyPath | None) -> Iterator[Callable[[int], None] | None]
     done = 0
     total = path.stat().st_size if isinstance(path, Path) and path.is_file() else None
 
+    lock = threading.Lock()
+
     def advance(nbytes: int) -> None:
         nonlocal bar, done
-        done += nbytes
-        if bar is None and time.monotonic() - started > 1:
-            bar = _start_bar(path, total)
-        if bar is not None:
-            bar.update(0, completed=done)
+        with lock:
+            done += nbytes
+            if bar is None and time.monotonic() - started > 1:
+                bar = _start_bar(path, total)
+            if bar is not None:
+                bar.update(0, completed=done)
 
     try:
         yield advance

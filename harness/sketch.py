@@ -13,7 +13,7 @@ to orthogonal least squares (Chen, Billings & Luo 1989) finds them exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -94,6 +94,14 @@ RUN_NUMEL = 4096
 # numpy lets other threads on only over 500 dot products or more. OpenBLAS would spread much longer
 # ones over its own threads, which changes the last bits.
 _DOT_NUMEL = 512
+
+
+def total_squares(squares: Iterable[float]) -> float:
+    """The exact sum of squares, rounded once; infinite where it has no float."""
+    try:
+        return math.fsum(squares)
+    except OverflowError:
+        return math.inf
 
 
 def squares_of_runs(values: Array) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -108,7 +108,7 @@ def share(
     *,
     jobs: int | None = None,
     finished: Callable[[Any], None] | None = None,
-) -> Iterable[_Result]:
+) -> list[_Result]:
     """Map in order over tasks of about equal cost, on all threads of all ranks of the team.
 
     `finished` is called with each task that is done, from any thread.
@@ -128,11 +128,11 @@ def share(
 
 def parallel(
     function: Callable[[Any], _Result], tasks: Sequence[Any], *, jobs: int | None = None
-) -> Iterable[_Result]:
-    """Map over threads in order; a single task, or a single job, runs here and now."""
+) -> list[_Result]:
+    """Map over threads in order; a single task, or a single job, runs on this one."""
     jobs = min(jobs or num_cores(), len(tasks))
     if jobs <= 1:
-        return map(function, tasks)
+        return [function(task) for task in tasks]
     results: list[Any] = [None] * len(tasks)
     left = deque(range(len(tasks)))
 
@@ -166,15 +166,19 @@ def together(workers: Sequence[Callable[[], None]], *, stop: Callable[[], None])
             failures.append(error)
             stop()
 
-    threads = [threading.Thread(target=run, args=(worker,)) for worker in workers[1:]]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
     try:
+        for worker in workers[1:]:
+            thread = threading.Thread(target=run, args=(worker,), name="harness")
+            thread.start()
+            threads.append(thread)
         run(workers[0])
         for thread in threads:
             thread.join()
-    except BaseException:  # an interrupt while this thread waits
+    except BaseException:  # an interrupt while this thread waits, or no thread to be had
         stop()
+        for thread in threads:
+            thread.join()
         raise
     if failures:
         raise failures[0]

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from harness.report.text import Style
 
 
-def echo_stage(comparison: Comparison, form: str) -> None:
+def echo_stage(comparison: Comparison, form: str, earlier: Sequence[Comparison] = ()) -> None:
     """Print the report of one stage, where text is asked for."""
     from harness.report.text import render
 
     if form == "text":
-        click.echo(render(comparison, _style()))
+        click.echo(render(comparison, _style(), earlier=earlier))
 
 
 def told(error: HarnessError, form: str) -> HarnessError:

@@ -144,8 +144,8 @@ class Verification:
                 progress=progress,
             ):
                 reading.close()  # the bar is of the file; the report has the terminal to itself
+                echo_stage(comparison, self.form, stages)
                 stages.append(comparison)
-                echo_stage(comparison, self.form)
 
     def _update(self, checkpoint: AnyPath | None, recorded: Golden) -> bool:
         """Accept what is there now; returns whether the golden changed."""

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.dummy
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-for library in ("OPENBLAS", "MKL", "OMP"):  # as the command line does
-    os.environ[f"{library}_NUM_THREADS"] = "1"
 
 from blake3 import blake3
 from zlib_ng import zlib_ng
@@ -101,13 +97,13 @@ class Steps:
         self._scan(turn, details=True)
 
     def _scan(self, turn: int, *, details: bool) -> None:
-        scan = _Scan(self.tensor, True, details, False, DEFAULT_BLOCK_NBYTES)
+        scan = _Scan(self.tensor, details, details, False, DEFAULT_BLOCK_NBYTES)
         _scan_chunk(scan, self.chunks[turn % len(self.chunks)])
 
 
 def seconds(steps: Steps, step: Step, count: int, kind: Any, workers: int) -> float:
     """How long `workers` threads or processes take to do a step `count` times each."""
-    barrier, spans = kind.Barrier(workers), kind.Queue()
+    barrier, spans = kind.Barrier(workers, timeout=60), kind.Queue()
 
     def work() -> None:
         steps.prepare()
@@ -120,7 +116,7 @@ def seconds(steps: Steps, step: Step, count: int, kind: Any, workers: int) -> fl
     team = [kind.Process(target=work) for _ in range(workers)]
     for worker in team:
         worker.start()
-    starts, ends = zip(*(spans.get() for _ in team), strict=True)
+    starts, ends = zip(*(spans.get(timeout=60) for _ in team), strict=True)
     for worker in team:
         worker.join()
     return float(max(ends) - min(starts))

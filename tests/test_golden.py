@@ -191,6 +191,7 @@ def damage(path: Path, change: Any) -> None:
         lambda c, h: h["tensors"].pop(),
         lambda c, h: h["tensors"][0].__setitem__(1, "float31"),
         lambda c, h: h["tensors"][0].__setitem__(2, [-1]),
+        lambda c, h: h["tensors"][0].__setitem__(2, [float("inf")]),
         lambda c, h: h["tensors"][0].__setitem__(0, h["tensors"][1][0]),
         lambda c, h: h["tensors"][5].__setitem__(3, "nothing"),
         lambda c, h: h["made"]["sketch"].__setitem__("block_nbytes", 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import mpmath
 import numpy as np
@@ -18,6 +19,7 @@ from harness.sketch import (
     projection,
     recover,
     sketch_values,
+    total_squares,
 )
 
 BLOCK = 8192  # of float32
@@ -211,3 +213,8 @@ def test_dense_changes_are_not_taken_for_sparse_ones() -> None:
                 rounding=gap.rounding[[block]],
             )
             assert recover(one, 256) is None
+
+
+def test_squares_whose_sum_has_no_float_are_infinite() -> None:
+    assert total_squares([1.5e308, 1.5e308]) == math.inf
+    assert total_squares([0.1] * 10) == 1.0

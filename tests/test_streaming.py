@@ -14,6 +14,10 @@ from harness.streaming import parallel, together
 JOBS = 3
 
 
+def alive() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.is_alive()}
+
+
 @pytest.mark.parametrize("jobs", [1, 2, 7, 1000])
 def test_results_are_in_the_order_of_the_tasks(jobs: int) -> None:
     tasks = list(range(500))
@@ -43,12 +47,13 @@ def in_turn_until(failing: int, done: list[int]) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("failing", [0, 1, 20])
-def test_a_failure_is_raised_and_no_further_task_begun(failing: int) -> None:
+def test_a_failure_is_raised_and_soon_no_further_task_begun(failing: int) -> None:
     done: list[int] = []
+    before = alive()
     with pytest.raises(ValueError, match=f"^task {failing}$"):
         parallel(in_turn_until(failing, done), range(2000), jobs=JOBS)
     assert len(done) < failing + 50
-    assert threading.active_count() == 1
+    assert alive() <= before
 
 
 def test_the_failure_of_another_thread_is_raised_in_this_one() -> None:
@@ -92,6 +97,27 @@ def test_an_interrupt_ends_all_threads(waits: bool) -> None:
             interrupt()
         assert stopped.wait(10)
 
+    before = alive()
     with pytest.raises(KeyboardInterrupt):
         together([here, there], stop=stopped.set)
     assert stopped.is_set()
+    assert alive() <= before
+
+
+def test_without_another_thread_to_be_had_none_is_left_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, stopped, before = threading.Thread.start, threading.Event(), alive()
+
+    def refuse_the_second(thread: threading.Thread) -> None:
+        if alive() > before:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def there() -> None:
+        assert stopped.wait(10)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_the_second)
+    with pytest.raises(RuntimeError, match="new thread"):
+        together([there] * 3, stop=stopped.set)
+    assert alive() <= before

@@ -61,6 +61,7 @@ def read(source: Source, offset: int, nbytes: int) -> bytes:
 class FileSource:
     """A whole file, read with `pread`: no shared position, so threads need no lock."""
 
+    mtime_ns = 0
     _fd = -1
     _map: mmap.mmap | None = None
 
@@ -68,7 +69,8 @@ class FileSource:
         self.name = str(path)
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.nbytes = os.fstat(self._fd).st_size
+            found = os.fstat(self._fd)
+            self.nbytes, self.mtime_ns = found.st_size, found.st_mtime_ns
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be opened: {error.strerror}",
@@ -100,7 +102,13 @@ class FileSource:
         if nbytes == 0:
             return memoryview(b"")
         if self._map is None or len(self._map) < offset + nbytes:
-            self._map = mmap.mmap(self._descriptor(), 0, access=mmap.ACCESS_READ)
+            try:
+                self._map = mmap.mmap(self._descriptor(), self.nbytes, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:  # the latter where it has shrunk
+                raise CheckpointError(
+                    f"{self.name}: its {self.nbytes} bytes cannot be mapped: {error}",
+                    hint="the file may still be written, or memory is short: run again",
+                ) from error
         return memoryview(self._map)[offset : offset + nbytes]
 
     def stamp(self) -> str | None:
@@ -160,18 +168,28 @@ class PooledSource:
 
     def __init__(self, pool: Pool, path: AnyPath) -> None:
         self.name = str(path)
-        self.nbytes = pool.opened(path).nbytes
         self._pool = pool
         self.path = path
+        opened = pool.opened(path)
+        self.nbytes, self.mtime_ns = opened.nbytes, getattr(opened, "mtime_ns", 0)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        self._pool.opened(self.path).read_into(offset, buffer)
+        self._opened().read_into(offset, buffer)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        return self._pool.opened(self.path).view(offset, nbytes)
+        return self._opened().view(offset, nbytes)
 
     def stamp(self) -> str | None:
-        return self._pool.opened(self.path).stamp()
+        return self._opened().stamp()
+
+    def _opened(self) -> Source:
+        found = self._pool.opened(self.path)
+        if (found.nbytes, getattr(found, "mtime_ns", 0)) != (self.nbytes, self.mtime_ns):
+            raise CheckpointError(
+                f"{self.name}: another file than the one of {self.nbytes} bytes that was opened",
+                hint="wait until the checkpoint is written, and run again",
+            )
+        return found
 
     def close(self) -> None:
         """Close the files of the whole pool."""
@@ -313,11 +331,11 @@ class InflatedSource:
     def _inflate(self) -> None:
         inflater = zlib.decompressobj(self._wbits)
         total = position = 0
-        pending = b""
+        pending = data = b""
         while not inflater.eof:
             if not pending:
                 count = min(_INFLATE_STEP, self._compressed_nbytes - position)
-                if count == 0:
+                if count == 0 and not data:  # else there may be more of what is taken already
                     raise CheckpointError(
                         f"{self.name}: its compressed data ends early, after {total} bytes",
                         hint="the file is truncated: copy or download it again",

@@ -19,6 +19,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from harness import __version__
+from harness.checkpoint.remote import redacted
 from harness.errors import TeamError, UsageError
 from harness.model.team import ARRIVAL, TorchTeam
 from harness.ranks import working_as
@@ -72,9 +73,10 @@ def _refuse_others(team: TorchTeam, arguments: Sequence[str]) -> None:
     started = {rank: team.receive(rank) for rank in range(1, team.size)}
     for rank, theirs in started.items():
         if theirs != _started(arguments):
+            there, here = (redacted(" ".join(words)) for words in (theirs[1:], arguments))
             raise UsageError(
-                f"rank {rank} runs `harness {' '.join(theirs[1:])}` of version {theirs[0]}, "
-                f"rank 0 `harness {' '.join(arguments)}` of version {__version__}",
+                f"rank {rank} runs `harness {there}` of version {theirs[0]}, "
+                f"rank 0 `harness {here}` of version {__version__}",
                 hint="start all ranks with the same command",
             )
 

@@ -80,7 +80,7 @@ class TorchTeam:
         here = [run.work_here] * max(1, min(jobs, len(tasks)))
         there = [partial(run.work_there, self, rank) for rank in range(1, self.size)]
         together([*here, *there], stop=run.stop)
-        list(parallel(run.work_on, run.unsent, jobs=jobs))
+        parallel(run.work_on, run.unsent, jobs=jobs)
         return run.results
 
     def answer(self, rank: int) -> Sequence[Any]:
@@ -229,7 +229,7 @@ def _answer(work: _Work) -> _Answer:
     try:
         tasks = [pickle.loads(task) for task in work.tasks]
         jobs = work.jobs or num_cores_of_rank()
-        return _Answer(results=list(parallel(work.function, tasks, jobs=jobs)))
+        return _Answer(results=parallel(work.function, tasks, jobs=jobs))
     except HarnessError as error:
         return _Answer(error=error)
     except Exception as error:
@@ -246,18 +246,19 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is FileSource:
-            return _by_name(Path(value.name))
+            return _by_name(Path(value.name), value)
+        if type(value) is PooledSource and isinstance(value.path, Path):
+            return _by_name(value.path, value)
         if type(value) is RemoteSource or type(value) is PooledSource:
-            path = value.path
-            return _by_name(path) if isinstance(path, Path) else (_fetched, (path, value.nbytes))
+            return _fetched, (value.path, value.nbytes)
         if type(value) is RangeSource:
             value.locate()  # how is known here alone
         return NotImplemented
 
 
-def _by_name(path: Path) -> Any:
-    found = path.stat()
-    return _opened, (str(path.absolute()), found.st_size, found.st_mtime_ns)
+def _by_name(path: Path, opened: FileSource | PooledSource) -> Any:
+    """How to open it elsewhere: the file that is open here, which may have been replaced."""
+    return _opened, (str(path.absolute()), opened.nbytes, opened.mtime_ns)
 
 
 def _pickled(value: Any) -> memoryview:
@@ -271,7 +272,7 @@ def _opened(name: str, nbytes: int, mtime_ns: int) -> FileSource:
     """Open a file as the leader has it; raises CheckpointError where it is another one here."""
     path = Path(name)
     source = FileSource(path)
-    found = path.stat().st_mtime_ns
+    found = source.mtime_ns
     if (source.nbytes, found) != (nbytes, mtime_ns):
         raise CheckpointError(
             f"{name}: {source.nbytes} bytes, modified at {found / 1e9:.3f}, but rank 0 sees "

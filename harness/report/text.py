@@ -67,9 +67,14 @@ class Section:
     lines: tuple[str, ...]
 
 
-def render(comparison: Comparison, style: Style = PLAIN) -> str:
-    """The whole report of one comparison, without a trailing newline."""
-    lines = _lines(comparison, style)
+def render(
+    comparison: Comparison, style: Style = PLAIN, *, earlier: Sequence[Comparison] = ()
+) -> str:
+    """The whole report of one comparison, without a trailing newline.
+
+    What an `earlier` stage has told in the same words is referred to.
+    """
+    lines = _lines(comparison, style, earlier)
     return "\n".join(part for line in lines for part in fit(line, style.width, style.ellipsis))
 
 
@@ -127,7 +132,9 @@ def how_to_accept(
     return lines
 
 
-def _lines(comparison: Comparison, style: Style) -> Iterator[str]:
+def _lines(
+    comparison: Comparison, style: Style, earlier: Sequence[Comparison] = ()
+) -> Iterator[str]:
     yield headline(comparison, style)
     yield from (f"  {line}" for line in sides(comparison))
     yield from (f"  note: {escaped(note)}" for note in comparison.notes)
@@ -136,7 +143,14 @@ def _lines(comparison: Comparison, style: Style) -> Iterator[str]:
         yield from _set_out(departed, style)
     if comparison.num_nan:
         yield f"  note: {nan_note(comparison)}"
+    told = {
+        section: before.stage
+        for before in reversed(earlier)
+        for section in finding_sections(before, style)
+    }
     for section in finding_sections(comparison, style):
+        if section in told:
+            section = Section(heading=f"{section.heading}, as at {told[section]}", lines=())
         yield from _set_out(section, style)
     chance = chance_note(comparison)
     if chance:

@@ -134,6 +134,16 @@ def test_only_the_file_has_a_reference_that_decides(stage: str, step: str) -> No
     assert step in line
 
 
+def test_what_an_earlier_stage_told_is_referred_to_and_what_it_did_not_is_told() -> None:
+    file = comparison(missing("a.weight"), stage="file")
+    load = comparison(missing("a.weight"), stage="load")
+    other = comparison(missing("b.weight"), stage="reload")
+    again = render(load, earlier=[file])
+    assert "a.weight" not in again
+    assert "(1), as at file" in again
+    assert render(other, earlier=[file, load]) == render(other)
+
+
 @pytest.fixture
 def project(tmp_path: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A golden of long keys, and a checkpoint of which everything differs."""
