@@ -161,13 +161,20 @@ def fingerprint(
         wants = details(tensor)
         keeps = wants and keep_values(tensor)
         block = block_nbytes if wants and not keeps and tensor.dtype.is_floating else None
-        scans.append(_Scan(tensor, tensor.key in checksums, wants, keeps, block))
+        # Large values are read again, where they are kept: another rank need not send them.
+        carries = keeps and tensor.numel <= MAX_KEPT_NUMEL
+        scans.append(_Scan(tensor, tensor.key in checksums, wants, carries, block))
     scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
     if check_integrity:
         found = {t.key: parts for t, parts in zip(originals, scanned, strict=True)}
         _check_integrity(checkpoint, found, checksums, jobs)
-    for scan, parts in zip(scans, scanned, strict=True):
-        prints[scan.tensor.key] = _join(scan, parts)
+    for tensor, scan, parts in zip(originals, scans, scanned, strict=True):
+        joined = _join(scan, parts)
+        if joined.values is None and details(tensor) and keep_values(tensor):
+            kept = bytearray(tensor.nbytes)
+            tensor.read_into(0, memoryview(kept))
+            joined = replace(joined, values=bytes(kept))
+        prints[tensor.key] = joined
         parts.clear()  # the sketches of a large checkpoint are not held twice
     if cache is not None:
         digests = {key: t.digest for key, t in prints.items() if t.digest is not None}
@@ -271,7 +278,7 @@ class _Scan:
     tensor: Tensor | TensorPrint
     wants_crc32: bool
     wants_stats: bool
-    keeps_values: bool
+    carries_values: bool
     block_nbytes: int | None
 
     @property
@@ -302,7 +309,7 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
             numel = block_numel(tensor.dtype, block_nbytes)
             sketches.append(sketch_values(values, numel, squares))
         moments.append(_moments(finite, float(squares.sum()), extremes, nonfinite))
-    kept = data.tobytes() if scan.keeps_values else b""
+    kept = data.tobytes() if scan.carries_values else b""
     return _ChunkPrint(digest, crc32, tuple(moments), tuple(sketches), kept)
 
 
@@ -420,7 +427,7 @@ def _join(scan: _Scan, parts: Sequence[_ChunkPrint]) -> TensorPrint:
         shape=tensor.shape,
         digest=digest_of(tensor.dtype, tensor.shape, [part.digest for part in parts]),
         stats=_stats([m for part in parts for m in part.moments]) if scan.wants_stats else None,
-        values=b"".join(part.values for part in parts) if scan.keeps_values else None,
+        values=b"".join(part.values for part in parts) if scan.carries_values else None,
         sketch=Sketch(
             projections=np.concatenate([sketch.projections for sketch in sketches]),
             norms=np.concatenate([sketch.norms for sketch in sketches]),

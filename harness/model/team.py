@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from harness.checkpoint.remote import RemotePath, RemoteSource
-from harness.checkpoint.sources import FileSource, PooledSource, RangeSource
+from harness.checkpoint.sources import FileSource, Pool, PooledSource, RangeSource
 from harness.errors import CheckpointError, HarnessError, TeamError
 from harness.streaming import num_cores, parallel, together
 
@@ -267,11 +267,13 @@ def _pickled(value: Any) -> memoryview:
     return file.getbuffer()
 
 
-@lru_cache(maxsize=64)
-def _opened(name: str, nbytes: int, mtime_ns: int) -> FileSource:
+_files = Pool()  # a tensor may lie in more files than may be open
+
+
+@lru_cache(maxsize=4096)
+def _opened(name: str, nbytes: int, mtime_ns: int) -> PooledSource:
     """Open a file as the leader has it; raises CheckpointError where it is another one here."""
-    path = Path(name)
-    source = FileSource(path)
+    source = _files.open(Path(name))
     found = source.mtime_ns
     if (source.nbytes, found) != (nbytes, mtime_ns):
         raise CheckpointError(

@@ -108,7 +108,7 @@ class _Shown:
         if found is None:
             return "identical"
         if not found.ok:
-            return "accepted" if self.outcome.updated else found.verdict
+            return found.verdict if self.outcome.exit_code else "accepted"
         passes = {stage.verdict for stage in self.outcome.stages}
         return "close" if "close" in passes else "identical"
 

@@ -302,8 +302,8 @@ def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[s
         yield f"    {first.count:,} keys: expected {first.expected}, actual {first.actual}"
     elif first.difference is None:  # an alias
         yield f"    {pattern}{many}"
-        yield f"      expected {first.expected}"
-        yield f"      actual   {first.actual}"
+        yield f"      expected {first.expected or 'nothing'}"
+        yield f"      actual   {first.actual or 'nothing'}"
     else:
         yield f"    {pattern}  {first.expected}{many}"
         differences = [member.difference for member in members if member.difference is not None]
