@@ -254,6 +254,12 @@ def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, config
 
 
+_NO_OUTPUTS = (
+    "no golden of outputs: the model is compared with itself after a reload "
+    "(harness record --outputs makes one)"
+)
+
+
 def _compare_outputs(
     module: nn.Module,
     again: nn.Module,
@@ -272,7 +278,9 @@ def _compare_outputs(
             )
         recorded, found = found, outputs_of(again, inputs_of(again, options.inputs))
         names = "the loaded model", "the reloaded model"
+        notes: tuple[str, ...] = (_NO_OUTPUTS,)
     else:
+        notes = ()
         names = expected.weights.name, f"the loaded {type(module).__name__}"
     recorded, found = replace(recorded, name=names[0]), replace(found, name=names[1])
     tolerances = Policy(
@@ -281,7 +289,8 @@ def _compare_outputs(
     compared = compare(
         recorded, found, tolerances, BySketches(recorded.block_nbytes), stage="outputs"
     )
-    return replace(compared, departure=first_departure(compared))
+    notes = (*compared.notes, *notes)
+    return replace(compared, departure=first_departure(compared), notes=notes)
 
 
 def first_departure(comparison: Comparison) -> Departure | None:

@@ -482,6 +482,16 @@ def test_outputs_that_a_golden_lacks_are_recorded_by_an_update(
     assert harness(*arguments).code == 0
 
 
+def test_without_any_record_of_a_model_outputs_are_said_to_be_compared_with_a_reload(
+    plain: Path, harness: Callable[..., Run]
+) -> None:
+    golden = plain.parent / "golden" / "plain.safetensors"
+    api.record(plain, golden)
+    run = harness("verify", plain, "-g", golden, "--outputs", "--model", f"{HERE}:Plain")
+    assert run.code == 0
+    assert "note: no golden of outputs: the model is compared with itself" in run.out
+
+
 @pytest.mark.parametrize("fault", ["sys.exit(0)", "1 / 0"])
 def test_code_under_test_that_ends_the_process_is_an_error_and_no_verdict(
     tmp_path: Path,
