@@ -171,6 +171,7 @@ class PooledSource:
         self._pool = pool
         self.path = path
         opened = pool.opened(path)
+        # What is behind a URL has none, and tells by its tag that it has changed.
         self.nbytes, self.mtime_ns = opened.nbytes, getattr(opened, "mtime_ns", 0)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
