@@ -27,6 +27,7 @@ from harness.options import (
     live_options,
     policy_of,
     policy_options,
+    refuse_on_update,
     report_options,
     run_options,
     stage_of,
@@ -34,9 +35,11 @@ from harness.options import (
 )
 from harness.progress import progress_bar
 from harness.terminal import (
+    asked_again,
     echo_error,
     echo_json,
     echo_stage,
+    echo_steps,
     ended,
     failure,
     finish,
@@ -281,8 +284,11 @@ def verify(
 
     if reason and not update_golden:
         raise UsageError("--reason goes with --update-golden")
+    policy = policy_of(options)
+    if update_golden:
+        refuse_on_update(policy)
     run = Verification(
-        policy=policy_of(options),
+        policy=policy,
         stage=stage,
         options=options,
         reference=reference,
@@ -335,7 +341,10 @@ def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **optio
 @policy_options
 @report_options
 @_JOBS
+@click.pass_obj
 def diff(
+    arguments: list[str],
+    /,
     expected: AnyPath,
     actual: AnyPath,
     form: str,
@@ -349,6 +358,7 @@ def diff(
     """
     from harness import api
     from harness.report.outcome import Outcome, Result
+    from harness.report.steps import past_lines
 
     policy = policy_of(options)
     try:
@@ -365,7 +375,11 @@ def diff(
         outcome = ended(error, form, expected=expected, actual=actual)
     else:
         echo_stage(comparison, form)
-        outcome = Outcome(expected=str(expected), actual=str(actual), stages=(comparison,))
+        steps = tuple(past_lines(comparison, ["harness", *asked_again(arguments)]))
+        echo_steps(steps, form)
+        outcome = Outcome(
+            expected=str(expected), actual=str(actual), stages=(comparison,), next_steps=steps
+        )
     return finish(Result(command="diff", outcomes=(outcome,)), form, reports)
 
 
@@ -388,6 +402,11 @@ def show(file: AnyPath, as_json: bool, stats: bool, section: str | None, jobs: i
 
     history = None
     if is_golden(file):
+        if section is not None:
+            raise UsageError(
+                f"--section does not go with {file}: a golden is of the one that was recorded",
+                hint=f"harness show {shlex.quote(str(file))}",
+            )
         recorded = api.read_golden(file)
         found, history = recorded.fingerprint, recorded.history
     else:

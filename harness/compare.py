@@ -71,7 +71,8 @@ class Policy:
         for atol, rtol in [(self.atol, self.rtol), *(t[1:] for t in self.tolerances)]:
             if not (0 <= atol < float("inf") and 0 <= rtol < float("inf")):
                 raise UsageError(
-                    f"a tolerance must be a finite number from 0 up, not atol {atol}, rtol {rtol}"
+                    f"a tolerance must be a finite number from 0 up, not atol {atol}, rtol {rtol}",
+                    hint="leave it out for 1e-5, or give exact to allow no difference",
                 )
 
     def tolerance(self, key: str) -> Tolerance:
@@ -474,6 +475,11 @@ def _likeness(one: str, other: str) -> int:
     )
 
 
+def _most_alike(name: str, keys: Sequence[str]) -> str:
+    best = max(keys, key=lambda key: _likeness(key, name), default=None)
+    return "there are no keys" if best is None else f"the most alike key is {best}"
+
+
 def _stripped(policy: Policy, actual: Fingerprint) -> dict[str, TensorPrint]:
     prefix = policy.strip_prefix
     if not prefix:
@@ -487,7 +493,10 @@ def _stripped(policy: Policy, actual: Fingerprint) -> dict[str, TensorPrint]:
     for key, tensor in actual.tensors.items():
         short = key.removeprefix(prefix)
         if short in stripped:
-            raise UsageError(f"--strip-prefix {prefix}: two keys of {actual.name} become {short}")
+            raise UsageError(
+                f"--strip-prefix {prefix}: two keys of {actual.name} become {short}",
+                hint="leave it out: the checkpoint has keys with this prefix and without it",
+            )
         stripped[short] = tensor
     return stripped
 
@@ -504,15 +513,18 @@ def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> 
                 f"{option} {glob}: fits no key of {expected.name}",
                 hint=f"a glob fits whole keys: '*{glob}*' would fit"
                 if _fits(f"*{glob}*", candidates)
-                else f"harness show {expected.name} lists the keys",
+                else _most_alike(glob, candidates),
             )
     for old, new in policy.key_map:
         if not any(key == old or (old.endswith(".") and key.startswith(old)) for key in keys):
             raise UsageError(
                 f"--map {old}={new}: {expected.name} has no key {old}",
-                hint=f"harness show {expected.name} lists the keys",
+                hint=_most_alike(old, keys),
             )
     targets = Counter(policy.renamed(key) for key in keys)
     for key, count in targets.items():
         if count > 1:
-            raise UsageError(f"--map: {count} keys of {expected.name} would become {key}")
+            raise UsageError(
+                f"--map: {count} keys of {expected.name} would become {key}",
+                hint="give the map of each key, in place of that of a prefix",
+            )

@@ -178,7 +178,7 @@ def _put(path: RemotePath, data: bytes, *, overwrite: bool) -> None:
 def _is_recorded(path: AnyPath) -> GoldenError:
     return GoldenError(
         f"{path}: a golden is recorded there already",
-        hint=f"to replace it: harness verify CKPT -g {path} --update-golden",
+        hint=f"to replace it: harness verify CKPT -g {shlex.quote(str(path))} --update-golden",
     )
 
 
@@ -344,13 +344,13 @@ def _refuse_no_file(path: AnyPath) -> None:
         inside = next((p for p in files if is_golden(p)), None)
         raise GoldenError(
             f"{path}: a folder, not a golden",
-            hint=f"-g {inside or path / f'NAME{SUFFIX}'}",
+            hint=f"-g {shlex.quote(str(inside or path / f'NAME{SUFFIX}'))}",
         )
     if not path.is_file():
         close = close_golden(path)
         raise GoldenError(
             f"{path}: no golden there",
-            hint=f"did you mean -g {close}?"
+            hint=f"did you mean -g {shlex.quote(str(close))}?"
             if close
             else f"harness record CKPT -g {shlex.quote(str(path))}",
         )

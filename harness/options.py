@@ -122,11 +122,41 @@ def policy_of(options: dict[str, Any]) -> Policy:
     )
 
 
+# An update accepts the whole checkpoint, under the keys that it has: nobody would have seen what
+# these leave out, and the next run would not find what these rename.
+NOT_ON_UPDATE = ("--ignore", "--map", "--strip-prefix")
+
+
+def refuse_on_update(policy: Policy) -> None:
+    """Raise UsageError for a policy that looks past what an update would accept."""
+    given = (policy.ignore, policy.key_map, policy.strip_prefix)
+    for option, value in zip(NOT_ON_UPDATE, given, strict=True):
+        if value:
+            raise UsageError(
+                f"{option} does not go with --update-golden, which accepts the whole checkpoint "
+                "under the keys that it has",
+                hint=f"leave out {option}, and what it looks past is shown before it is accepted",
+            )
+
+
+def _one_stage(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    given = [f"--{stage}" for stage in _ORDER if f"--{stage}" in (ctx.obj or ())]
+    if len(given) > 1:
+        raise UsageError(
+            f"{' and '.join(given)}: one stage is the last", hint=f"{given[-1]} runs all before it"
+        )
+    return value
+
+
+def _stage(name: str, text: str) -> Any:
+    return click.option(f"--{name}", "stage", flag_value=name, callback=_one_stage, help=text)
+
+
 _STAGES = [
-    click.option("--file", "stage", flag_value="file", help="Stop at the file itself."),
-    click.option("--load", "stage", flag_value="load", help="Also load it into the model."),
-    click.option("--reload", "stage", flag_value="reload", help="Also save and load again."),
-    click.option("--outputs", "stage", flag_value="outputs", help="Also compare what it computes."),
+    _stage("file", "Stop at the file itself."),
+    _stage("load", "Also load it into the model."),
+    _stage("reload", "Also save and load again."),
+    _stage("outputs", "Also compare what it computes."),
 ]
 _LIVE = [
     click.option("--model", "target", metavar="MODULE:NAME", help="The model's class or factory."),
@@ -236,7 +266,8 @@ def stage_of(given: str | None, options: dict[str, Any], otherwise: str = "file"
 def live_of(options: dict[str, Any], base: LiveOptions | None = None) -> LiveOptions:
     """What the options say of the code under test; what they leave out is as in `base`.
 
-    Imports torch: call it only where a live stage is wanted.
+    Raises ModelError and CheckpointError for what is typed and cannot be used: before minutes of
+    reading, not after. Imports torch: call it only where a live stage is wanted.
     """
     from dataclasses import replace
 
@@ -251,4 +282,5 @@ def live_of(options: dict[str, Any], base: LiveOptions | None = None) -> LiveOpt
         )
         if options.get(name) is not None
     }
+    LiveOptions(**given).check()
     return replace(base or LiveOptions(), **given)

@@ -375,17 +375,13 @@ class _Attempt:
 
     def _next_steps(self) -> Iterator[str]:
         from harness.report.outcome import worst
+        from harness.report.steps import MEND_THE_CODE, is_of_the_code, ways_past
 
         code = worst(stage.exit_code for stage in self.stages)
         found = next(stage for stage in self.stages if stage.exit_code == code)
-        kinds = {finding.kind for finding in found.findings if finding.fails}
-        prefix = next((f.key for f in found.findings if f.kind == "prefix"), None)
         writer = self.settings.written.get(self.golden)
-        if found.stage in ("load", "reload") and kinds - {"requires_grad"}:
-            yield (
-                "the golden holds the file, not what the code makes of it: mend the code, or save "
-                "what it makes as a checkpoint and verify that"
-            )
+        if is_of_the_code(found):
+            yield MEND_THE_CODE
         elif self.verb != "verified":
             yield (
                 f"the golden was {self.verb} from this, and it does not pass: look at key_map and "
@@ -396,8 +392,9 @@ class _Attempt:
         else:
             if found.verdict == "undecided" and found.stage == "file":
                 yield f"to decide exactly:  verify(…, reference={self._reference()!r})"
-            if prefix is not None and found.findings[0].expected == "no prefix":
-                yield f"to look past the prefix:  verify(…, strip_prefix={prefix!r})"
+            for what, policy in ways_past(found):
+                keywords = ", ".join(f"{name}={value!r}" for name, value in policy.items())
+                yield f"to look past {what}:  verify(…, {keywords})"
             yield f"if this is meant:  {self.settings.command(self.node, 'update')}"
 
     def _reference(self) -> str:

@@ -32,6 +32,12 @@ def echo_stage(comparison: Comparison, form: str, earlier: Sequence[Comparison] 
         click.echo(render(comparison, _style(), earlier=earlier))
 
 
+def echo_steps(steps: Sequence[str], form: str) -> None:
+    """Print the next steps, where text is asked for."""
+    for step in steps if form == "text" else ():
+        click.echo(f"\n  {step}")
+
+
 def told(error: HarnessError, form: str) -> HarnessError:
     """What ended an outcome early; printed at once in a text report."""
     if form == "text":
@@ -119,3 +125,21 @@ def without_secrets(text: str) -> str:
     from harness.checkpoint.remote import redacted
 
     return redacted(text)
+
+
+_REPORTING = ("--report", "--format")
+
+
+def asked_again(arguments: Sequence[str], but: Sequence[str] = ()) -> list[str]:
+    """The arguments of a command, without secrets, for a line that asks the same again.
+
+    Left out is how to report, and the options in `but`; each of them takes a value.
+    """
+    left_out = (*_REPORTING, *but)
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in left_out:
+            next(rest, None)
+        elif not argument.startswith(tuple(f"{option}=" for option in left_out)):
+            kept.append(without_secrets(argument))
+    return kept

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.errors import GoldenError, HarnessError, NotRecorded
-from harness.options import live_of, stage_of
+from harness.options import NOT_ON_UPDATE, live_of, stage_of
 from harness.progress import progress_bar
-from harness.terminal import echo_stage, told, without_secrets
+from harness.terminal import asked_again, echo_stage, echo_steps, told
 
 if TYPE_CHECKING:
     from harness.checkpoint.paths import AnyPath
@@ -112,8 +112,7 @@ class Verification:
                 steps = self._next_steps(stages, checkpoint, recorded)
         except HarnessError as found:
             error = told(found, self.form)
-        for line in steps if self.form == "text" else ():
-            click.echo(f"\n  {line}")
+        echo_steps(steps, self.form)
         name = stages[0].actual.name if stages else None
         return Outcome(
             expected=str(golden),
@@ -192,7 +191,7 @@ class Verification:
     ) -> tuple[str, ...]:
         from harness import api
         from harness.report.outcome import worst
-        from harness.report.text import how_to_accept
+        from harness.report.steps import next_steps
         from harness.subjects import other_reference
 
         code = worst(stage.exit_code for stage in stages)
@@ -206,29 +205,17 @@ class Verification:
                 "if it is another model, give it a golden of its own:  "
                 f"harness record {shlex.quote(str(checkpoint))}",
             )
-        if found.stage in ("load", "reload") and kinds - {"requires_grad"}:
-            return (
-                "the golden holds the file, not what the code makes of it: mend the code, "
-                "or save what it makes as a checkpoint and record that",
-            )
         # As it was asked, so that the same question is asked again.
         which = [] if checkpoint or self._names_golden() else ["-g", str(golden.path)]
-        asked = map(without_secrets, _without_reports(self.arguments))
-        command = shlex.join(["harness", *asked, *which])
         there = other_reference(golden, checkpoint)
-        reference = [] if there is None else [shlex.quote(str(there))]
-        return tuple(how_to_accept(found, command, *reference))
+        return tuple(
+            next_steps(
+                found,
+                command=["harness", *asked_again(self.arguments), *which],
+                update=["harness", *asked_again(self.arguments, but=NOT_ON_UPDATE), *which],
+                **({} if there is None else {"reference": str(there)}),
+            )
+        )
 
     def _names_golden(self) -> bool:
         return any(a == "-g" or a.startswith("--golden") for a in self.arguments)
-
-
-def _without_reports(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command without those that only say how to report."""
-    kept, rest = [], iter(arguments)
-    for argument in rest:
-        if argument in ("--report", "--format"):
-            next(rest, None)
-        elif not argument.startswith(("--report=", "--format=")):
-            kept.append(argument)
-    return kept

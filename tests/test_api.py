@@ -218,9 +218,15 @@ def test_a_golden_of_another_checkpoint_of_that_name_is_told(file: Path, net: Ne
 def test_a_folder_in_the_place_of_a_golden_is_told(file: Path) -> None:
     api.record(file)
     message, hint = refused(GoldenError, partial(api.verify, file, "golden"))
-    assert (message, hint) == ("golden: a folder, not a golden", "-g golden/net.safetensors")
+    assert (message, hint) == (
+        "golden: a folder, not a golden",
+        "-g golden/net.safetensors",
+    )
     message, hint = refused(GoldenError, partial(api.record, file, "golden", overwrite=True))
-    assert (message, hint) == ("golden: a folder, not a golden", "-g golden/net.safetensors")
+    assert (message, hint) == (
+        "golden: a folder, not a golden",
+        "-g golden/net.safetensors",
+    )
 
 
 def test_paths_that_cannot_be_looked_at_are_clear_errors(

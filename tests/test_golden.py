@@ -337,7 +337,11 @@ def test_what_is_given_as_a_golden_and_is_none_is_named(golden: Golden, tmp_path
     save_file({"weight": torch.ones(3)}, tmp_path / "net.safetensors")
     for path, message, hint in [
         (folder, "a folder, not a golden", f"-g {golden.path}"),
-        (tmp_path, "a folder, not a golden", f"-g {tmp_path / 'NAME.safetensors'}"),
+        (
+            tmp_path,
+            "a folder, not a golden",
+            f"-g {tmp_path / 'NAME.safetensors'}",
+        ),
         (pointer, "a Git LFS pointer, not the golden itself", "git lfs pull"),
         (
             tmp_path / "net.safetensors",

@@ -221,12 +221,15 @@ class _Tree:
 
     def hint(self) -> str:
         """Name the sections that hold tensors, for an error's next step."""
-        found = []
+        found, at_top = [], False
         for step, child in self._children(self.file.root):
+            at_top |= isinstance(child, Tensor)
             if isinstance(child, (dict, list, tuple, Record, Composite)):
                 count = sum(1 for _ in self._walk(child))
                 if count:
                     found.append(f"{_spelled(step)[:80]} ({count} tensors)")
+        if at_top and not found:
+            return "its tensors are in no section: leave out --section"
         if not found:
             return "the file holds no tensors: is it the right one?"
         return f"choose one with --section: {', '.join(found[:8])}; or . for every tensor"

@@ -26,6 +26,7 @@ from harness.measuring import AgainstGolden, BySketches
 from harness.model.files import Loader, Saved, compare_training_state
 from harness.model.outputs import inputs_of, outputs_of
 from harness.model.state import as_checkpoint, state_of, transient_buffers
+from harness.model.targets import resolve
 from harness.nest.config import load_config
 
 STAGES = ("file", "load", "reload", "outputs")
@@ -49,6 +50,15 @@ class LiveOptions:
     trust: bool = False
     output_atol: float = 1e-4
     output_rtol: float = 1e-4
+
+    def check(self) -> None:
+        """Raise ModelError or CheckpointError for a target, config or inputs that are no such."""
+        if self.target is not None:
+            resolve(self.target)
+        if self.config is not None:
+            load_config(self.config)
+        if self.inputs is not None:
+            open_checkpoint(self.inputs).close()
 
     def loader(self, checkpoint: Checkpoint) -> Loader:
         config = None if self.config is None else load_config(self.config)

@@ -7,7 +7,6 @@ and no wider than it says; or the sections that they are made of, for other repo
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,8 @@ _MAX_GROUPS = 12
 SYMBOLS = {"identical": "✓", "close": "✓", "undecided": "?", "different": "✗"}
 _COLORS = {"identical": "32", "close": "32", "undecided": "33", "different": "31"}
 _HEADINGS: dict[FindingKind, str] = {
-    "missing": "missing: in the golden, not in the checkpoint",
-    "unexpected": "unexpected: in the checkpoint, not in the golden",
+    "missing": "missing: expected, and not there",
+    "unexpected": "unexpected: there, and not expected",
     "prefix": "prefix: the same keys under another prefix",
     "renamed": "renamed: equal weights under another key",
     "shape": "shape",
@@ -101,37 +100,6 @@ def tally(comparison: Comparison) -> str:
     return ", ".join(counts)
 
 
-_MAX_MAPPED = 3  # more make a command that nobody reads
-
-
-def how_to_accept(
-    comparison: Comparison, command: str, reference: str = "RECORDED_CKPT"
-) -> list[str]:
-    """What to do about what was found: look past it where an option can, or accept it.
-
-    `command` verifies again; `reference` is the recorded checkpoint, where it is known.
-    """
-    if comparison.ok:
-        return []
-    if comparison.verdict == "undecided" and comparison.stage == "file":
-        return [f"to decide exactly:   {command} --reference {reference}"]
-    lines = []
-    failing = [finding for finding in comparison.findings if finding.fails]
-    prefixes = [f for f in failing if f.kind == "prefix"]
-    if prefixes and prefixes[0].actual != "no prefix" and prefixes[0].expected == "no prefix":
-        prefix = shlex.quote(prefixes[0].key)
-        lines.append(f"to look past the prefix:  {command} --strip-prefix {prefix}")
-    if comparison.stage == "file" and {f.kind for f in failing} == {"dtype"}:
-        lines.append(f"to compare the values:  {command} --no-check-dtype")
-    names = [f"{f.key}={f.actual_key}" for f in failing if f.kind == "renamed"]
-    may_map = all(f.key != f.actual_key and "=" not in f.key for f in failing)
-    if 0 < len(names) == len(failing) <= _MAX_MAPPED and may_map:
-        maps = " ".join(f"--map {shlex.quote(name)}" for name in names)
-        lines.append(f"to look past the name:  {command} {maps}")
-    lines.append(f'if this is meant:  {command} --update-golden --reason "why"')
-    return lines
-
-
 def _lines(
     comparison: Comparison, style: Style, earlier: Sequence[Comparison] = ()
 ) -> Iterator[str]:
@@ -175,7 +143,7 @@ def sides(comparison: Comparison) -> list[str]:
 
 
 def nan_note(comparison: Comparison) -> str:
-    return f"{comparison.num_nan:,} of the golden's tensors hold NaN"
+    return f"{comparison.num_nan:,} of the expected tensors hold NaN"
 
 
 def chance_note(comparison: Comparison) -> str:
@@ -319,7 +287,7 @@ def _differences(differences: Sequence[Difference]) -> Iterator[str]:
     size = f"max |actual - expected| {_interval(worst.max_abs)}"
     rms = (
         ""
-        if math.isnan(worst.rms)
+        if math.isnan(worst.rms) or math.isinf(worst.max_abs[0])
         else f", rms {'' if worst.is_exact else 'about '}{worst.rms:.1e}"
     )
     where = f", {worst.where}" if worst.where and len(differences) == 1 else ""

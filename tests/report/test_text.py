@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from harness.compare import Finding
 from harness.report.fitting import cells
-from harness.report.text import PLAIN, Style, headline, how_to_accept, render
+from harness.report.text import PLAIN, Style, headline, render
 from tests.conftest import Harness, on_terminal
 from tests.report.samples import HOSTILE, comparison, departed, missing
 
@@ -47,7 +47,7 @@ def test_at_80_columns_long_keys_are_shortened_and_long_lines_go_on_below() -> N
   actual    models/nest.nemo (nemo)
   note: nothing of what is said here at some length is said for any other reason
 
-  missing: in the golden, not in the checkpoint (4)
+  missing: expected, and not there (4)
     model.….stages.{3,12}.blocks.11.attention.self.query_projection.weight
         float32 [2, 3]  (2 tensors)
     model.….stages.{3,12}.blocks.11.attention.self.key_projection.weight
@@ -94,44 +94,6 @@ def test_names_never_reach_the_terminal_as_they_are() -> None:
         for report in (found, departed(name)):
             assert render(report).replace("\n", "").isprintable()
             assert headline(report).isprintable()
-
-
-def test_a_prefix_to_strip_is_quoted_as_a_shell_needs_it() -> None:
-    found = comparison(
-        Finding(kind="prefix", key="a b;c.", expected="no prefix", actual="prefix 'a b;c.'")
-    )
-    assert how_to_accept(found, "harness verify x")[0].endswith("--strip-prefix 'a b;c.'")
-
-
-def test_other_dtypes_alone_lead_to_a_comparison_of_their_values() -> None:
-    dtype = Finding(kind="dtype", key="a", expected="float32", actual="bfloat16")
-    missing = Finding(kind="missing", key="b", expected="float32 [2]")
-    first, last = how_to_accept(comparison(dtype), "harness verify x")
-    assert first == "to compare the values:  harness verify x --no-check-dtype"
-    assert last.startswith("if this is meant:")
-    assert len(how_to_accept(comparison(dtype, missing), "harness verify x")) == 1
-    assert len(how_to_accept(comparison(dtype, stage="outputs"), "harness verify x")) == 1
-
-
-def test_a_few_new_names_alone_lead_to_a_map_of_them() -> None:
-    def renamed(*pairs: tuple[str, str]) -> list[str]:
-        findings = [Finding(kind="renamed", key=old, actual_key=new) for old, new in pairs]
-        return how_to_accept(comparison(*findings), "harness verify x")
-
-    first, last = renamed(("a", "b"), ("c d", "e"))
-    assert first == "to look past the name:  harness verify x --map a=b --map 'c d=e'"
-    assert last.startswith("if this is meant:")
-    assert len(renamed(*((f"a{n}", f"b{n}") for n in range(4)))) == 1
-    assert len(renamed(("a", "a"))) == 1  # a map that did not fit
-    assert len(renamed(("a=b", "c"))) == 1  # which no map can say
-
-
-@pytest.mark.parametrize(("stage", "step"), [("file", "--reference"), ("outputs", "--update")])
-def test_only_the_file_has_a_reference_that_decides(stage: str, step: str) -> None:
-    undecided = Finding(kind="undecided", key="a.weight", expected="float32 [2]")
-    found = comparison(undecided, stage=stage)
-    (line,) = how_to_accept(found, "harness verify x")
-    assert step in line
 
 
 def test_what_an_earlier_stage_told_is_referred_to_and_what_it_did_not_is_told() -> None:

@@ -1,0 +1,116 @@
+"""The next steps: what a person can do about what a comparison found.
+
+In: a `Comparison`. Out: policies that look past what it found, as values (`ways_past`), as options
+of the command line (`as_options`), and as whole lines for the end of a report (`next_steps`).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from harness.compare import Comparison, Finding
+
+MEND_THE_CODE = (
+    "the golden holds the file, not what the code makes of it: mend the code, "
+    "or save what it makes as a checkpoint and record that"
+)
+_MAX_MAPPED = 3  # more make a command that nobody reads
+
+
+def is_of_the_code(comparison: Comparison) -> bool:
+    """Whether what fails is what the code makes of a file, which no update can accept."""
+    kinds = {finding.kind for finding in comparison.findings if finding.fails}
+    return comparison.stage in ("load", "reload") and bool(kinds - {"requires_grad"})
+
+
+def ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield fields of a `Policy` that look past what was found, with what it is in a few words."""
+    failing = [finding for finding in comparison.findings if finding.fails]
+    for finding in failing:
+        if finding.kind == "prefix" and finding.expected == "no prefix":
+            yield "the prefix", {"strip_prefix": finding.key}
+        elif finding.kind == "prefix" and finding.actual == "no prefix":
+            yield "the prefix", {"key_map": ((finding.key, ""),)}
+    if comparison.stage == "file" and {finding.kind for finding in failing} == {"dtype"}:
+        yield "the dtype", {"check_dtype": False}
+    if failing and all(finding.kind == "renamed" for finding in failing):
+        key_map = _key_map(failing, comparison)
+        if 0 < len(key_map) <= _MAX_MAPPED:
+            yield "the name", {"key_map": key_map}
+
+
+def as_options(policy: Mapping[str, Any]) -> list[str]:
+    """Fields of a policy as `harness verify` and `harness diff` take them."""
+    options: list[str] = []
+    for old, new in policy.get("key_map", ()):
+        options += ["--map", f"{old}={new}"]
+    if "strip_prefix" in policy:
+        options += ["--strip-prefix", policy["strip_prefix"]]
+    if policy.get("check_dtype") is False:
+        options.append("--no-check-dtype")
+    return options
+
+
+def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
+    """Lines that run a command again, so that it looks past what was found."""
+    return [
+        f"to look past {what}:  {shlex.join([*command, *as_options(policy)])}"
+        for what, policy in ways_past(comparison)
+    ]
+
+
+def next_steps(
+    comparison: Comparison,
+    command: Sequence[str],
+    update: Sequence[str],
+    reference: str = "RECORDED_CKPT",
+) -> list[str]:
+    """What to do about a stage that does not pass: decide it, look past what it found, accept it.
+
+    `command` verifies again, `update` accepts; `reference` is the recorded checkpoint, where it is
+    known.
+    """
+    if comparison.ok:
+        return []
+    if is_of_the_code(comparison):
+        return [MEND_THE_CODE]
+    lines = past_lines(comparison, command)
+    if comparison.verdict == "undecided" and comparison.stage == "file":
+        decide = [*command, "--reference", reference]
+        lines.insert(0, f"to decide exactly:  {shlex.join(decide)}")
+    lines.append(f'if this is meant:  {shlex.join(update)} --update-golden --reason "why"')
+    return lines
+
+
+def _key_map(renamed: Sequence[Finding], comparison: Comparison) -> tuple[tuple[str, str], ...]:
+    """What makes the old keys the new ones: few prefixes, else the keys; () where nothing does."""
+    pairs = [(finding.key, finding.actual_key or "") for finding in renamed]
+    if any(old == new or "=" in old for old, new in pairs):  # no map can say it, or one did not fit
+        return ()
+    prefixes: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for old, new in pairs:
+        prefixes[_changed_prefix(old, new)].add(old)
+    olds = {old for old, _ in prefixes}
+    moves_others = any(
+        key.startswith(old)
+        for old in olds
+        for key in comparison.expected.tensors.keys() - dict(pairs)
+    )
+    nested = any(one != other and one.startswith(other) for one in olds for other in olds)
+    if len(prefixes) < len(pairs) and len(olds) == len(prefixes) and not moves_others | nested:
+        return tuple(prefixes)
+    return tuple(pairs)
+
+
+def _changed_prefix(old: str, new: str) -> tuple[str, str]:
+    """The starts of two keys up to where they go on alike, each with its last dot."""
+    ours, theirs = old.split("."), new.split(".")
+    alike = 0
+    while alike < min(len(ours), len(theirs)) - 1 and ours[-1 - alike] == theirs[-1 - alike]:
+        alike += 1
+    if alike == 0:
+        return old, new
+    return ".".join(ours[:-alike]) + ".", ".".join(theirs[:-alike]) + "."

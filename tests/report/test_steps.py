@@ -1,0 +1,138 @@
+"""The next steps: each is a command that does what it says."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from harness.compare import Finding
+from harness.report.steps import next_steps, past_lines
+from tests.conftest import Harness, Run
+from tests.report.samples import comparison
+
+VERIFY = ["harness", "verify", "x"]
+
+
+def steps(*findings: Finding, stage: str = "file") -> list[str]:
+    return next_steps(comparison(*findings, stage=stage), VERIFY, VERIFY)
+
+
+def renamed(*pairs: tuple[str, str]) -> list[str]:
+    return steps(*(Finding(kind="renamed", key=old, actual_key=new) for old, new in pairs))
+
+
+def test_a_prefix_to_strip_is_quoted_as_a_shell_needs_it() -> None:
+    found = Finding(kind="prefix", key="a b;c.", expected="no prefix", actual="prefix 'a b;c.'")
+    assert steps(found)[0] == "to look past the prefix:  harness verify x --strip-prefix 'a b;c.'"
+
+
+def test_other_dtypes_alone_lead_to_a_comparison_of_their_values() -> None:
+    dtype = Finding(kind="dtype", key="a", expected="float32", actual="bfloat16")
+    missing = Finding(kind="missing", key="b", expected="float32 [2]")
+    first, last = steps(dtype)
+    assert first == "to look past the dtype:  harness verify x --no-check-dtype"
+    assert last == 'if this is meant:  harness verify x --update-golden --reason "why"'
+    assert len(steps(dtype, missing)) == 1
+    assert len(steps(dtype, stage="outputs")) == 1
+
+
+def test_a_few_new_names_alone_lead_to_a_map_of_them() -> None:
+    first, last = renamed(("a", "b"), ("c d", "e"))
+    assert first == "to look past the name:  harness verify x --map a=b --map 'c d=e'"
+    assert last.startswith("if this is meant:")
+    assert len(renamed(*((f"a{n}", f"b{n}") for n in range(4)))) == 1
+    assert len(renamed(("a", "a"))) == 1  # a map that did not fit
+    assert len(renamed(("a=b", "c"))) == 1  # which no map can say
+
+
+def test_many_new_names_lead_to_a_map_of_their_prefixes() -> None:
+    moved = [(f"encoder.layers.{n}.weight", f"enc.blocks.{n}.weight") for n in range(9)]
+    first, _ = renamed(*moved)
+    assert first == "to look past the name:  harness verify x --map encoder.layers.=enc.blocks."
+    (only,) = renamed(*((old, old.replace("weight", "w.raw")) for old, _ in moved))
+    assert only.startswith("if this is meant:")
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"), [("file", ["exactly", "meant"]), ("outputs", ["meant"])]
+)
+def test_undecided_is_decided_by_a_reference_or_accepted(stage: str, words: list[str]) -> None:
+    found = steps(Finding(kind="undecided", key="a.weight", expected="float32 [2]"), stage=stage)
+    assert len(found) == len(words)
+    assert all(word in line for word, line in zip(words, found, strict=True))
+    assert stage != "file" or found[0].endswith("harness verify x --reference RECORDED_CKPT")
+
+
+def test_what_the_code_makes_of_a_file_is_not_for_a_golden_to_accept() -> None:
+    (line,) = steps(Finding(kind="missing", key="a", expected="float32 [2]"), stage="load")
+    assert "mend the code" in line
+
+
+def test_two_checkpoints_have_nothing_to_update() -> None:
+    different = Finding(kind="missing", key="a", expected="float32 [2]")
+    assert past_lines(comparison(different), ["harness", "diff", "a", "b"]) == []
+
+
+Keys = Callable[[str], str]
+CHANGES: dict[str, tuple[Keys, Keys]] = {
+    "a prefix is there": (str, lambda key: f"model.{key}"),
+    "a prefix is gone": (lambda key: f"model.{key}", str),
+    "a module has another name": (str, lambda key: key.replace("encoder", "enc")),
+    "one tensor has another name": (str, lambda key: key.replace("head.bias", "head.b")),
+}
+
+
+@pytest.fixture
+def changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harness: Harness
+) -> Callable[..., Run]:
+    """Record a checkpoint, save its tensors under other keys, verify or diff that."""
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(7)
+    names = [f"encoder.{n}.{part}" for n in range(4) for part in ("weight", "bias")]
+    weights = {name: draw.standard_normal(6, "f4") for name in [*names, "head.weight", "head.bias"]}
+
+    def run(*command: str, before: Keys = str, after: Keys = str) -> Run:
+        save_file({before(key): value for key, value in weights.items()}, "old.safetensors")
+        assert harness("record", "old.safetensors", "-g", "g.safetensors").code == 0
+        save_file({after(key): value for key, value in weights.items()}, "new.safetensors")
+        return harness(*command)
+
+    return run
+
+
+def paste(harness: Harness, text: str, begins: str) -> Run:
+    """Run the one command that a report offers under these words."""
+    [line] = [line for line in text.splitlines() if line.strip().startswith(begins)]
+    program, *arguments = shlex.split(line.partition(":  ")[2])
+    assert program == "harness"
+    return harness(*arguments)
+
+
+VERIFIED = ("verify", "new.safetensors", "-g", "g.safetensors")
+
+
+@pytest.mark.parametrize("command", [VERIFIED, ("diff", "old.safetensors", "new.safetensors")])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_way_past_passes_when_it_is_pasted(
+    changed: Callable[..., Run], harness: Harness, change: str, command: tuple[str, ...]
+) -> None:
+    before, after = CHANGES[change]
+    run = changed(*command, before=before, after=after)
+    assert run.code == 1
+    assert paste(harness, run.out, "to look past").code == 0
+
+
+def test_after_the_update_that_is_offered_the_next_run_passes(
+    changed: Callable[..., Run], harness: Harness
+) -> None:
+    options = ("--ignore", "head.*", "--map=encoder.=enc.", "--strip-prefix", "model.")
+    run = changed(*VERIFIED, *options, after=lambda key: f"model.{key}")
+    assert run.code == 1
+    assert paste(harness, run.out, "if this is meant").code == 0
+    assert harness(*VERIFIED).code == 0
