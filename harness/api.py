@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from harness.cache import DigestCache
 from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
 from harness.checkpoint.paths import AnyPath, Location, to_local, to_path
-from harness.compare import Comparison, Policy, compare
+from harness.compare import Comparison, Policy, compare, with_damages
 from harness.errors import UsageError
 from harness.fingerprint import MAX_KEPT_NUMEL, Fingerprint, outline
 from harness.fingerprint import fingerprint as fingerprint_checkpoint
@@ -30,6 +30,7 @@ from harness.golden import (
     source_of,
     write_golden,
 )
+from harness.integrity import damages
 from harness.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
 from harness.sketch import DEFAULT_BLOCK_NBYTES
 from harness.streaming import CHUNK_NBYTES, Progress
@@ -206,7 +207,8 @@ def verify(
         elsewhere = {key for one in recorded.parts.values() for key in one.tensors}
         here = {*recorded.fingerprint.tensors, *found.tensors}
         policy = policy.at_stage(here, elsewhere)
-        return compare(recorded.fingerprint, found, policy, measure)
+        compared = compare(recorded.fingerprint, found, policy, measure)
+        return with_damages(compared, lambda keys: damages(actual, keys, jobs))
 
 
 def verify_stages(

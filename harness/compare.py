@@ -9,7 +9,7 @@ that changed while it was read (CheckpointError).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, get_args
@@ -20,9 +20,12 @@ from harness.fingerprint import Fingerprint, TensorPrint
 if TYPE_CHECKING:
     from harness.allclose import Tolerance
     from harness.difference import Difference, Measure, Verdict
+    from harness.integrity import Damage
 
-# Worst first: what stops a load, then what computes something else, then what is only noted.
+# Worst first: what explains all else, what stops a load, what computes something else, what is
+# only noted.
 FindingKind = Literal[
+    "damaged",
     "missing",
     "unexpected",
     "prefix",
@@ -42,6 +45,7 @@ FINDING_KINDS: tuple[FindingKind, ...] = get_args(FindingKind)
 
 # Inserted into keys by torch.compile, data parallelism and activation checkpointing.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+_MAX_TO_CHECK = 20
 _STRANGERS = "no key in common: is it a checkpoint of another model?"
 
 
@@ -289,6 +293,31 @@ def compare(
         stage=stage,
         notes=tuple(_notes(actual, strangers=bool(strangers))),
     )
+
+
+def with_damages(
+    comparison: Comparison, find: Callable[[list[str]], Mapping[str, Damage]]
+) -> Comparison:
+    """Add a finding for each tensor, of the worst that differ in value, whose bytes are damaged.
+
+    `find` tells which of the checkpoint's keys are. Of very many, some tell as much as all.
+    """
+    differing = [f for f in comparison.findings if f.difference is not None][:_MAX_TO_CHECK]
+    if not differing:
+        return comparison
+    damaged = find([finding.actual_key or finding.key for finding in differing])
+    found = [
+        Finding(
+            kind="damaged",
+            key=finding.key,
+            actual_key=finding.actual_key,
+            expected=f"CRC-32 {damage.expected:08x}, says {damage.where}",
+            actual=f"CRC-32 {damage.actual:08x}",
+        )
+        for finding in differing
+        if (damage := damaged.get(finding.actual_key or finding.key)) is not None
+    ]
+    return replace(comparison, findings=(*found, *comparison.findings))
 
 
 def _notes(actual: Fingerprint, *, strangers: bool) -> Iterator[str]:

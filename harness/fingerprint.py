@@ -10,7 +10,7 @@ root = BLAKE3 over the sorted (key, digest) rows. Neither depends on container, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ from blake3 import blake3
 from zlib_ng import zlib_ng
 
 from harness.cache import DigestCache
-from harness.checkpoint.tensors import Checkpoint, Checksum, DType, Tensor, numpy_dtype
-from harness.errors import CheckpointError
+from harness.checkpoint.tensors import Checkpoint, DType, Tensor, numpy_dtype
+from harness.integrity import checksums_of_tensors, refuse_damaged
 from harness.sketch import (
     DEFAULT_BLOCK_NBYTES,
     Sketch,
@@ -30,13 +30,10 @@ from harness.sketch import (
     total_squares,
 )
 from harness.streaming import (
-    CHUNK_NBYTES,
     Chunk,
     Progress,
     buffers,
-    chunks,
     map_chunks,
-    share,
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -154,7 +151,7 @@ def fingerprint(
     prints = _cached(originals, details, cache)
     num_cached = len(prints)
     originals = [t for t in originals if t.key not in prints]
-    checksums = _whole_storages(checkpoint.checksums, originals) if check_integrity else {}
+    checksums = checksums_of_tensors(checkpoint.checksums, originals) if check_integrity else {}
 
     scans = []
     for tensor in originals:
@@ -166,8 +163,12 @@ def fingerprint(
         scans.append(_Scan(tensor, tensor.key in checksums, wants, carries, block))
     scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
     if check_integrity:
-        found = {t.key: parts for t, parts in zip(originals, scanned, strict=True)}
-        _check_integrity(checkpoint, found, checksums, jobs)
+        known = [
+            (checksums[tensor.key], [part.crc32 for part in parts])
+            for tensor, parts in zip(originals, scanned, strict=True)
+            if tensor.key in checksums
+        ]
+        refuse_damaged(checkpoint, known, jobs)
     for tensor, scan, parts in zip(originals, scans, scanned, strict=True):
         joined = _join(scan, parts)
         if joined.values is None and details(tensor) and keep_values(tensor):
@@ -457,68 +458,3 @@ def _stats(parts: Sequence[_Moments]) -> Stats:
         num_posinf=sum([part.num_posinf for part in parts]),
         num_neginf=sum([part.num_neginf for part in parts]),
     )
-
-
-def _check_integrity(
-    checkpoint: Checkpoint,
-    scanned: Mapping[str, list[_ChunkPrint]],
-    whole: Mapping[str, Checksum],
-    jobs: int | None,
-) -> None:
-    """Check the container's own checksums: of what was scanned, and of the rest, which is read."""
-    for key, checksum in whole.items():
-        joined = 0
-        for chunk, part in zip(chunks(checksum.nbytes), scanned[key], strict=True):
-            joined = zlib_ng.crc32_combine(joined, part.crc32, chunk.nbytes)
-        _check_crc32(checksum, joined)
-    done = {id(checksum) for checksum in whole.values()}
-    rest = [checksum for checksum in checkpoint.checksums if id(checksum) not in done]
-    share(_check_entries, list(_batches(rest)), jobs=jobs)
-
-
-def _whole_storages(
-    checksums: Iterable[Checksum], tensors: Iterable[Tensor]
-) -> dict[str, Checksum]:
-    """The checksums of bytes that are just those of one tensor, by its key."""
-    by_place = {(id(c.source), c.offset, c.nbytes): c for c in checksums}
-    found = {}
-    for tensor in tensors:
-        storage = tensor.storage
-        start = storage.offset + tensor.offset * tensor.dtype.itemsize
-        checksum = by_place.get((id(storage.source), start, tensor.nbytes))
-        changed = storage.big_endian or tensor.conjugate or tensor.negative
-        if checksum and tensor.is_contiguous and not changed:
-            found[tensor.key] = checksum
-    return found
-
-
-def _batches(checksums: Iterable[Checksum]) -> Iterator[list[Checksum]]:
-    """Group the entries of an archive, most of which are too small for a task of their own."""
-    batch: list[Checksum] = []
-    total = 0
-    for entry in checksums:
-        batch.append(entry)
-        total += entry.nbytes
-        if total >= CHUNK_NBYTES:
-            yield batch
-            batch, total = [], 0
-    yield batch
-
-
-def _check_entries(entries: Sequence[Checksum]) -> None:
-    for entry in entries:
-        actual = 0
-        for chunk in chunks(entry.nbytes):
-            data = buffers.get("chunk", chunk.nbytes)
-            entry.source.read_into(entry.offset + chunk.start, data.data)
-            actual = zlib_ng.crc32(data.data, actual)
-        _check_crc32(entry, actual)
-
-
-def _check_crc32(entry: Checksum, actual: int) -> None:
-    if actual != entry.crc32:
-        raise CheckpointError(
-            f"{entry.source.name}: its CRC-32 is {actual:08x}, but the archive says "
-            f"{entry.crc32:08x}",
-            hint="the bytes have changed since they were saved: get the file again",
-        )

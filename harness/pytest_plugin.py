@@ -375,12 +375,14 @@ class _Attempt:
 
     def _next_steps(self) -> Iterator[str]:
         from harness.report.outcome import worst
-        from harness.report.steps import MEND_THE_CODE, is_of_the_code, ways_past
+        from harness.report.steps import GET_IT_AGAIN, MEND_THE_CODE, is_of_the_code, ways_past
 
         code = worst(stage.exit_code for stage in self.stages)
         found = next(stage for stage in self.stages if stage.exit_code == code)
         writer = self.settings.written.get(self.golden)
-        if is_of_the_code(found):
+        if found.count("damaged"):
+            yield GET_IT_AGAIN
+        elif is_of_the_code(found):
             yield MEND_THE_CODE
         elif self.verb != "verified":
             yield (

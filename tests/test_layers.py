@@ -28,6 +28,7 @@ LAYERS = [
     ["harness.ranks"],
     ["harness.checkpoint"],
     ["harness.cache", "harness.streaming", "harness.sketch"],
+    ["harness.integrity"],
     ["harness.fingerprint"],
     ["harness.allclose", "harness.columns", "harness.golden"],
     ["harness.difference"],

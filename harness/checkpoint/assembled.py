@@ -88,6 +88,16 @@ def assemble(
     return Tensor(key=key, dtype=dtype, shape=shape, storage=storage)
 
 
+def stored_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold its bytes in their files: its pieces, or it alone."""
+    source = tensor.storage.source
+    if not isinstance(source, _Assembled):
+        yield tensor
+        return
+    for box, _ in source.boxes:
+        yield from stored_parts(box.tensor)
+
+
 @dataclass(frozen=True, slots=True)
 class _Box:
     start: Index
@@ -168,7 +178,7 @@ class _Assembled:
         self._raw = np.dtype(dtype.raw)
         self._shape = grid.shape
         self._strides = strides_of(grid.shape)
-        self._boxes = [(box, strides_of(box.extent)) for box in grid.boxes]
+        self.boxes = [(box, strides_of(box.extent)) for box in grid.boxes]
         # A box holds a row only if it starts in it, or at most as far before as boxes are long.
         self._starts = [box.start[0] for box in grid.boxes]
         self._reach = max((box.extent[0] for box in grid.boxes), default=0)
@@ -217,7 +227,7 @@ class _Assembled:
             bisect_right(self._starts, index[0] - self._reach),
             bisect_left(self._starts, index[0] + rows),
         )
-        for box, strides in self._boxes[candidates]:
+        for box, strides in self.boxes[candidates]:
             start, extent = box.start, box.extent
             if any(not 0 <= index[d] - start[d] < extent[d] for d in range(dim)):
                 continue
@@ -246,7 +256,7 @@ class _Assembled:
         return memoryview(read(self, offset, nbytes))
 
     def stamp(self) -> str | None:
-        stamps = [(box.start, box.extent, box.tensor.stamp()) for box, _ in self._boxes]
+        stamps = [(box.start, box.extent, box.tensor.stamp()) for box, _ in self.boxes]
         known = all(stamp is not None for _, _, stamp in stamps)
         return repr((self._shape, stamps)) if known else None
 

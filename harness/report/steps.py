@@ -17,6 +17,7 @@ MEND_THE_CODE = (
     "the golden holds the file, not what the code makes of it: mend the code, "
     "or save what it makes as a checkpoint and record that"
 )
+GET_IT_AGAIN = "bytes of the checkpoint changed since they were saved: get the file again"
 _MAX_MAPPED = 3  # more make a command that nobody reads
 
 
@@ -75,6 +76,8 @@ def next_steps(
     """
     if comparison.ok:
         return []
+    if comparison.count("damaged"):
+        return [GET_IT_AGAIN]
     if is_of_the_code(comparison):
         return [MEND_THE_CODE]
     lines = past_lines(comparison, command)

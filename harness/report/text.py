@@ -22,6 +22,7 @@ _MAX_GROUPS = 12
 SYMBOLS = {"identical": "✓", "close": "✓", "undecided": "?", "different": "✗"}
 _COLORS = {"identical": "32", "close": "32", "undecided": "33", "different": "31"}
 _HEADINGS: dict[FindingKind, str] = {
+    "damaged": "damaged: not the bytes that were saved",
     "missing": "missing: expected, and not there",
     "unexpected": "unexpected: there, and not expected",
     "prefix": "prefix: the same keys under another prefix",

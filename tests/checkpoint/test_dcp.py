@@ -161,7 +161,8 @@ def test_a_folder_is_a_subject_like_any_file(
         file.write(b"\x40" * 8)
     verified = harness("verify", "step-1")
     assert verified.code == 1
-    assert "embed.weight" in verified.out
+    assert "damaged: not the bytes that were saved (1)\n    embed.weight" in verified.out
+    assert "__1_0.distcp: 'model.embed.weight' at" in verified.out
     refused = harness("record", "step-1", "-g", "golden/other.safetensors")
     assert refused.code == 2
     assert "__1_0.distcp: 'model.embed.weight' at" in refused.err

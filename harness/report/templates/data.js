@@ -8,6 +8,7 @@ const LEVELS = 8;
 const SEVERITY = [...DATA.kinds, "identical", "ignored"];
 
 const ABOUT = {
+  damaged: "not the bytes that were saved",
   missing: "expected, and not there",
   unexpected: "there, and not expected",
   prefix: "the same keys under another prefix",

@@ -1,0 +1,127 @@
+"""Damaged bytes: refused where a golden would be made of them, named where they differ from one."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.checkpoint import open_checkpoint
+from harness.errors import CheckpointError
+from harness.fingerprint import Fingerprint, fingerprint
+from harness.streaming import CHUNK_NBYTES
+from tests.conftest import Harness
+
+State = dict[str, torch.Tensor]
+
+
+def checked(path: Path, *, check_integrity: bool = True) -> Fingerprint:
+    with open_checkpoint(path) as checkpoint:
+        return fingerprint(checkpoint, check_integrity=check_integrity)
+
+
+def saved_and_flipped(path: Path, state: State, place: int) -> None:
+    """Save a state, and flip a bit of its first storage."""
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        [entry] = [i for i in archive.infolist() if i.filename.endswith("data/0")]
+    assert entry.CRC != 0
+    header = content[entry.header_offset : entry.header_offset + 30]
+    start = entry.header_offset + 30 + header[26] + 256 * (header[27] + header[29]) + header[28]
+    content[start + place] ^= 4
+    path.write_bytes(content)
+
+
+LONG = torch.arange(CHUNK_NBYTES // 4 * 2 + 100, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("state", "place"),
+    [
+        ({"x": LONG[:100].clone()}, 17),
+        ({"x": LONG}, 0),
+        ({"x": LONG}, CHUNK_NBYTES),
+        ({"x": LONG}, 2 * CHUNK_NBYTES + 399),
+        ({"x": LONG, "tied": LONG}, CHUNK_NBYTES + 1),
+        ({"x": LONG[:50]}, 2 * CHUNK_NBYTES),  # beyond the tensor, but in its storage
+        ({"x": LONG[:50], "y": LONG[50:]}, 300),
+        ({"x": LONG[:100].reshape(10, 10).T}, 17),
+    ],
+)
+def test_integrity_is_checked_against_the_archive(tmp_path: Path, state: State, place: int) -> None:
+    path = tmp_path / "x.pt"
+    torch.save(state, path)
+    assert checked(path).root == checked(path, check_integrity=False).root
+    saved_and_flipped(path, state, place)
+    assert checked(path, check_integrity=False).root  # torch would read it, too
+    with pytest.raises(CheckpointError, match="data/0: its CRC-32 is"):
+        checked(path)
+
+
+def test_the_archives_other_entries_are_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"x": torch.zeros(3)}, path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        [entry] = [i for i in archive.infolist() if i.filename.endswith("/version")]
+    start = content.index(b"3\n", entry.header_offset)
+    content[start + 1] = ord(" ")
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="version: its CRC-32 is"):
+        checked(path)
+
+
+@pytest.fixture
+def net(tmp_path: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of 30 tensors that has a golden."""
+    monkeypatch.chdir(tmp_path)
+    state = {f"layer.{n}": torch.full((5000,), 1.0 + n) for n in range(30)}
+    state["last"] = state["layer.29"]
+    torch.save(state, "net.pt")
+    assert harness("record", "net.pt").code == 0
+    return Path("net.pt")
+
+
+# The exponent's bit makes another number of it, the mantissa's lowest one that is close.
+@pytest.mark.parametrize("byte", [3, 0])
+@pytest.mark.parametrize("golden", [[], ["-g", "golden/net.safetensors"]])
+def test_damaged_tensors_are_named_and_nobody_is_asked_to_accept_them(
+    net: Path, harness: Harness, byte: int, golden: list[str]
+) -> None:
+    saved_and_flipped(net, torch.load(net), byte)
+    run = harness("verify", net, *golden)
+    assert run.code == 1
+    assert "1 damaged" in run.out.splitlines()[0]
+    section = run.out[run.out.index("damaged: not the bytes that were saved") :].splitlines()
+    assert section[1].strip() == "layer.0"
+    assert section[2].strip().endswith("says net.pt: net/data/0")
+    assert run.out.endswith("changed since they were saved: get the file again\n")
+    assert "--update-golden" not in run.out
+
+
+def test_other_weights_are_not_damaged(net: Path, harness: Harness) -> None:
+    torch.save({key: value + 1 for key, value in torch.load(net).items()}, net)
+    run = harness("verify", net)
+    assert run.code == 1
+    assert "damaged" not in run.out
+    assert "--update-golden" in run.out
+
+
+def test_of_very_many_damaged_tensors_the_worst_are_told(net: Path, harness: Harness) -> None:
+    content = net.read_bytes()
+    for n in range(30):
+        raw = torch.full((5000,), 1.0 + n).numpy().tobytes()  # as it lies in the file
+        assert content.count(raw) == 1
+        content = content.replace(raw, raw[:-1] + b"\x7f")
+    net.write_bytes(content)
+    assert "20 damaged" in harness("verify", net).out.splitlines()[0]
+
+
+def test_a_renamed_and_damaged_tensor_is_found_by_its_own_name(net: Path, harness: Harness) -> None:
+    state = {f"model.{key}": value for key, value in torch.load(net).items()}
+    saved_and_flipped(net, state, 3)
+    run = harness("verify", net, "--strip-prefix", "model.")
+    assert "1 damaged" in run.out.splitlines()[0]
