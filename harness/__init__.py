@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         verify,
         verify_stages,
     )
-    from harness.compare import Comparison, Policy
+    from harness.compare import Comparison
     from harness.errors import (
         CheckpointError,
         GoldenError,
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
         UsageError,
     )
     from harness.model.callback import GoldenCheckpoint
+    from harness.policy import Policy
 
 _HOMES = {
     "harness.api": (
         *("diff", "fingerprint", "open_checkpoint", "read_golden", "record"),
         *("roundtrip", "update", "verify", "verify_stages"),
     ),
-    "harness.compare": ("Comparison", "Policy"),
+    "harness.compare": ("Comparison",),
+    "harness.policy": ("Policy",),
     "harness.errors": (
         "CheckpointError",
         "GoldenError",

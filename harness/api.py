@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from harness.cache import DigestCache
 from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
 from harness.checkpoint.paths import AnyPath, Location, to_local, to_path
-from harness.compare import Comparison, Policy, compare, with_damages
+from harness.compare import Comparison, compare, with_damages
 from harness.errors import UsageError
 from harness.fingerprint import MAX_KEPT_NUMEL, Fingerprint, outline
 from harness.fingerprint import fingerprint as fingerprint_checkpoint
@@ -32,6 +32,7 @@ from harness.golden import (
 )
 from harness.integrity import damages
 from harness.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
+from harness.policy import Policy
 from harness.sketch import DEFAULT_BLOCK_NBYTES
 from harness.streaming import CHUNK_NBYTES, Progress
 from harness.subjects import (

@@ -11,8 +11,8 @@ import click
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
-    from harness.compare import Policy
     from harness.model.stages import LiveOptions
+    from harness.policy import Policy
 
 
 class _Location(click.Path):
@@ -105,7 +105,7 @@ def _add(options: list[Callable[..., Any]], command: Callable[..., Any]) -> Call
 
 def policy_of(options: dict[str, Any]) -> Policy:
     """The policy that the options ask for."""
-    from harness.compare import Policy
+    from harness.policy import Policy
 
     return Policy(
         atol=options["atol"],

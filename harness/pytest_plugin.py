@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from harness.api import KeptValues, Stage
-    from harness.compare import Comparison, Policy
+    from harness.compare import Comparison
     from harness.golden import Golden
     from harness.model.stages import LiveOptions
+    from harness.policy import Policy
     from harness.subjects import Subject
 
 __all__ = ["CheckpointGolden", "PolicyKeywords", "golden_name"]
@@ -220,7 +221,7 @@ def _named(name: str) -> str:
 
 def _policy_of(policy: Policy | None, keywords: PolicyKeywords) -> Policy:
     __tracebackhide__ = True
-    from harness.compare import Policy
+    from harness.policy import Policy
     from harness.report.folding import error_lines
 
     try:

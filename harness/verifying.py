@@ -24,9 +24,10 @@ from harness.terminal import asked_again, echo_stage, echo_steps, told
 
 if TYPE_CHECKING:
     from harness.checkpoint.paths import AnyPath
-    from harness.compare import Comparison, Policy
+    from harness.compare import Comparison
     from harness.golden import Golden
     from harness.model.stages import LiveOptions
+    from harness.policy import Policy
     from harness.report.outcome import Outcome
 
 

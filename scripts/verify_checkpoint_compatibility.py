@@ -17,13 +17,14 @@ from typing import Any
 import click
 
 from harness.checkpoint import open_checkpoint
-from harness.compare import Comparison, Finding, Policy, compare
+from harness.compare import Comparison, Finding, compare
 from harness.errors import HarnessError
 from harness.fingerprint import fingerprint
 from harness.measuring import AgainstCheckpoint
 from harness.model.files import Loader
 from harness.model.state import state_of
 from harness.nest import load_config
+from harness.policy import Policy
 
 LINE = "=" * 60
 KINDS_OF_VALUES = ("dtype", "different", "undecided", "alias")

@@ -12,9 +12,14 @@ import sys
 import termios
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from harness.compare import Comparison
+    from harness.policy import Policy
+    from tests.catalogue import Compared, State
 
 pytest_plugins = ["pytester"]
 
@@ -84,5 +89,24 @@ def harness(capsys: pytest.CaptureFixture[str]) -> Harness:
             main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         return Run(int(stopped.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Compared:
+    """Record a state dict, and verify another under a policy."""
+    import torch
+
+    from harness import api
+    from tests.catalogue import state
+
+    def run(
+        actual: State, policy: Policy | None = None, *, expected: State | None = None
+    ) -> Comparison:
+        torch.save(expected or state(), tmp_path / "expected.pt")
+        torch.save(actual, tmp_path / "actual.pt")
+        golden = api.record(tmp_path / "expected.pt", tmp_path / "golden", overwrite=True)
+        return api.verify(tmp_path / "actual.pt", golden, policy=policy)
 
     return run

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from harness import api
-from harness.compare import Policy
 from harness.difference import Difference
+from harness.policy import Policy
 
 NUMEL = 50_000  # several blocks, the last one in part
 

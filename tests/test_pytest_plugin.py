@@ -26,8 +26,8 @@ import harness.model.stages
 import harness.nest
 import harness.report.text
 from harness.api import read_golden, record
-from harness.compare import Policy
 from harness.golden import write_golden
+from harness.policy import Policy
 from harness.pytest_plugin import PolicyKeywords, golden_name
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]

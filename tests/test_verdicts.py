@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from harness import api
-from harness.compare import Comparison, Policy
+from harness.compare import Comparison
 from harness.golden import Golden
+from harness.policy import Policy
 
 # harness.fingerprint widens signalling NaN of bfloat16 under a warning; see test_fingerprint.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in cast")

@@ -29,7 +29,7 @@ from harness.allclose import Tolerance
 from harness.api import Stage, roundtrip
 from harness.checkpoint import Checkpoint, open_checkpoint
 from harness.checkpoint.tensors import format_key
-from harness.compare import Comparison, Policy, compare
+from harness.compare import Comparison, compare
 from harness.difference import Difference
 from harness.errors import GoldenMismatch, UsageError
 from harness.fingerprint import Fingerprint, TensorPrint, fingerprint, outline
@@ -37,6 +37,7 @@ from harness.golden import read_golden
 from harness.measuring import AgainstCheckpoint, AgainstGolden, Triple, nothing, part
 from harness.model.stages import LiveOptions
 from harness.model.state import as_checkpoint
+from harness.policy import Policy
 from harness.report.text import headline, render
 
 OnMismatch = Literal["raise", "warn"]

@@ -27,11 +27,12 @@ import torch
 from torch import nn
 
 from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
-from harness.compare import Finding, Policy, compare
+from harness.compare import Finding, compare
 from harness.errors import CheckpointError, ModelError
 from harness.fingerprint import fingerprint
 from harness.measuring import AgainstCheckpoint
 from harness.model.targets import registered, resolve, user_code
+from harness.policy import Policy
 from harness.report.mismatch import brief_mismatch
 
 # What Lightning's checkpoints of DictConfig models hold besides tensors; all inert.

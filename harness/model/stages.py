@@ -18,7 +18,7 @@ from torch import nn
 
 from harness.checkpoint import Checkpoint, open_checkpoint
 from harness.checkpoint.tensors import format_key
-from harness.compare import FINDING_KINDS, Comparison, Departure, Finding, Policy, compare
+from harness.compare import FINDING_KINDS, Comparison, Departure, Finding, compare
 from harness.errors import NotRecorded
 from harness.fingerprint import Fingerprint, fingerprint
 from harness.golden import Golden, LiveRecord, source_of, without_paths
@@ -28,6 +28,7 @@ from harness.model.outputs import inputs_of, outputs_of
 from harness.model.state import as_checkpoint, state_of, transient_buffers
 from harness.model.targets import resolve
 from harness.nest.config import load_config
+from harness.policy import Policy
 
 STAGES = ("file", "load", "reload", "outputs")
 _FIRST_SEED, _SECOND_SEED = 1, 2

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.compare import Comparison, Departure, Finding, Policy
+from harness.compare import Comparison, Departure, Finding
 from harness.fingerprint import Fingerprint
+from harness.policy import Policy
 from harness.report.outcome import Command, Outcome, Result
 
 # What markup, terminals or XML could take for their own.

@@ -14,8 +14,8 @@ from playwright.sync_api import Browser, Page, expect
 from safetensors.numpy import save_file
 
 from harness import api
-from harness.compare import Policy
 from harness.errors import GoldenError
+from harness.policy import Policy
 from harness.report.folding import printable
 from harness.report.html import render
 from harness.report.outcome import Outcome, Result

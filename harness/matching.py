@@ -1,0 +1,228 @@
+"""Which of a golden's tensors is which of a checkpoint's: by key, by prefix, by equal weights.
+
+In: the expected and the actual `Fingerprint`, and a `Policy`. Out: a frozen `Matching`. Refused
+(UsageError): options of the policy that fit no tensor, or make one key of two.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from harness.errors import UsageError
+from harness.fingerprint import Fingerprint, TensorPrint
+from harness.policy import Policy, fits
+
+# Inserted into keys by torch.compile, data parallelism and activation checkpointing.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+
+
+class Pair(NamedTuple):
+    """Two tensors that stand for each other."""
+
+    expected: TensorPrint
+    actual: TensorPrint
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixChange:
+    """The keys of `count` tensors have another prefix: `key` is the one that came, or went."""
+
+    key: str
+    expected: str
+    actual: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching:
+    """Who stands for whom.
+
+    `pairs` are to be compared, also those under another `prefix`; `renamed` have equal weights
+    under another key; `ignored` is how many tensors the policy leaves out.
+    """
+
+    pairs: tuple[Pair, ...]
+    prefix: PrefixChange | None
+    renamed: tuple[Pair, ...]
+    missing: tuple[TensorPrint, ...]
+    unexpected: tuple[TensorPrint, ...]
+    num_ignored: int
+
+    @property
+    def expected(self) -> Iterator[TensorPrint]:
+        """The golden's tensors but the ignored ones."""
+        yield from (pair.expected for pair in (*self.pairs, *self.renamed))
+        yield from self.missing
+
+    @property
+    def are_strangers(self) -> bool:
+        """Whether both sides have tensors, and none for each other."""
+        return bool(self.missing and self.unexpected and not self.pairs and not self.renamed)
+
+
+def match(expected: Fingerprint, actual: Fingerprint, policy: Policy) -> Matching:
+    """Find the counterpart of every tensor; in the golden's order."""
+    _check_globs(policy, expected, actual)
+    theirs = _stripped(policy, actual)
+    named = {policy.renamed(key): tensor for key, tensor in expected.tensors.items()}
+    kept = {k: t for k, t in named.items() if not policy.ignores(t.key) and not policy.ignores(k)}
+    ignored = named.keys() - kept
+    found = {k: t for k, t in theirs.items() if not policy.ignores(k) and k not in ignored}
+
+    pairs = [Pair(tensor, found[key]) for key, tensor in kept.items() if key in found]
+    missing = {key: tensor for key, tensor in kept.items() if key not in found}
+    unexpected = {key: tensor for key, tensor in found.items() if key not in kept}
+    prefixed, prefix = _find_prefix(missing, unexpected)
+    pairs += [Pair(missing.pop(a), unexpected.pop(b)) for a, b in prefixed]
+    renamed = [
+        Pair(missing.pop(a), unexpected.pop(b)) for a, b in _find_renamed(missing, unexpected)
+    ]
+    return Matching(
+        pairs=tuple(pairs),
+        prefix=prefix,
+        renamed=tuple(renamed),
+        missing=tuple(missing.values()),
+        unexpected=tuple(unexpected.values()),
+        num_ignored=len(ignored | (theirs.keys() - found.keys())),
+    )
+
+
+def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> None:
+    """An option that fits nothing is a typing error, and would silently weaken or do nothing."""
+    keys = list(expected.tensors)
+    both = [*keys, *actual.tensors]
+    options = [("--ignore", glob, both) for glob in policy.ignore]
+    options += [("--tolerance", glob, keys) for glob, _, _ in policy.tolerances]
+    for option, glob, candidates in options:
+        if not fits(glob, candidates):
+            raise UsageError(
+                f"{option} {glob}: fits no key of {expected.name}",
+                hint=f"a glob fits whole keys: '*{glob}*' would fit"
+                if fits(f"*{glob}*", candidates)
+                else _most_alike(glob, candidates),
+            )
+    for old, new in policy.key_map:
+        if not any(key == old or (old.endswith(".") and key.startswith(old)) for key in keys):
+            raise UsageError(
+                f"--map {old}={new}: {expected.name} has no key {old}",
+                hint=_most_alike(old, keys),
+            )
+    targets = Counter(policy.renamed(key) for key in keys)
+    for key, count in targets.items():
+        if count > 1:
+            raise UsageError(
+                f"--map: {count} keys of {expected.name} would become {key}",
+                hint="give the map of each key, in place of that of a prefix",
+            )
+
+
+def _stripped(policy: Policy, actual: Fingerprint) -> dict[str, TensorPrint]:
+    prefix = policy.strip_prefix
+    if not prefix:
+        return dict(actual.tensors)
+    if not any(key.startswith(prefix) for key in actual.tensors):
+        raise UsageError(
+            f"--strip-prefix {prefix}: no key of {actual.name} starts with it",
+            hint=f"its first key is {next(iter(actual.tensors))}",
+        )
+    stripped: dict[str, TensorPrint] = {}
+    for key, tensor in actual.tensors.items():
+        short = key.removeprefix(prefix)
+        if short in stripped:
+            raise UsageError(
+                f"--strip-prefix {prefix}: two keys of {actual.name} become {short}",
+                hint="leave it out: the checkpoint has keys with this prefix and without it",
+            )
+        stripped[short] = tensor
+    return stripped
+
+
+def _find_prefix(
+    missing: Mapping[str, TensorPrint], unexpected: Mapping[str, TensorPrint]
+) -> tuple[list[tuple[str, str]], PrefixChange | None]:
+    """Find one change of prefix that explains most of the missing and unexpected keys."""
+    votes: Counter[tuple[str, str]] = Counter()  # (expected prefix, actual prefix)
+    for key in unexpected:
+        votes.update(("", prefix) for prefix in _prefixes(key) if key[len(prefix) :] in missing)
+    for key in missing:
+        votes.update((prefix, "") for prefix in _prefixes(key) if key[len(prefix) :] in unexpected)
+    plain = {_unwrapped(key): key for key in missing}
+    wrapped = {plain.get(_unwrapped(key), ""): key for key in unexpected}
+    wrapped.pop("", None)
+    if votes:
+        (ours, theirs), count = votes.most_common(1)[0]
+        if count >= max(2, len(wrapped)):
+            pairs = [
+                (key, theirs + key[len(ours) :])
+                for key in missing
+                if key.startswith(ours) and theirs + key[len(ours) :] in unexpected
+            ]
+            return pairs, PrefixChange(
+                key=ours or theirs,
+                expected=f"prefix {ours!r}" if ours else "no prefix",
+                actual=f"prefix {theirs!r}" if theirs else "no prefix",
+                count=len(pairs),
+            )
+    if len(wrapped) >= 2:
+        ours, theirs = _wrappers(wrapped.keys()), _wrappers(wrapped.values())
+        return [*wrapped.items()], PrefixChange(
+            key=theirs or ours,
+            expected=f"wrapped as {ours!r}" if ours else "no wrapper",
+            actual=f"wrapped as {theirs!r}" if theirs else "no wrapper",
+            count=len(wrapped),
+        )
+    return [], None
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    position = key.find(".")
+    while 0 <= position < len(key) - 1:
+        yield key[: position + 1]
+        position = key.find(".", position + 1)
+
+
+def _unwrapped(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def _wrappers(keys: Iterable[str]) -> str:
+    parts = {part for key in keys for part in key.split(".")}
+    return " ".join(f"{name}." for name in _WRAPPERS if name in parts)
+
+
+def _find_renamed(
+    missing: Mapping[str, TensorPrint], unexpected: Mapping[str, TensorPrint]
+) -> list[tuple[str, str]]:
+    """Pair missing and unexpected keys of equal digest; among equals, the most alike names."""
+    by_digest: dict[bytes, list[str]] = defaultdict(list)
+    for key, tensor in unexpected.items():
+        if tensor.digest is not None:
+            by_digest[tensor.digest].append(key)
+    pairs = []
+    for key, tensor in missing.items():
+        candidates = by_digest.get(tensor.digest or b"", [])
+        if candidates:
+            best = max(candidates, key=lambda other: _likeness(key, other))
+            candidates.remove(best)
+            pairs.append((key, best))
+    return pairs
+
+
+def _likeness(one: str, other: str) -> int:
+    """How many parts of two keys agree, from the front and from the back."""
+    a, b = one.split("."), other.split(".")
+    front = next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+    return front + next(
+        (i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y),
+        min(len(a), len(b)),
+    )
+
+
+def _most_alike(name: str, keys: Sequence[str]) -> str:
+    best = max(keys, key=lambda key: _likeness(key, name), default=None)
+    return "there are no keys" if best is None else f"the most alike key is {best}"

@@ -1,0 +1,85 @@
+"""What counts as the same: tolerances, and keys that are left out or have another name.
+
+In: what a user asks for. Out: a frozen `Policy`. Refused (UsageError): tolerances that are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from harness.allclose import Tolerance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What counts as the same.
+
+    `ignore` and `tolerances` take globs over the golden's keys (the checkpoint's, for unexpected
+    ones); of several tolerances that fit, the last wins. `key_map` renames the golden's keys, or
+    prefixes that end in a dot; `strip_prefix` is taken off the checkpoint's keys.
+    """
+
+    atol: float = 1e-5
+    rtol: float = 1e-5
+    exact: bool = False
+    ignore: tuple[str, ...] = ()
+    tolerances: tuple[tuple[str, float, float], ...] = ()
+    key_map: tuple[tuple[str, str], ...] = ()
+    strip_prefix: str = ""
+    check_dtype: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ignore, str):  # whose letters would be globs, "*" among them
+            raise UsageError(
+                f"ignore takes a tuple of globs, not {self.ignore!r}", hint=f"({self.ignore!r},)"
+            )
+        for atol, rtol in [(self.atol, self.rtol), *(t[1:] for t in self.tolerances)]:
+            if not (0 <= atol < float("inf") and 0 <= rtol < float("inf")):
+                raise UsageError(
+                    f"a tolerance must be a finite number from 0 up, not atol {atol}, rtol {rtol}",
+                    hint="leave it out for 1e-5, or give exact to allow no difference",
+                )
+
+    def tolerance(self, key: str) -> Tolerance:
+        """The tolerance for a golden's key."""
+        from harness.allclose import Tolerance  # not before something differs
+
+        atol, rtol = self.atol, self.rtol
+        for glob, its_atol, its_rtol in self.tolerances:
+            if fnmatchcase(key, glob):
+                atol, rtol = its_atol, its_rtol
+        return Tolerance(atol=atol, rtol=rtol, exact=self.exact)
+
+    def ignores(self, key: str) -> bool:
+        return any(fnmatchcase(key, glob) for glob in self.ignore)
+
+    def renamed(self, key: str) -> str:
+        """The name under which the checkpoint should have a golden's key."""
+        for old, new in self.key_map:
+            if key == old:
+                return new
+            if old.endswith(".") and key.startswith(old):
+                return new + key[len(old) :]
+        return key
+
+    def at_stage(self, keys: Collection[str], elsewhere: Collection[str]) -> Policy:
+        """Leave out the globs that fit none of a stage's `keys`, but some of another one's."""
+
+        def is_here(glob: str) -> bool:
+            return fits(glob, keys) or not fits(glob, elsewhere)
+
+        return replace(
+            self,
+            ignore=tuple(glob for glob in self.ignore if is_here(glob)),
+            tolerances=tuple(one for one in self.tolerances if is_here(one[0])),
+        )
+
+
+def fits(glob: str, keys: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, glob) for key in keys)

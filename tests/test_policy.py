@@ -1,0 +1,50 @@
+"""What counts as the same: the tolerance of a key, and options that make no sense."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from harness.errors import UsageError
+from harness.policy import Policy
+from tests.catalogue import (
+    Compared,
+    changed,
+    named,
+)
+
+
+def test_of_several_tolerances_the_last_that_fits_wins(compared: Compared) -> None:
+    actual = changed("encoder.1.weight", lambda t: t + 1e-3)
+    loose, strict = ("encoder.*", 1e-2, 0.0), ("*.weight", 1e-6, 0.0)
+    assert named(compared(actual, Policy(tolerances=(strict, loose)))) == [
+        ("close", "encoder.1.weight")
+    ]
+    assert named(compared(actual, Policy(tolerances=(loose, strict)))) == [
+        ("different", "encoder.1.weight")
+    ]
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_a_tolerance_that_is_no_number_is_an_error(bad: float) -> None:
+    for make in (
+        lambda: Policy(atol=bad),
+        lambda: Policy(rtol=bad),
+        lambda: Policy(tolerances=(("*", 1.0, bad),)),
+    ):
+        with pytest.raises(UsageError, match="a tolerance must be a finite number"):
+            make()
+
+
+def test_a_glob_in_the_place_of_a_tuple_of_them_is_an_error() -> None:
+    with pytest.raises(UsageError, match="takes a tuple of globs") as caught:
+        Policy(ignore="*.bias")  # type: ignore[arg-type]
+    assert caught.value.hint == "('*.bias',)"
+
+
+def test_globs_of_another_stage_are_no_typing_errors() -> None:
+    policy = Policy(ignore=("a*", "b*"), tolerances=(("b", 1, 1), ("a", 2, 2)))
+    here = policy.at_stage({"a"}, {"b"})
+    assert (here.ignore, here.tolerances) == (("a*",), (("a", 2, 2),))
+    assert policy.at_stage({"a"}, {"c"}) == policy
