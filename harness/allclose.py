@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from harness.arithmetic import sums_of_squares
 from harness.checkpoint.tensors import DType, decode, numpy_dtype
-from harness.fingerprint import widen
-from harness.sketch import sums_of_squares
+from harness.fingerprint import as_floats
 from harness.streaming import Chunk, buffers
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -242,7 +242,7 @@ class _Kernel:
         return buffers.get(name, like.size, self.work.str).reshape(like.shape)
 
     def _squares(self, error: Array) -> Array:
-        """Sums of squares, run by run; of float32 in float32."""
+        """Sums of squares, run by run."""
         whole = error.size // self.run * self.run
         squares = sums_of_squares(error[:whole].reshape(-1, self.run))
         if whole < error.size:
@@ -251,10 +251,7 @@ class _Kernel:
 
     def _values(self, data: Array, dtype: DType, side: str) -> Array:
         """Values in the working type: (n,), or components (n, 2) if either side is complex."""
-        if dtype.name.startswith("float8"):
-            wide = widen(data, dtype).copy()  # out of scratch that the other side may use, too
-        else:
-            wide = data.view(numpy_dtype(dtype))
+        wide = as_floats(data, dtype, side)
         if wide.dtype != self.work:
             values = buffers.get(side, wide.size, self.work.str)
             np.copyto(values, wide, casting="unsafe")

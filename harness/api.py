@@ -297,6 +297,7 @@ def update(
             details=lambda tensor: tensor.key not in same,
             keep_values=keeps,
             block_nbytes=old.block_nbytes,
+            matrix=old.matrix,
             check_integrity=True,
             jobs=jobs,
         )
@@ -350,6 +351,7 @@ def diff(
                 checkpoint,
                 keep_values=_kept_as_before(recorded.fingerprint),
                 block_nbytes=recorded.fingerprint.block_nbytes,
+                matrix=recorded.fingerprint.matrix,
                 jobs=jobs,
                 progress=progress,
             )

@@ -14,14 +14,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from blake3 import blake3
 
 from harness.checkpoint.tensors import DTYPES, DType, Tensor, format_key, numpy_dtype
 from harness.fingerprint import Fingerprint, Stats, TensorPrint, block_numel, digest_of
-from harness.sketch import NUM_PROJECTIONS, Sketch, num_blocks
+from harness.sketch import NUM_PROJECTIONS, MatrixDType, Sketch, num_blocks
 from harness.streaming import CHUNK_NBYTES, chunks
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -122,11 +122,13 @@ class Columns:
             raise ValueError(f"{self._row} tensors, but {sorted(rows)} rows in the columns")
 
     def prints(
-        self, prefix: str, table: list[Any], block_nbytes: int
+        self, prefix: str, table: list[Any], block_nbytes: int, matrix: MatrixDType
     ) -> Iterator[tuple[str, TensorPrint]]:
         """Read the fingerprints of one table of tensors."""
         if not 0 < block_nbytes <= CHUNK_NBYTES:
             raise ValueError(f"blocks of {block_nbytes} bytes")
+        if matrix not in get_args(MatrixDType):
+            raise ValueError(f"projections by {matrix}")
         known: dict[str, TensorPrint] = {}
         for name, dtype_name, sizes, alias_of, kept in table:
             if self._row >= min(len(self._digests), len(self._stats)):
@@ -140,7 +142,7 @@ class Columns:
             elif kept == "values":
                 values = self._values(prefix, key, dtype, shape, digest)
             elif kept == "sketch":
-                sketch = self._take_sketch(key, dtype, shape, block_nbytes)
+                sketch = self._take_sketch(key, dtype, shape, block_nbytes, matrix)
             if key in known:
                 raise ValueError(f"two tensors have the key {key!r}")
             known[key] = tensor = TensorPrint(
@@ -171,7 +173,12 @@ class Columns:
         return values
 
     def _take_sketch(
-        self, key: str, dtype: DType, shape: tuple[int, ...], block_nbytes: int
+        self,
+        key: str,
+        dtype: DType,
+        shape: tuple[int, ...],
+        block_nbytes: int,
+        matrix: MatrixDType,
     ) -> Sketch:
         numel = math.prod(shape) * (2 if dtype.kind == "complex" else 1)
         count = num_blocks(numel, block_numel(dtype, block_nbytes))
@@ -179,7 +186,7 @@ class Columns:
         self._block += count
         if self._block > min(len(self._sketch), len(self._norms)):
             raise ValueError(f"the sketch ends before {key!r}")
-        return Sketch(projections=self._sketch[rows], norms=self._norms[rows])
+        return Sketch(projections=self._sketch[rows], norms=self._norms[rows], matrix=matrix)
 
 
 def _stats(row: Sequence[float]) -> Stats | None:

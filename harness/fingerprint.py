@@ -15,18 +15,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numkong
 import numpy as np
 from blake3 import blake3
 from zlib_ng import zlib_ng
 
+from harness.arithmetic import squares_of_runs, total
 from harness.cache import DigestCache
 from harness.checkpoint.tensors import Checkpoint, DType, Tensor, numpy_dtype
 from harness.integrity import checksums_of_tensors, refuse_damaged
 from harness.sketch import (
     DEFAULT_BLOCK_NBYTES,
+    MatrixDType,
     Sketch,
     sketch_values,
-    squares_of_runs,
     total_squares,
 )
 from harness.streaming import (
@@ -42,7 +44,7 @@ MAX_KEPT_NUMEL = 4096
 # Elements of a part, 4 MiB as float64: larger ones leave the cache between their passes (a third
 # slower), smaller ones make threads wait for each other (0.49 s of float32 at half as many elements
 # on two cores, 0.40 s here).
-_PART_NUMEL = 1 << 19
+_PART_NUMEL = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +118,12 @@ class Fingerprint:
     config: Mapping[str, Any] | None = None
     num_cached: int = 0
 
+    @property
+    def matrix(self) -> MatrixDType:
+        """The P of its sketches: all have the same."""
+        sketches = (t.sketch for t in self.tensors.values() if t.sketch is not None)
+        return next((sketch.matrix for sketch in sketches), "float32")
+
     @cached_property
     def root(self) -> bytes:
         """One name of 32 bytes for the whole model, the same in every container."""
@@ -137,6 +145,7 @@ def fingerprint(
     details: Wanted = lambda tensor: True,
     keep_values: Wanted = lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,
     block_nbytes: int = DEFAULT_BLOCK_NBYTES,
+    matrix: MatrixDType = "float32",
     check_integrity: bool = False,
     cache: DigestCache | None = None,
     jobs: int | None = None,
@@ -160,7 +169,7 @@ def fingerprint(
         block = block_nbytes if wants and not keeps and tensor.dtype.is_floating else None
         # Large values are read again, where they are kept: another rank need not send them.
         carries = keeps and tensor.numel <= MAX_KEPT_NUMEL
-        scans.append(_Scan(tensor, tensor.key in checksums, wants, carries, block))
+        scans.append(_Scan(tensor, tensor.key in checksums, wants, carries, block, matrix))
     scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
     if check_integrity:
         known = [
@@ -281,6 +290,7 @@ class _Scan:
     wants_stats: bool
     carries_values: bool
     block_nbytes: int | None
+    matrix: MatrixDType = "float32"
 
     @property
     def nbytes(self) -> int:
@@ -299,16 +309,17 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
     # Of the whole chunk at once, where it is all finite: fewer calls let threads wait less.
     of_chunk = _extremes(data.view(numpy_dtype(tensor.dtype))) if _is_ieee(tensor.dtype) else None
     for part in _parts(data, tensor.dtype, block_nbytes):
-        values = widen(part, tensor.dtype)
+        values = as_floats(part, tensor.dtype)
         finite, nonfinite = values, _NonFinite()
         extremes = of_chunk if of_chunk and of_chunk.are_finite else _extremes(values)
         if not extremes.are_finite:
+            values = values.copy()  # which may be the data itself
             finite, nonfinite = _take_out_nonfinite(values)
             extremes = _extremes(finite)
         squares = squares_of_runs(values)
         if block_nbytes is not None:
             numel = block_numel(tensor.dtype, block_nbytes)
-            sketches.append(sketch_values(values, numel, squares))
+            sketches.append(sketch_values(values, numel, squares, scan.matrix))
         moments.append(_moments(finite, float(squares.sum()), extremes, nonfinite))
     kept = data.tobytes() if scan.carries_values else b""
     return _ChunkPrint(digest, crc32, tuple(moments), tuple(sketches), kept)
@@ -325,15 +336,24 @@ def _component_nbytes(dtype: DType) -> int:
     return dtype.itemsize // (2 if dtype.kind == "complex" else 1)
 
 
-def widen(data: Array, dtype: DType) -> Array:
-    """Logical bytes as float64 values, components side by side for complex, in thread scratch."""
-    values = buffers.get("widened", data.size // _component_nbytes(dtype), "<f8")
-    with np.errstate(invalid="ignore"):  # signalling NaN
-        if dtype.name.startswith("float8"):
-            # Without a check of the range, which no byte can leave: eight times as fast.
-            np.take(_float8_values(dtype), data, out=values, mode="clip")
-        else:
-            np.copyto(values, data.view(numpy_dtype(dtype)), casting="unsafe")
+def as_floats(data: Array, dtype: DType, scratch: str = "values") -> Array:
+    """Logical bytes as float32 values, or as float64 where float32 cannot hold them all.
+
+    Components of complex numbers are side by side. In scratch of this name, or the data itself.
+    """
+    stored = data.view(numpy_dtype(dtype))
+    if stored.dtype in (np.float32, np.float64):
+        return stored
+    if not dtype.is_floating:
+        values = buffers.get(scratch, stored.size, "<f8")
+        np.copyto(values, stored, casting="unsafe")
+        return values
+    values = buffers.get(scratch, stored.size, "<f4")
+    if dtype.name.startswith("float8"):
+        # Without a check of the range, which no byte can leave: eight times as fast.
+        np.take(_float8_values(dtype), data, out=values, mode="clip")
+    else:
+        numkong.astype(stored, "f32", out=values)
     return values
 
 
@@ -344,7 +364,7 @@ def _float8_values(dtype: DType) -> Array:
     table = _FLOAT8.get(dtype.name)
     if table is None:
         codes = np.arange(256, dtype="|u1").view(numpy_dtype(dtype))
-        table = _FLOAT8[dtype.name] = codes.astype("<f8")
+        table = _FLOAT8[dtype.name] = codes.astype("<f4")
     return table
 
 
@@ -401,7 +421,7 @@ def _extremes(numbers: Array) -> _Extremes:
 
 
 def _moments(values: Array, squares: float, extremes: _Extremes, nonfinite: _NonFinite) -> _Moments:
-    """Statistics of finite float64 values; `squares` is the sum of theirs."""
+    """Statistics of finite values; `squares` is the sum of theirs."""
     count = values.size
     if count == 0:
         return _Moments(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, *nonfinite)
@@ -411,7 +431,7 @@ def _moments(values: Array, squares: float, extremes: _Extremes, nonfinite: _Non
         is_zero = np.equal(values, 0.0, out=buffers.get("is zero", count, "?"))
         num_zero = int(np.count_nonzero(is_zero))
     with np.errstate(invalid="ignore", over="ignore"):
-        mean = float(values.sum()) / count
+        mean = total(values) / count
         m2 = squares - count * mean * mean
         if not m2 >= squares / 2:  # the mean is no small part of the values: digits cancel
             centred = np.subtract(values, mean, out=buffers.get("centred", count, "<f8"))
@@ -432,6 +452,7 @@ def _join(scan: _Scan, parts: Sequence[_ChunkPrint]) -> TensorPrint:
         sketch=Sketch(
             projections=np.concatenate([sketch.projections for sketch in sketches]),
             norms=np.concatenate([sketch.norms for sketch in sketches]),
+            matrix=scan.matrix,
         )
         if sketches
         else None,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SCHEMA = 1
+SCHEMA = 2
 SUFFIX = ".safetensors"
 _LFS = b"version https://git-lfs"
 _RESTORE = "restore it from version control, or remove it and record it again"
@@ -238,7 +238,7 @@ def _describe(golden: Golden) -> dict[str, Any]:
             "sketch": {
                 "projections": NUM_PROJECTIONS,
                 "seed": SEED,
-                "block_nbytes": found.block_nbytes,
+                **_describe_sketches(found),
             },
         },
         "source": {
@@ -255,6 +255,15 @@ def _describe(golden: Golden) -> dict[str, Any]:
     }
 
 
+def _describe_sketches(part: Fingerprint) -> dict[str, Any]:
+    return {"block_nbytes": part.block_nbytes, "matrix": part.matrix}
+
+
+def _how_sketched(described: Mapping[str, Any]) -> tuple[int, Any]:
+    """The bytes of a block, and the matrix of which schema 1 had but one."""
+    return int(described["block_nbytes"]), described.get("matrix", "float64")
+
+
 def _describe_live(live: LiveRecord) -> dict[str, Any]:
     return {
         "target": live.target,
@@ -263,9 +272,7 @@ def _describe_live(live: LiveRecord) -> dict[str, Any]:
         "inputs": live.inputs,
         "parameters": [list(parameter) for parameter in live.parameters],
         **{
-            name: None
-            if part is None
-            else {"block_nbytes": part.block_nbytes, "tensors": rows_of(part)}
+            name: None if part is None else {**_describe_sketches(part), "tensors": rows_of(part)}
             for name, part in (("buffers", live.buffers), ("outputs", live.outputs))
         },
     }
@@ -376,13 +383,13 @@ def _parse(path: AnyPath, columns: Mapping[str, Tensor], metadata: Mapping[str, 
     try:
         header = json.loads(metadata["harness"])
         schema = header["schema"]
-        if schema != SCHEMA:
+        if schema not in (1, SCHEMA):
             raise GoldenError(
                 f"{path}: a golden of schema {schema}, but this version reads up to {SCHEMA}",
                 hint="upgrade: pip install --upgrade checkpoint-harness",
             )
         made, source = header["made"], header["source"]
-        block_nbytes = int(made["sketch"]["block_nbytes"])
+        block_nbytes, matrix = _how_sketched(made["sketch"])
         fixed = (made["digest"], made["chunk_nbytes"], made["sketch"]["seed"])
         if fixed != ("blake3", CHUNK_NBYTES, SEED) or not 0 < block_nbytes <= CHUNK_NBYTES:
             raise GoldenError(
@@ -395,7 +402,7 @@ def _parse(path: AnyPath, columns: Mapping[str, Tensor], metadata: Mapping[str, 
             container=source["container"],
             section=source["section"] or "",
             keeps_aliases=source["keeps_aliases"],
-            tensors=dict(reader.prints("value", header["tensors"], block_nbytes)),
+            tensors=dict(reader.prints("value", header["tensors"], block_nbytes, matrix)),
             block_nbytes=block_nbytes,
             config=header["config"],
         )
@@ -433,12 +440,12 @@ def _parse_live(reader: Columns, described: Any) -> LiveRecord | None:
         table = described[name]
         if table is None:
             return None
-        block_nbytes = int(table["block_nbytes"])
+        block_nbytes, matrix = _how_sketched(table)
         return Fingerprint(
             name=name,
             container=f"live {name}",
             section="",
-            tensors=dict(reader.prints(name, table["tensors"], block_nbytes)),
+            tensors=dict(reader.prints(name, table["tensors"], block_nbytes, matrix)),
             keeps_aliases=False,
             block_nbytes=block_nbytes,
         )

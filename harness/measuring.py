@@ -152,6 +152,7 @@ class AgainstGolden:
                 part(self.actual, keys),
                 keep_values=nothing,
                 block_nbytes=block_nbytes,
+                matrix=self.golden.matrix,
                 jobs=self.jobs,
                 progress=self.progress,
             ).tensors

@@ -16,9 +16,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+from harness.arithmetic import RUN_NUMEL, Matrix, squares_of_runs, sums_of_squares
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,67 +35,55 @@ _CHI2_HIGH = 92.15756  # rounded up
 _UNDERFLOW = 1e-150
 
 
+MatrixDType = Literal["float32", "float64"]
+"""What the numbers of P are rounded to: goldens of schema 1 have them as float64."""
+
+
 @lru_cache(maxsize=8)
-def projection(block_numel: int) -> Array:
-    """The matrix P, float64 (block_numel, 16): the first rows of one fixed stream.
+def projection(block_numel: int, dtype: MatrixDType = "float32") -> Matrix:
+    """The matrix P (block_numel, 16): the first rows of one fixed stream.
 
     numpy guarantees the stream of RandomState for ever (NEP 19).
     """
-    matrix = np.random.RandomState(SEED).standard_normal((block_numel, NUM_PROJECTIONS))
-    matrix.setflags(write=False)
-    return matrix
+    numbers = np.random.RandomState(SEED).standard_normal((block_numel, NUM_PROJECTIONS))
+    return Matrix(numbers.astype(dtype))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sketch:
-    """`projections` float64 (num_blocks, 16) and `norms` float64 (num_blocks,): |x| per block."""
+    """`projections` float64 (num_blocks, 16), by a P of some dtype, and `norms` (num_blocks,): |x|.
+
+    Only those by the same P can be compared.
+    """
 
     projections: Array
     norms: Array
+    matrix: MatrixDType = "float32"
 
 
-def sketch_values(values: Array, block_numel: int, squares: Array | None = None) -> Sketch:
-    """Sketch finite float64 values (n,); the last block counts as padded with zeros.
+def sketch_values(
+    values: Array,
+    block_numel: int,
+    squares: Array | None = None,
+    dtype: MatrixDType = "float32",
+) -> Sketch:
+    """Sketch finite float32 or float64 values (n,); the last block counts as padded with zeros.
 
     `squares` are `squares_of_runs(values)` where they are known.
     """
-    matrix = projection(block_numel)
+    matrix = projection(block_numel, dtype)
     whole = values.size // block_numel * block_numel
-    rest = values[None, whole:]
-    projections = [_project(values[:whole].reshape(-1, block_numel), matrix)]
-    if rest.size:
-        projections.append(_project(rest, matrix[: rest.size]))
+    blocks, rest = values[:whole].reshape(-1, block_numel), values[whole:]
+    last = np.zeros((1, block_numel), values.dtype)[: 1 if rest.size else 0]
+    last[:, : rest.size] = rest
     per_block, odd = divmod(block_numel, RUN_NUMEL)
     if odd:
-        squares = sums_of_squares(values[:whole].reshape(-1, block_numel))
-        squares = np.append(squares, sums_of_squares(rest)) if rest.size else squares
+        squares = np.concatenate([sums_of_squares(blocks), sums_of_squares(last)])
     else:
         runs = squares_of_runs(values) if squares is None else squares
         squares = np.add.reduceat(runs, np.arange(0, len(runs), per_block))
-    return Sketch(projections=np.concatenate(projections), norms=np.sqrt(squares))
-
-
-# Products of fewer multiplications than a million OpenBLAS computes in place: nearly twice as fast
-# as with its copies, which a matrix of 16 columns is too narrow to repay.
-_MAX_PRODUCT = 1 << 19
-
-
-def _project(blocks: Array, matrix: Array) -> Array:
-    """The product of blocks (n, m) and matrix (m, 16), as a sum over slices of m."""
-    count, numel = blocks.shape
-    if count <= 1:  # not by BLAS: its product of a vector depends on its threads
-        return np.asarray(np.einsum("bi,ij->bj", blocks, matrix))
-    width = max(1, _MAX_PRODUCT // NUM_PROJECTIONS // count)
-    width = width if numel % width == 0 else numel
-    slices = blocks.reshape(count, -1, width).transpose(1, 0, 2)
-    products: Array = slices @ matrix.reshape(-1, width, NUM_PROJECTIONS)
-    return np.asarray(products.sum(axis=0))
-
-
-RUN_NUMEL = 4096
-# numpy lets other threads on only over 500 dot products or more. OpenBLAS would spread much longer
-# ones over its own threads, which changes the last bits.
-_DOT_NUMEL = 512
+    projections = np.concatenate([matrix.product(blocks), matrix.product(last)])
+    return Sketch(projections=projections, norms=np.sqrt(squares), matrix=dtype)
 
 
 def total_squares(squares: Iterable[float]) -> float:
@@ -102,25 +92,6 @@ def total_squares(squares: Iterable[float]) -> float:
         return math.fsum(squares)
     except OverflowError:
         return math.inf
-
-
-def squares_of_runs(values: Array) -> Array:
-    """Sums of squares over runs of RUN_NUMEL values (n,), the last of which is the rest."""
-    whole = values.size // RUN_NUMEL * RUN_NUMEL
-    squares = sums_of_squares(values[:whole].reshape(-1, RUN_NUMEL))
-    rest = values[None, whole:]
-    return np.append(squares, sums_of_squares(rest)) if rest.size else squares
-
-
-def sums_of_squares(blocks: Array) -> Array:
-    """|x|**2 of each row of an array (n, m), in its own type; (n,)."""
-    count, numel = blocks.shape
-    width = min(numel, _DOT_NUMEL)
-    if not blocks.size or numel % width:
-        return np.asarray(np.einsum("ij,ij->i", blocks, blocks))
-    parts = blocks.reshape(count, -1, width)
-    with np.errstate(over="ignore"):
-        return np.asarray(np.vecdot(parts, parts).sum(axis=1))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,6 +107,7 @@ class Gap:
     upper: Array
     numels: Array
     rounding: Array
+    matrix: MatrixDType
 
     @property
     def noise(self) -> Array:
@@ -169,24 +141,28 @@ class Gap:
 
 
 def compare_sketches(expected: Sketch, actual: Sketch, block_numel: int, numel: int) -> Gap:
-    """Bound the distance of two tensors of `numel` elements from their sketches."""
+    """Bound the distance of two tensors of `numel` elements from their sketches by the same P."""
     numels = np.full(len(expected.norms), block_numel)
     if len(numels):
         numels[-1] = numel - block_numel * (len(numels) - 1)
+    # P in the Frobenius norm, from above; rounding it to float32 moves |z| by at most this of |d|.
+    size_of_p = np.sqrt(numels * NUM_PROJECTIONS * 2.0)
+    rounded = 2.0**-24 * size_of_p
     with np.errstate(over="ignore", invalid="ignore"):
         difference = actual.projections - expected.projections
         size = np.linalg.norm(difference, axis=1)
         # Summing m products in floating point errs by at most gamma_m |x| |P| (Higham 2002, 3.5).
         gamma = numels * 2.0**-53 * 1.01
-        rounding = gamma * (expected.norms + actual.norms) * np.sqrt(numels * NUM_PROJECTIONS * 2.0)
-        upper = (size + rounding + _UNDERFLOW) / np.sqrt(_CHI2_LOW)
-        lower = np.maximum(0.0, size - rounding - _UNDERFLOW) / np.sqrt(_CHI2_HIGH)
+        rounding = gamma * (expected.norms + actual.norms) * size_of_p
+        upper = (size + rounding + _UNDERFLOW) / (np.sqrt(_CHI2_LOW) - rounded)
+        lower = np.maximum(0.0, size - rounding - _UNDERFLOW) / (np.sqrt(_CHI2_HIGH) + rounded)
     return Gap(
         difference=difference,
         lower=np.where(np.isfinite(lower), lower, 0.0),
         upper=np.where(np.isfinite(upper), upper, np.inf),
         numels=numels,
         rounding=np.where(np.isfinite(rounding), rounding, np.inf),
+        matrix=expected.matrix,
     )
 
 
@@ -208,7 +184,7 @@ def recover(gap: Gap, block_numel: int, *, thorough: bool = True) -> list[tuple[
     blocks = gap.changed
     if not 0 < len(blocks) <= _MAX_BLOCKS_TO_RECOVER:
         return None
-    matrix = projection(block_numel)
+    matrix = projection(block_numel, gap.matrix).numbers
     found: list[tuple[int, float]] = []
     for block in blocks:
         search = _Search(

@@ -18,10 +18,11 @@ from typing import Any
 from blake3 import blake3
 from zlib_ng import zlib_ng
 
+from harness.arithmetic import squares_of_runs, total
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.tensors import Tensor, numpy_dtype
-from harness.fingerprint import _extremes, _parts, _Scan, _scan_chunk, block_numel, widen
-from harness.sketch import DEFAULT_BLOCK_NBYTES, sketch_values, squares_of_runs
+from harness.fingerprint import _extremes, _parts, _Scan, _scan_chunk, as_floats, block_numel
+from harness.sketch import DEFAULT_BLOCK_NBYTES, sketch_values
 from harness.streaming import CHUNK_NBYTES, buffers, chunks
 
 RUNS = 20
@@ -29,7 +30,7 @@ SECONDS = 0.04
 THREADS: Any = multiprocessing.dummy
 PROCESSES: Any = multiprocessing.get_context("fork")
 
-STEPS = ("read", "blake3", "crc32", "extremes", "widen", "squares", "sum", "project")
+STEPS = ("read", "blake3", "crc32", "extremes", "floats", "squares", "sum", "project")
 STEPS += ("verify", "record")
 Step = Callable[[int], object]
 
@@ -46,7 +47,7 @@ class Steps:
 
     def prepare(self) -> None:
         self.read(0)
-        self.widen(0)
+        self.floats(0)
 
     @property
     def data(self) -> Any:
@@ -58,9 +59,12 @@ class Steps:
 
     @property
     def values(self) -> Iterator[Any]:
-        """A part, as float64, for each part: that of the last one."""
+        """Each part as floats; where they are in scratch, the last one's for all."""
         for part in self.parts:
-            yield buffers.get("widened", part.size // self.tensor.dtype.itemsize, "<f8")
+            if self.tensor.dtype.name == "float32":
+                yield as_floats(part, self.tensor.dtype)
+            else:
+                yield buffers.get("values", part.size // self.tensor.dtype.itemsize, "<f4")
 
     def read(self, turn: int) -> None:
         self.tensor.read_into(self.chunks[turn % len(self.chunks)].start, self.data.data)
@@ -74,9 +78,9 @@ class Steps:
     def extremes(self, turn: int) -> None:
         _extremes(self.data.view(numpy_dtype(self.tensor.dtype)))
 
-    def widen(self, turn: int) -> None:
+    def floats(self, turn: int) -> None:
         for part in self.parts:
-            widen(part, self.tensor.dtype)
+            as_floats(part, self.tensor.dtype)
 
     def squares(self, turn: int) -> None:
         for values in self.values:
@@ -84,7 +88,7 @@ class Steps:
 
     def sum(self, turn: int) -> None:
         for values in self.values:
-            values.sum()
+            total(values)
 
     def project(self, turn: int) -> None:
         for values, squares in zip(self.values, self.known, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,17 +212,54 @@ def test_a_damaged_golden_is_a_clear_error(golden: Golden, change: Any) -> None:
 
 
 def test_a_newer_schema_says_to_upgrade(golden: Golden) -> None:
-    damage(golden.path, lambda columns, header: header.__setitem__("schema", 2))
-    with pytest.raises(GoldenError, match="schema 2, but this version reads up to 1") as caught:
+    damage(golden.path, lambda columns, header: header.__setitem__("schema", 3))
+    with pytest.raises(GoldenError, match="schema 3, but this version reads up to 2") as caught:
         read_golden(golden.path)
     assert "upgrade" in (caught.value.hint or "")
 
 
-def test_every_released_schema_stays_readable(data: Path) -> None:
-    found = read_golden(data / "golden_schema_1.safetensors")
+@pytest.mark.parametrize("schema", [1, 2])
+def test_every_released_schema_stays_readable(data: Path, schema: int) -> None:
+    found = read_golden(data / f"golden_schema_{schema}.safetensors")
     assert found.fingerprint.root.hex().startswith("8fa8681d0705c440")
     comparison = api.verify(data / "nest_tiny_perturbed_1e-3.nemo", found)
     assert [finding.kind for finding in comparison.findings] == ["different"]
+
+
+def test_schema_1_compares_by_its_own_projections_and_keeps_them(
+    golden: Golden, data: Path, tmp_path: Path
+) -> None:
+    """Its P has more digits: another one's projections would differ in all large tensors."""
+    path = tmp_path / "old.safetensors"
+    shutil.copy(data / "golden_schema_1.safetensors", path)
+    noisy, surgical = (data / f"nest_tiny_perturbed_{name}.nemo" for name in ("all_1e-6", "1e-3"))
+    for checkpoint in (noisy, surgical):
+        by_new, by_old = (api.verify(checkpoint, g) for g in (golden, read_golden(path)))
+        assert [(f.kind, f.key) for f in by_new.findings] == [
+            (f.kind, f.key) for f in by_old.findings
+        ]
+        for new, old in zip(by_new.findings, by_old.findings, strict=True):
+            assert new.difference is not None
+            assert old.difference is not None
+            assert new.difference.elements == old.difference.elements
+            assert new.difference.max_abs == pytest.approx(old.difference.max_abs, rel=1e-3)
+
+    updated = api.update(surgical, read_golden(path))
+    assert updated.fingerprint.matrix == read_golden(path).fingerprint.matrix == "float64"
+    assert api.verify(surgical, read_golden(path)).verdict == "identical"
+    assert api.verify(data / "nest_tiny.nemo", read_golden(path)).verdict == "different"
+
+
+def test_goldens_by_two_kinds_of_projections_cannot_tell_what_is_close(
+    golden: Golden, data: Path
+) -> None:
+    found = api.diff(data / "golden_schema_1.safetensors", golden.path)
+    assert found.verdict == "identical"  # by the digests
+    other = api.record(data / "nest_tiny_perturbed_all_1e-6.nemo", golden.path, overwrite=True)
+    assert other.fingerprint.matrix == "float32"
+    found = api.diff(data / "golden_schema_1.safetensors", golden.path)
+    whys = {f.difference.why for f in found.findings if f.kind == "undecided" and f.difference}
+    assert whys == {"one of the two goldens is of an older version, with other projections"}
 
 
 @settings(max_examples=60, deadline=None)

@@ -25,6 +25,7 @@ from harness.fingerprint import Fingerprint, TensorPrint, fingerprint
 from harness.model.files import seeded, tensors_of
 from harness.model.state import as_checkpoint
 from harness.model.targets import user_code
+from harness.sketch import MatrixDType
 
 _SEED = 0
 # Outputs agree to rounding only: small blocks let the sketch prove it (1 KiB: 256 float32).
@@ -55,9 +56,16 @@ def inputs_of(module: nn.Module, file: Path | None) -> tuple[tuple[Any, ...], di
     return (tuple(found) if isinstance(found, (tuple, list)) else (found,)), {}
 
 
-def outputs_of(module: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Fingerprint:
-    """Run the model once and fingerprint what every submodule got and gave."""
-    recorder = _Recorder()
+def outputs_of(
+    module: nn.Module,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    matrix: MatrixDType = "float32",
+) -> Fingerprint:
+    """Run the model once and fingerprint what every submodule got and gave.
+
+    `matrix` is that of the golden to compare with.
+    """
+    recorder = _Recorder(matrix)
     positional, keyword = arguments
     with ExitStack() as stack:
         stack.enter_context(_quiet_mode(module))
@@ -84,7 +92,8 @@ def outputs_of(module: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, An
 
 
 class _Recorder:
-    def __init__(self) -> None:
+    def __init__(self, matrix: MatrixDType) -> None:
+        self._matrix: MatrixDType = matrix
         self.prints: dict[str, TensorPrint] = {}
         self._first: dict[bytes, str] = {}
         self._calls: Counter[str] = Counter()
@@ -117,6 +126,7 @@ class _Recorder:
                     live,
                     keep_values=lambda tensor: tensor.numel <= _MAX_KEPT_NUMEL,
                     block_nbytes=OUTPUT_BLOCK_NBYTES,
+                    matrix=self._matrix,
                     jobs=1,
                 ).tensors
             for name, tensor in found.items():

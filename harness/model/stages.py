@@ -279,8 +279,9 @@ def _compare_outputs(
     options: LiveOptions,
 ) -> Comparison:
     """What the loaded model computes, against the golden; without one, against the reloaded's."""
-    found = outputs_of(module, inputs_of(module, options.inputs))
     recorded = expected.live.outputs if expected.live is not None else None
+    matrix = recorded.matrix if recorded is not None else "float32"
+    found = outputs_of(module, inputs_of(module, options.inputs), matrix)
     if recorded is None:
         if expected.live is not None:
             raise NotRecorded(

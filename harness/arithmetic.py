@@ -1,0 +1,99 @@
+"""Sums of many numbers, of their squares, and of their products with a matrix, in float64.
+
+In: float32 or float64 values. Out: float64, each sum of n terms off by at most n units in its last
+place times the sum of the terms' sizes. float32 is multiplied as it is and added up in float64, by
+NumKong, which lets other threads run meanwhile: a fraction of the time of numpy, which would have
+to widen it first. The same values give the same bits, whatever stands beside them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numkong
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Sums of squares are of runs of so many values, whatever is made of them later.
+RUN_NUMEL = 4096
+# numpy lets other threads on only over 500 dot products or more. OpenBLAS would spread much longer
+# ones over its own threads, which changes the last bits.
+_DOT_NUMEL = 512
+# Products of fewer multiplications than a million OpenBLAS computes in place: nearly twice as fast
+# as with its copies, which a narrow matrix does not repay.
+_MAX_PRODUCT = 1 << 19
+
+
+def total(values: Array) -> float:
+    """The sum of values (n,)."""
+    if values.dtype != np.float32:
+        return float(values.sum())
+    whole = values.size // RUN_NUMEL * RUN_NUMEL
+    rest = float(values[whole:].sum(dtype="<f8"))
+    if not whole:
+        return rest
+    runs = numkong.dots_packed(values[:whole].reshape(-1, RUN_NUMEL), _ones())
+    return float(np.asarray(runs).sum()) + rest
+
+
+@lru_cache(maxsize=1)
+def _ones() -> Any:
+    return numkong.dots_pack(np.ones((1, RUN_NUMEL), "<f4"))
+
+
+def squares_of_runs(values: Array) -> Array:
+    """Sums of squares over runs of RUN_NUMEL values (n,), the last of which is the rest."""
+    whole = values.size // RUN_NUMEL * RUN_NUMEL
+    squares = sums_of_squares(values[:whole].reshape(-1, RUN_NUMEL))
+    rest = values[None, whole:]
+    return np.append(squares, sums_of_squares(rest)) if rest.size else squares
+
+
+def sums_of_squares(rows: Array) -> Array:
+    """|x|**2 of each row of values (n, m); float64 (n,)."""
+    count, numel = rows.shape
+    if rows.dtype == np.float32 and rows.size:
+        return np.asarray(numkong.dot(rows, rows)).reshape(count)
+    width = min(numel, _DOT_NUMEL)
+    if not rows.size or numel % width:
+        return np.asarray(np.einsum("ij,ij->i", rows, rows, dtype="<f8"))
+    parts = rows.reshape(count, -1, width)
+    with np.errstate(over="ignore"):
+        return np.asarray(np.vecdot(parts, parts).sum(axis=1))
+
+
+class Matrix:
+    """A matrix (m, k) of float32 or float64 numbers to multiply values with.
+
+    One of float64 is kept as a sum of two of float32, which costs twice the time.
+    """
+
+    def __init__(self, numbers: Array) -> None:
+        self.numbers = numbers.astype("<f8")
+        self.numbers.setflags(write=False)
+        high = numbers.astype("<f4")
+        halves = [high] if numbers.dtype == np.float32 else [high, (numbers - high).astype("<f4")]
+        packed = np.ascontiguousarray(np.concatenate(halves, axis=1).T)
+        self._num_halves = len(halves)
+        self._packed = numkong.dots_pack(packed)
+
+    def product(self, rows: Array) -> Array:
+        """The product of rows (n, m) and the matrix, float64 (n, k)."""
+        if rows.dtype != np.float32 or not rows.size:
+            return _wide_product(rows, self.numbers)
+        products = np.asarray(numkong.dots_packed(rows, self._packed))
+        return np.asarray(products.reshape(len(rows), self._num_halves, -1).sum(axis=1))
+
+
+def _wide_product(rows: Array, matrix: Array) -> Array:
+    """The product of float64 rows (n, m) and matrix (m, k), as a sum over slices of m."""
+    count, numel = rows.shape
+    if count <= 1:  # not by BLAS: its product of a vector depends on its threads
+        return np.asarray(np.einsum("bi,ij->bj", rows, matrix))
+    width = max(1, _MAX_PRODUCT // matrix.shape[1] // count)
+    width = width if numel % width == 0 else numel
+    slices = rows.reshape(count, -1, width).transpose(1, 0, 2)
+    products: Array = slices @ matrix.reshape(-1, width, matrix.shape[1])
+    return np.asarray(products.sum(axis=0))
