@@ -8,47 +8,46 @@ to widen it first. The same values give the same bits, whatever stands beside th
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numkong
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Sums of squares are of runs of so many values, whatever is made of them later.
-RUN_NUMEL = 4096
 # numpy lets other threads on only over 500 dot products or more. OpenBLAS would spread much longer
 # ones over its own threads, which changes the last bits.
 _DOT_NUMEL = 512
+# Of shorter rows, a call for each costs more than two for all.
+_MIN_NUMEL = 2048
 # Products of fewer multiplications than a million OpenBLAS computes in place: nearly twice as fast
 # as with its copies, which a narrow matrix does not repay.
 _MAX_PRODUCT = 1 << 19
 
 
-def total(values: Array) -> float:
-    """The sum of values (n,)."""
-    if values.dtype != np.float32:
-        return float(values.sum())
-    whole = values.size // RUN_NUMEL * RUN_NUMEL
-    rest = float(values[whole:].sum(dtype="<f8"))
-    if not whole:
-        return rest
-    runs = numkong.dots_packed(values[:whole].reshape(-1, RUN_NUMEL), _ones())
-    return float(np.asarray(runs).sum()) + rest
+class Runs(NamedTuple):
+    """Sums, and sums of squares, over runs of as many values; float64 (number of runs,)."""
+
+    sums: Array
+    squares: Array
 
 
-@lru_cache(maxsize=1)
-def _ones() -> Any:
-    return numkong.dots_pack(np.ones((1, RUN_NUMEL), "<f4"))
+def moments_of_runs(values: Array, numel: int) -> Runs:
+    """Both moments of values (n,) over runs of `numel` values, the last of which is the rest."""
+    whole = values.size // numel * numel
+    runs, rest = values[:whole].reshape(-1, numel), values[None, whole:]
+    found = [_moments_of_rows(rows) for rows in (runs, rest) if rows.size]
+    return Runs(*(np.concatenate([np.zeros(0), *column]) for column in zip(*found, strict=True)))
 
 
-def squares_of_runs(values: Array) -> Array:
-    """Sums of squares over runs of RUN_NUMEL values (n,), the last of which is the rest."""
-    whole = values.size // RUN_NUMEL * RUN_NUMEL
-    squares = sums_of_squares(values[:whole].reshape(-1, RUN_NUMEL))
-    rest = values[None, whole:]
-    return np.append(squares, sums_of_squares(rest)) if rest.size else squares
+def _moments_of_rows(rows: Array) -> tuple[Array, Array]:
+    if rows.dtype != np.float32:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return rows.sum(axis=1), sums_of_squares(rows)
+    if rows.shape[1] < _MIN_NUMEL:
+        return np.asarray(numkong.sum(rows, axis=1)), sums_of_squares(rows)
+    sums, squares = zip(*map(numkong.moments, rows), strict=True)
+    return np.array(sums), np.array(squares)
 
 
 def sums_of_squares(rows: Array) -> Array:

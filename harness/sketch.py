@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from harness.arithmetic import RUN_NUMEL, Matrix, squares_of_runs, sums_of_squares
+from harness.arithmetic import Matrix, moments_of_runs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -69,19 +69,15 @@ def sketch_values(
 ) -> Sketch:
     """Sketch finite float32 or float64 values (n,); the last block counts as padded with zeros.
 
-    `squares` are `squares_of_runs(values)` where they are known.
+    `squares` are the sums of squares of the blocks, where they are known.
     """
     matrix = projection(block_numel, dtype)
     whole = values.size // block_numel * block_numel
     blocks, rest = values[:whole].reshape(-1, block_numel), values[whole:]
     last = np.zeros((1, block_numel), values.dtype)[: 1 if rest.size else 0]
     last[:, : rest.size] = rest
-    per_block, odd = divmod(block_numel, RUN_NUMEL)
-    if odd:
-        squares = np.concatenate([sums_of_squares(blocks), sums_of_squares(last)])
-    else:
-        runs = squares_of_runs(values) if squares is None else squares
-        squares = np.add.reduceat(runs, np.arange(0, len(runs), per_block))
+    if squares is None:
+        squares = moments_of_runs(values, block_numel).squares
     projections = np.concatenate([matrix.product(blocks), matrix.product(last)])
     return Sketch(projections=projections, norms=np.sqrt(squares), matrix=dtype)
 

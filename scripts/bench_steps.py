@@ -18,7 +18,7 @@ from typing import Any
 from blake3 import blake3
 from zlib_ng import zlib_ng
 
-from harness.arithmetic import squares_of_runs, total
+from harness.arithmetic import moments_of_runs
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.tensors import Tensor, numpy_dtype
 from harness.fingerprint import _extremes, _parts, _Scan, _scan_chunk, as_floats, block_numel
@@ -30,7 +30,7 @@ SECONDS = 0.04
 THREADS: Any = multiprocessing.dummy
 PROCESSES: Any = multiprocessing.get_context("fork")
 
-STEPS = ("read", "blake3", "crc32", "extremes", "floats", "squares", "sum", "project")
+STEPS = ("read", "blake3", "crc32", "extremes", "floats", "moments", "project")
 STEPS += ("verify", "record")
 Step = Callable[[int], object]
 
@@ -43,7 +43,7 @@ class Steps:
         self.chunks = [chunk for chunk in chunks(tensor.nbytes) if chunk.nbytes == CHUNK_NBYTES]
         self.block_numel = block_numel(tensor.dtype, DEFAULT_BLOCK_NBYTES)
         self.prepare()
-        self.known = [squares_of_runs(values) for values in self.values]
+        self.known = [moments_of_runs(v, self.block_numel).squares for v in self.values]
 
     def prepare(self) -> None:
         self.read(0)
@@ -82,13 +82,9 @@ class Steps:
         for part in self.parts:
             as_floats(part, self.tensor.dtype)
 
-    def squares(self, turn: int) -> None:
+    def moments(self, turn: int) -> None:
         for values in self.values:
-            squares_of_runs(values)
-
-    def sum(self, turn: int) -> None:
-        for values in self.values:
-            total(values)
+            moments_of_runs(values, self.block_numel)
 
     def project(self, turn: int) -> None:
         for values, squares in zip(self.values, self.known, strict=True):
