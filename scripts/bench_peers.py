@@ -21,7 +21,7 @@ PIECE_NBYTES = 4 << 20
 
 
 def on_all_cores(paths: list[str], use: Callable[[memoryview], object]) -> None:
-    """Read all files in pieces, and use each on the thread that has read it; raises what one has."""
+    """Read all files in pieces, each used on the thread that reads it; raises what one raises."""
     import numpy as np  # whose large arrays lie in large pages, as the harness's buffers do
 
     pieces = []

@@ -12,6 +12,7 @@ torch.distributed has no one-sided reads, so each rank has a thread that answers
 from __future__ import annotations
 
 import math
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -42,7 +43,7 @@ from harness.streaming import CHUNK_NBYTES, buffers
 Array = np.ndarray[Any, np.dtype[Any]]
 _Result = TypeVar("_Result")
 
-_REQUEST, _STATUS, _REPLY = 1, 2, 3
+_REQUEST, _FAILURE, _REPLY = 1, 2, 3
 _STOP = -1
 # Shorter runs are placed by an index per element.
 _MIN_RUN = 64
@@ -346,21 +347,27 @@ class _Exchange:
     def fetch(self, ranks: Sequence[int], index: int, start: int, data: Array) -> None:
         """Fill `data` with bytes, from `start` on, of the piece that each of `ranks` holds."""
         if self._rank in ranks:
-            self._held[index].read_into(start, data.data)
+            with self._named(index):
+                self._held[index].read_into(start, data.data)
             return
         rank = ranks[self._rank % len(ranks)]
-        status = torch.empty(1, dtype=torch.int64)
+        size = torch.empty(1, dtype=torch.int64)
         with self._locks[rank]:
             try:
                 request = torch.tensor([index, start, data.size])
                 self._group.send([request], rank, _REQUEST).wait(PATIENCE)
-                self._group.recv([status], rank, _STATUS).wait(PATIENCE)
-                if int(status) == 0:
-                    self._group.recv([torch.from_numpy(data)], rank, _REPLY).wait(PATIENCE)
+                self._group.recv([size], rank, _FAILURE).wait(PATIENCE)
+                failure = bytearray(int(size))
+                reply = torch.frombuffer(failure or data, dtype=torch.uint8)
+                self._group.recv([reply], rank, _REPLY).wait(PATIENCE)
             except RuntimeError as error:
-                raise TeamError(f"rank {rank} of {self._size} has died") from error
-        if int(status):
-            raise ModelError(f"{self.shards[index].name}: rank {rank} cannot read its piece")
+                raise TeamError(
+                    f"{self._tables[rank][index].key}: rank {rank} of {self._size}, which holds a "
+                    "piece of it, has died",
+                    hint=f"see what rank {rank} printed last, and whether it ran out of memory",
+                ) from error
+        if failure:
+            raise pickle.loads(failure)
 
     def close(self) -> None:
         """End the threads that answer, each stopped by another rank: none can send to itself."""
@@ -381,14 +388,32 @@ class _Exchange:
                 index, start, nbytes = request.tolist()
                 if index == _STOP:
                     return
-                data, rank = buffers.get("answer", nbytes), work._source_rank()
+                rank, failure = work._source_rank(), b""
                 try:
-                    self._held[index].read_into(start, data.data)
-                except Exception:
-                    self._group.send([torch.tensor([1])], rank, _STATUS).wait(PATIENCE)
-                    continue
-                self._group.send([torch.tensor([0])], rank, _STATUS).wait(PATIENCE)
+                    with self._named(index):
+                        data = buffers.get("answer", nbytes)
+                        self._held[index].read_into(start, data.data)
+                except ModelError as error:
+                    failure = pickle.dumps(error)
+                    data = np.frombuffer(bytearray(failure), "u1")
+                self._group.send([torch.tensor([len(failure)])], rank, _FAILURE).wait(PATIENCE)
                 self._group.send([torch.from_numpy(data)], rank, _REPLY).wait(PATIENCE)
+
+    @contextmanager
+    def _named(self, index: int) -> Iterator[None]:
+        """Say of what goes wrong which piece could not be read, and where."""
+        try:
+            yield
+        except Exception as error:  # whatever the memory of a device raises
+            row = self._tables[self._rank][index]
+            box = row.box or Box((), row.shape)
+            cause = error if isinstance(error, HarnessError) else unexpected(error)
+            raise ModelError(
+                f"{row.key}: rank {self._rank} cannot read its piece {list(box.sizes)} at "
+                f"{list(box.offsets)} of {list(row.shape)}: {cause}",
+                hint=f"see that the device of rank {self._rank} works and has memory left, "
+                "then run again",
+            ) from error
 
 
 _exchanges: list[_Exchange] = []
