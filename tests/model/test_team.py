@@ -6,19 +6,24 @@ import os
 import pickle
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.paths import is_url, to_path
+from harness.checkpoint.remote import RemotePath
+from harness.errors import CheckpointError
 from harness.model import team
 from harness.model.state import as_checkpoint
 from harness.model.team import num_cores_of_rank
 from harness.ranks import current_team
 from harness.streaming import Chunk, map_chunks, num_cores, share
+from tests.checkpoint.web import Web, serving
 from tests.model.ranks import run_ranks
 
 
@@ -115,6 +120,48 @@ def test_another_rank_opens_the_files_of_a_tensor_by_their_names(data: Path, nam
         for tensor in checkpoint.tensors.values():
             sent = pickle.loads(team._pickled(tensor))
             assert sent.array().tobytes() == tensor.array().tobytes()
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    with serving() as server:
+        yield server
+
+
+@pytest.mark.parametrize("where", ["memory", "web", "file"])
+def test_a_file_replaced_by_one_of_its_size_is_refused_by_another_rank(
+    where: str, web: Web, tmp_path: Path
+) -> None:
+    place = {"memory": "memory://same.st", "web": f"{web.url}/same.st", "file": "same.st"}[where]
+
+    def put(value: float) -> None:
+        data = save({"w": torch.full((3,), value)})
+        if where == "web":
+            web.files["/same.st"] = data
+        elif where == "memory":
+            RemotePath(place).write_bytes(data, overwrite=True)
+        else:
+            (tmp_path / place).write_bytes(data)
+            os.utime(tmp_path / place, (value, value))
+
+    def open_it() -> Any:
+        return open_checkpoint(tmp_path / place if where == "file" else place)
+
+    put(1)
+    with open_it() as checkpoint:
+        sent = team._pickled(checkpoint.tensors["w"])
+        assert pickle.loads(sent).array().tolist() == [1] * 3
+        sent = team._pickled(checkpoint.tensors["w"])
+        put(2)
+        team._opened.cache_clear()
+        team._files.opened.cache_clear()
+        with pytest.raises(CheckpointError, match=r"was replaced.* 88 bytes.*rank 0 sees 88 bytes"):
+            pickle.loads(sent)
+    with open_it() as checkpoint:  # what was open of that name before is no hindrance
+        assert pickle.loads(team._pickled(checkpoint.tensors["w"])).array().tolist() == [2] * 3
+        put(3)
+    with open_it() as checkpoint:
+        assert pickle.loads(team._pickled(checkpoint.tensors["w"])).array().tolist() == [3] * 3
 
 
 def test_what_is_in_memory_cannot_be_sent() -> None:
