@@ -99,6 +99,21 @@ class TensorPrint:
             raise ValueError(f"the values of {self.key!r} are not kept")
         buffer[:] = self.values[start : start + len(buffer)]
 
+    def part(self, start: int, nbytes: int) -> TensorPrint:
+        """The same, with these values alone."""
+        values = None if self.values is None else self.values[start : start + nbytes]
+        return _Excerpt(**{**vars(self), "values": values}, first=start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Excerpt(TensorPrint):
+    """What a large tensor's values, from byte `first` on, are to another process."""
+
+    first: int
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        super().read_into(start - self.first, buffer)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
@@ -285,6 +300,9 @@ class _Scan:
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes
+
+    def part(self, chunk: Chunk) -> _Scan:
+        return replace(self, tensor=self.tensor.part(chunk.start, chunk.nbytes))
 
 
 def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:

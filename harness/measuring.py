@@ -36,6 +36,15 @@ class _Exact:
     def nbytes(self) -> int:
         return self.expected.nbytes
 
+    def part(self, chunk: Chunk) -> _Exact:
+        ours, theirs = self.expected.dtype.itemsize, self.actual.dtype.itemsize
+        start, nbytes = (count // ours * theirs for count in (chunk.start, chunk.nbytes))
+        return replace(
+            self,
+            expected=self.expected.part(chunk.start, chunk.nbytes),
+            actual=self.actual.part(start, nbytes),
+        )
+
 
 def _tally(pair: _Exact, chunk: Chunk) -> Tally | None:
     from harness.allclose import tally_chunk

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
-from harness.checkpoint import open_checkpoint
+import harness
+from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
+from harness.checkpoint.assembled import Piece, assemble
 from harness.checkpoint.paths import is_url, to_path
 from harness.checkpoint.remote import RemotePath
+from harness.checkpoint.sources import FileSource
+from harness.checkpoint.tensors import DTYPES, Storage
 from harness.errors import CheckpointError
+from harness.fingerprint import fingerprint
+from harness.measuring import nothing
 from harness.model import team
 from harness.model.state import as_checkpoint
 from harness.model.team import num_cores_of_rank
-from harness.ranks import current_team
+from harness.ranks import current_team, working_as
 from harness.streaming import Chunk, map_chunks, num_cores, share
 from tests.checkpoint.web import Web, serving
 from tests.model.ranks import run_ranks
@@ -66,6 +74,9 @@ class Sized:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
+
+    def part(self, chunk: Chunk) -> Sized:
+        return self
 
 
 def who_scans(item: Sized, chunk: Chunk) -> tuple[int, int]:
@@ -168,6 +179,73 @@ def test_what_is_in_memory_cannot_be_sent() -> None:
     live = as_checkpoint({"w": torch.zeros(3)}, "live").tensors["w"]
     with pytest.raises(TypeError):
         team._pickled(live)
+
+
+class Courier:
+    """A team of which every task travels; counts the bytes of them."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def map(self, function: Any, tasks: Sequence[Any], **_: Any) -> Any:
+        sent = [bytes(team._pickled(task)) for task in tasks]
+        self.nbytes += sum(map(len, sent))
+        return [function(pickle.loads(task)) for task in sent]
+
+
+def in_pieces(path: Path, shape: tuple[int, ...], dim: int) -> Checkpoint:
+    """A float32 tensor in a file, cut into pieces of 1 along a dimension."""
+    extent = tuple(1 if d == dim else size for d, size in enumerate(shape))
+    nbytes = 4 * math.prod(extent)
+    path.write_bytes(random.Random(0).randbytes(nbytes * shape[dim]))
+    source = FileSource(path)
+    pieces = [
+        Piece(
+            start=tuple(number if d == dim else 0 for d in range(len(shape))),
+            tensor=Tensor(
+                key="",
+                dtype=DTYPES["float32"],
+                shape=extent,
+                storage=Storage(source=source, offset=number * nbytes, nbytes=nbytes),
+            ),
+            where="",
+        )
+        for number in range(shape[dim])
+    ]
+    tensor = assemble("folder", "w", DTYPES["float32"], shape, pieces, hint="")
+    return Checkpoint(name="folder", container="", section="", tensors={"w": tensor})
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "times"), [((500, 1 << 14), 0, 1), ((2, 500, 1 << 13), 1, 2)]
+)
+def test_a_task_brings_along_only_the_pieces_that_it_reads(
+    shape: tuple[int, ...], dim: int, times: int, tmp_path: Path
+) -> None:
+    checkpoint = in_pieces(tmp_path / "pieces", shape, dim)
+    whole = len(team._pickled(checkpoint.tensors["w"]))
+    with working_as(courier := Courier()):
+        found = fingerprint(checkpoint, details=nothing)
+    assert found.root == fingerprint(checkpoint, details=nothing).root
+    # Of eight tasks: a piece goes into one a row of the outer dimension, a few at a seam into two.
+    assert courier.nbytes < 1.2 * times * whole
+
+
+def test_a_task_brings_along_only_the_kept_values_that_it_reads(tmp_path: Path) -> None:
+    state = {"w": torch.arange(4_000_000.0), "half": torch.arange(5_000_000).half()}
+    save_file(state, tmp_path / "old.st")
+    recorded = harness.record(tmp_path / "old.st", tmp_path / "golden.st", values="all")
+    state["w"][3_999_999] += 1e3
+    state["half"] = state["half"].float()
+    state["half"][4_999_999] = 7
+    save_file(state, tmp_path / "new.st")
+    policy = harness.Policy(check_dtype=False)
+    with working_as(courier := Courier()):
+        found = harness.verify(tmp_path / "new.st", recorded, policy=policy)
+    assert found == harness.verify(tmp_path / "new.st", recorded, policy=policy)
+    assert [finding.key for finding in found.findings if finding.fails] == ["half", "w"]
+    read = 3  # passes over the values: to compare them, and for their statistics
+    assert courier.nbytes < read * (16_000_000 + 10_000_000)
 
 
 def test_without_other_ranks_there_is_no_team() -> None:
