@@ -21,7 +21,7 @@ from zlib_ng import zlib_ng
 
 from harness.cache import DigestCache
 from harness.checkpoint.tensors import Checkpoint, DType, Tensor, numpy_dtype
-from harness.integrity import checksums_of_tensors, refuse_damaged
+from harness.integrity import checksums_of_tensors, others, refuse_damaged
 from harness.sketch import (
     DEFAULT_BLOCK_NBYTES,
     Sketch,
@@ -167,6 +167,7 @@ def fingerprint(
     num_cached = len(prints)
     originals = [t for t in originals if t.key not in prints]
     checksums = checksums_of_tensors(checkpoint.checksums, originals) if check_integrity else {}
+    rest = others(checkpoint.checksums, checksums.values()) if check_integrity else []
 
     scans = []
     for tensor in originals:
@@ -176,6 +177,8 @@ def fingerprint(
         # Large values are read again, where they are kept: another rank need not send them.
         carries = keeps and tensor.numel <= MAX_KEPT_NUMEL
         scans.append(_Scan(tensor, tensor.key in checksums, wants, carries, block))
+    if progress is not None:
+        progress.expect(sum(scan.nbytes for scan in scans) + sum(entry.nbytes for entry in rest))
     scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
     if check_integrity:
         known = [
@@ -183,7 +186,7 @@ def fingerprint(
             for tensor, parts in zip(originals, scanned, strict=True)
             if tensor.key in checksums
         ]
-        refuse_damaged(checkpoint, known, jobs)
+        refuse_damaged(known, rest, jobs, progress)
     for tensor, scan, parts in zip(originals, scans, scanned, strict=True):
         joined = _join(scan, parts)
         if joined.values is None and details(tensor) and keep_values(tensor):
@@ -243,10 +246,15 @@ def outline(checkpoint: Checkpoint) -> Fingerprint:
     )
 
 
-def statistics(tensors: Sequence[Tensor | TensorPrint], *, jobs: int | None = None) -> list[Stats]:
+def statistics(
+    tensors: Sequence[Tensor | TensorPrint],
+    *,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> list[Stats]:
     """The stats of tensors whose values can be read. Memory: 20 MB a thread."""
     scans = [_Scan(tensor, False, True, False, None) for tensor in tensors]
-    scanned = map_chunks(scans, _scan_chunk, jobs=jobs)
+    scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
     return [_stats([m for part in parts for m in part.moments]) for parts in scanned]
 
 

@@ -23,8 +23,15 @@ CHUNK_NBYTES = 4 << 20
 _Item = TypeVar("_Item", bound="Item")
 _Result = TypeVar("_Result")
 
-Progress = Callable[[int], None]
-"""Called with the number of bytes that were done since the last call, from any thread."""
+
+class Progress(Protocol):
+    """Who watches bytes that are read, from any thread."""
+
+    def expect(self, nbytes: int) -> None:
+        """So many more will be read."""
+
+    def advance(self, nbytes: int) -> None:
+        """So many more were read."""
 
 
 class Item(Protocol):
@@ -95,6 +102,7 @@ def map_chunks(
     """Apply `function` to every chunk of every item; returns the results per item, in order.
 
     The first exception ends the run and is raised here. `jobs` defaults to the cores allowed.
+    `progress` advances; what to expect is known to the caller, who may have more to read.
     Function and items must be such as can be pickled, to be shared with other ranks.
     """
     units = list(_units(items))
@@ -102,7 +110,7 @@ def map_chunks(
 
     def finished(task: Sequence[_Part[_Item]]) -> None:
         if progress is not None:
-            progress(sum(part.chunk.nbytes for part in task))
+            progress.advance(sum(part.chunk.nbytes for part in task))
 
     results: list[list[_Result]] = [[] for _ in items]
     shared = share(partial(_apply, function), tasks, jobs=jobs, finished=finished)
