@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import random
+import resource
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
 from harness.checkpoint.assembled import Piece, assemble
 from harness.checkpoint.paths import is_url, to_path
 from harness.checkpoint.remote import RemotePath
-from harness.checkpoint.sources import FileSource
+from harness.checkpoint.sources import MAX_OPEN_FILES, FileSource
 from harness.checkpoint.tensors import DTYPES, Storage
 from harness.errors import CheckpointError
 from harness.fingerprint import fingerprint
@@ -31,6 +32,7 @@ from harness.model.state import as_checkpoint
 from harness.model.team import num_cores_of_rank
 from harness.ranks import current_team, working_as
 from harness.streaming import Chunk, map_chunks, num_cores, share
+from tests.checkpoint.dcp_writer import halves, write_dcp
 from tests.checkpoint.web import Web, serving
 from tests.model.ranks import run_ranks
 
@@ -179,6 +181,34 @@ def test_what_is_in_memory_cannot_be_sent() -> None:
     live = as_checkpoint({"w": torch.zeros(3)}, "live").tensors["w"]
     with pytest.raises(TypeError):
         team._pickled(live)
+
+
+def who_reads(tensor: Tensor) -> tuple[bytes, int]:
+    return tensor.array().tobytes(), slowly(tensor.key)[1]
+
+
+def read_in_turns(folder: Path) -> Any:
+    """What a rank does that reads from more files than it may have open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES + 100, most))
+
+    def command() -> Any:
+        with open_checkpoint(folder) as checkpoint:
+            return share(who_reads, [checkpoint.tensors["w"]] * 20, jobs=2)
+
+    return lead(command)
+
+
+def test_ranks_read_a_tensor_that_lies_in_more_files_than_may_be_open(tmp_path: Path) -> None:
+    count = MAX_OPEN_FILES + 150
+    tensor = torch.arange(3.0 * count).reshape(count, 3)
+    folder = write_dcp(tmp_path / "folder", {"w": halves(tensor, count=count)})
+    assert len(list(folder.iterdir())) == count + 1
+    first, second = run_ranks(2, read_in_turns, folder, folder=tmp_path / "run")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    (found,) = first.value
+    assert {values for values, _ in found} == {tensor.numpy().tobytes()}
+    assert {rank for _, rank in found} == {0, 1}
 
 
 class Courier:
