@@ -36,7 +36,7 @@ from harness.checkpoint.tensors import (
 )
 from harness.errors import HarnessError, ModelError, TeamError
 from harness.model.state import as_checkpoint
-from harness.model.team import ARRIVAL, PATIENCE, TorchTeam, unexpected
+from harness.model.team import ARRIVAL, PATIENCE, TorchTeam, died, name_of, unexpected
 from harness.ranks import working_as
 from harness.streaming import CHUNK_NBYTES, buffers
 
@@ -62,8 +62,7 @@ def together(
     It runs on the first rank of those that hold the state, while the others serve it; returns, or
     raises, the same on all. Memory: the result, and a few chunks a thread.
     """
-    group = _group_of(state)
-    try:
+    with _group_of(state) as group:
         team = TorchTeam(group)
         with _exchange(group, state) as exchange:
             if team.rank > 0:
@@ -77,28 +76,65 @@ def together(
                 raise
             team.dismiss(result)
             return result
-    finally:
-        dist.destroy_process_group(group)
 
 
-def _group_of(state: Mapping[str, torch.Tensor]) -> dist.ProcessGroup:
+# Groups of some ranks, by these, for the next call: torch names a group by its ranks and the number
+# of groups, so that one made anew would find the addresses of the one that was destroyed.
+_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+@contextmanager
+def _group_of(state: Mapping[str, torch.Tensor]) -> Iterator[dist.ProcessGroup]:
     """A group of its own, on the CPU, of all ranks that hold a part of the state."""
     spread = [tensor for tensor in state.values() if isinstance(tensor, DTensor)]
-    ranks = sorted({int(rank) for t in spread for rank in t.device_mesh.mesh.flatten()})
+    ranks = tuple(sorted({int(rank) for t in spread for rank in t.device_mesh.mesh.flatten()}))
+    if len(ranks) == dist.get_world_size():
+        group = _new_group(ranks)
+        try:
+            yield group
+        finally:
+            dist.destroy_process_group(group)
+        return
+    known = _groups.pop(ranks, None)
+    group = known if known is not None and _is_known_to_torch(known) else _new_group(ranks)
+    try:
+        yield group
+    except BaseException as error:
+        if _ends_all_alike(error):
+            _groups[ranks] = group
+        raise
+    _groups[ranks] = group
+
+
+def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
     is_all = len(ranks) == dist.get_world_size()
     try:
         group: dist.ProcessGroup = dist.new_group(
-            None if is_all else ranks,
+            None if is_all else [*ranks],
             backend="gloo",
             timeout=ARRIVAL,
             use_local_synchronization=not is_all,
         )
     except RuntimeError as error:
         raise TeamError(
-            f"the ranks {ranks}, which hold the model, did not all come within {ARRIVAL}",
+            f"the ranks {[*ranks]}, which hold the model, did not all come within {ARRIVAL}",
             hint="call this on every rank that holds a part of the model",
         ) from error
     return group
+
+
+def _is_known_to_torch(group: dist.ProcessGroup) -> bool:
+    """Whether a group was not destroyed with all others."""
+    try:
+        dist.get_group_rank(group, dist.get_rank())
+    except ValueError:
+        return False
+    return True
+
+
+def _ends_all_alike(error: BaseException) -> bool:
+    """Whether all ranks end with it, and none is left in the middle of something."""
+    return isinstance(error, HarnessError) and not isinstance(error, TeamError)
 
 
 # What the ranks tell each other before anything is read.
@@ -181,12 +217,16 @@ def _tables(
     try:
         dist.all_gather_object(found, mine, group=group)
     except RuntimeError as error:
-        raise TeamError("another rank has died", hint="see what it printed last") from error
+        raise TeamError(
+            f"another rank has died, or did not come within {ARRIVAL}",
+            hint="see what it printed last, and call this on every rank that holds a part",
+        ) from error
     for rank, table in enumerate(found):
         if isinstance(table, HarnessError):
-            raise type(table)(f"rank {rank}: {table}", hint=table.hint)
-    for rank, table in enumerate(found):
-        _refuse_other_state(found[0], table, rank)
+            raise type(table)(f"rank {name_of(group, rank)}: {table}", hint=table.hint)
+    first, *others = dist.get_process_group_ranks(group)
+    for name, table in zip(others, found[1:], strict=True):
+        _refuse_other_state(found[0], table, first, name)
     return found, held
 
 
@@ -222,18 +262,20 @@ def _row(key: str, tensor: torch.Tensor) -> _Row:
     return _Row(key, dtype, shape, box, place)
 
 
-def _refuse_other_state(ours: Sequence[_Row], theirs: Sequence[_Row], rank: int) -> None:
+def _refuse_other_state(
+    ours: Sequence[_Row], theirs: Sequence[_Row], first: int, rank: int
+) -> None:
     here, there = ({row.key: _in_words(row) for row in table} for table in (ours, theirs))
     for key in {**here, **there}:
         if here.get(key) != there.get(key):
             raise ModelError(
-                f"{key}: rank 0 has {here.get(key, 'nothing')}, "
+                f"{key}: rank {first} has {here.get(key, 'nothing')}, "
                 f"rank {rank} {there.get(key, 'nothing')}",
                 hint="all ranks must give the same model",
             )
     if [*here] != [*there]:
         raise ModelError(
-            f"the keys of rank {rank} are in another order than those of rank 0",
+            f"the keys of rank {rank} are in another order than those of rank {first}",
             hint="all ranks must give the same model",
         )
 
@@ -361,11 +403,7 @@ class _Exchange:
                 reply = torch.frombuffer(failure or data, dtype=torch.uint8)
                 self._group.recv([reply], rank, _REPLY).wait(PATIENCE)
             except RuntimeError as error:
-                raise TeamError(
-                    f"{self._tables[rank][index].key}: rank {rank} of {self._size}, which holds a "
-                    "piece of it, has died",
-                    hint=f"see what rank {rank} printed last, and whether it ran out of memory",
-                ) from error
+                raise died(self._group, rank) from error
         if failure:
             raise pickle.loads(failure)
 
@@ -408,11 +446,12 @@ class _Exchange:
             row = self._tables[self._rank][index]
             box = row.box or Box((), row.shape)
             cause = error if isinstance(error, HarnessError) else unexpected(error)
+            name = name_of(self._group, self._rank)
             raise ModelError(
-                f"{row.key}: rank {self._rank} cannot read its piece {list(box.sizes)} at "
+                f"{row.key}: rank {name} cannot read its piece {list(box.sizes)} at "
                 f"{list(box.offsets)} of {list(row.shape)}: {cause}",
-                hint=f"see that the device of rank {self._rank} works and has memory left, "
-                "then run again",
+                hint=f"see that the device of rank {name} works and has memory left, then run "
+                "again",
             ) from error
 
 
@@ -437,7 +476,7 @@ def _exchange(group: dist.ProcessGroup, state: Mapping[str, torch.Tensor]) -> It
     try:
         yield exchange
     except BaseException as error:  # a rank that has died can stop none: its thread is left behind
-        is_whole = isinstance(error, HarnessError) and not isinstance(error, TeamError)
+        is_whole = _ends_all_alike(error)
         raise
     finally:
         _exchanges.remove(exchange)

@@ -89,7 +89,8 @@ class TorchTeam:
         answer: _Answer = self.receive(rank)
         if answer.error is not None:
             error = answer.error
-            raise type(error)(f"rank {rank}: {error}", hint=error.hint) from error
+            name = name_of(self._group, rank)
+            raise type(error)(f"rank {name}: {error}", hint=error.hint) from error
         return answer.results
 
     def serve(self) -> Any:
@@ -143,10 +144,20 @@ class TorchTeam:
     def _lose(self, rank: int, error: RuntimeError) -> NoReturn:
         """gloo raises RuntimeError for a connection that was closed or reset, and for a timeout."""
         self.has_lost_a_rank = True
-        raise TeamError(
-            f"rank {rank} of {self.size} has died",
-            hint=f"see what rank {rank} printed last, and whether it ran out of memory",
-        ) from error
+        raise died(self._group, rank) from error
+
+
+def name_of(group: dist.ProcessGroup, rank: int) -> int:
+    """What a rank of a group is to a person: its number among all."""
+    return dist.get_process_group_ranks(group)[rank]
+
+
+def died(group: dist.ProcessGroup, rank: int) -> TeamError:
+    name = name_of(group, rank)
+    return TeamError(
+        f"rank {name} of {dist.get_world_size()} has died",
+        hint=f"see what rank {name} printed last, and whether it ran out of memory",
+    )
 
 
 def num_cores_of_rank() -> int:
