@@ -209,7 +209,7 @@ def verify(
         here = {*recorded.fingerprint.tensors, *found.tensors}
         policy = policy.at_stage(here, elsewhere)
         compared = compare(recorded.fingerprint, found, policy, measure)
-        return with_damages(compared, lambda keys: damages(actual, keys, jobs))
+        return with_damages(compared, lambda keys: damages(actual, keys, jobs, progress))
 
 
 def verify_stages(
@@ -300,6 +300,7 @@ def update(
             matrix=old.matrix,
             check_integrity=True,
             jobs=jobs,
+            progress=progress,
         )
         tensors = {
             key: replace(old.tensors[key], alias_of=tensor.alias_of) if key in same else tensor
@@ -361,9 +362,9 @@ def diff(
     with open_checkpoint(one) as left, open_checkpoint(other) as right:
         ours, theirs = outline(left), outline(right)
         # Renames are told by digest: only keys that stand on one side alone need one.
-        ours = _with_digests(ours, left, set(left.tensors) - set(right.tensors), jobs)
-        theirs = _with_digests(theirs, right, set(right.tensors) - set(left.tensors), jobs)
-
+        alone = set(left.tensors) ^ set(right.tensors)
+        ours = _with_digests(ours, part(left, alone), jobs, progress)
+        theirs = _with_digests(theirs, part(right, alone), jobs, progress)
         measure = AgainstCheckpoint(
             expected=left, actual=right, stats=stats, jobs=jobs, progress=progress
         )
@@ -405,9 +406,10 @@ def _kept_as_before(old: Fingerprint) -> Callable[[Tensor], bool]:
 
 
 def _with_digests(
-    outlined: Fingerprint, checkpoint: Checkpoint, keys: set[str], jobs: int | None
+    outlined: Fingerprint, alone: Checkpoint, jobs: int | None, progress: Progress | None
 ) -> Fingerprint:
-    digests = fingerprint_checkpoint(part(checkpoint, keys), details=nothing, jobs=jobs).tensors
+    found = fingerprint_checkpoint(alone, details=nothing, jobs=jobs, progress=progress)
+    digests = found.tensors
     return replace(
         outlined,
         tensors={

@@ -23,7 +23,7 @@ from zlib_ng import zlib_ng
 from harness.arithmetic import Runs, moments_of_runs
 from harness.cache import DigestCache
 from harness.checkpoint.tensors import Checkpoint, DType, Tensor, numpy_dtype
-from harness.integrity import checksums_of_tensors, refuse_damaged
+from harness.integrity import checksums_of_tensors, others, refuse_damaged
 from harness.sketch import (
     DEFAULT_BLOCK_NBYTES,
     MatrixDType,
@@ -41,8 +41,8 @@ from harness.streaming import (
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_KEPT_NUMEL = 4096
-# Elements of a part, 2 MiB as float32. On two threads float32 took 0.174 ns a byte and bfloat16 0.29;
-# with an eighth of it 0.28 and 0.62, for the projections want many rows, and threads waited for each
+# Elements of a part, 2 MiB as float32. On two threads float32 took 0.174 ns a byte, bfloat16 0.29;
+# with an eighth of it 0.28 and 0.62, for projections want many rows, and threads waited for each
 # other; with twice as much 0.176 and 0.29: it leaves the cache between the passes.
 _PART_NUMEL = 1 << 19
 
@@ -100,6 +100,21 @@ class TensorPrint:
         if self.values is None:
             raise ValueError(f"the values of {self.key!r} are not kept")
         buffer[:] = self.values[start : start + len(buffer)]
+
+    def part(self, start: int, nbytes: int) -> TensorPrint:
+        """The same, with these values alone."""
+        values = None if self.values is None else self.values[start : start + nbytes]
+        return _Excerpt(**{**vars(self), "values": values}, first=start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Excerpt(TensorPrint):
+    """What a large tensor's values, from byte `first` on, are to another process."""
+
+    first: int
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        super().read_into(start - self.first, buffer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +176,7 @@ def fingerprint(
     num_cached = len(prints)
     originals = [t for t in originals if t.key not in prints]
     checksums = checksums_of_tensors(checkpoint.checksums, originals) if check_integrity else {}
+    rest = others(checkpoint.checksums, checksums.values()) if check_integrity else []
 
     scans = []
     for tensor in originals:
@@ -170,6 +186,8 @@ def fingerprint(
         # Large values are read again, where they are kept: another rank need not send them.
         carries = keeps and tensor.numel <= MAX_KEPT_NUMEL
         scans.append(_Scan(tensor, tensor.key in checksums, wants, carries, block, matrix))
+    if progress is not None:
+        progress.expect(sum(scan.nbytes for scan in scans) + sum(entry.nbytes for entry in rest))
     scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
     if check_integrity:
         known = [
@@ -177,7 +195,7 @@ def fingerprint(
             for tensor, parts in zip(originals, scanned, strict=True)
             if tensor.key in checksums
         ]
-        refuse_damaged(checkpoint, known, jobs)
+        refuse_damaged(known, rest, jobs, progress)
     for tensor, scan, parts in zip(originals, scans, scanned, strict=True):
         joined = _join(scan, parts)
         if joined.values is None and details(tensor) and keep_values(tensor):
@@ -237,10 +255,15 @@ def outline(checkpoint: Checkpoint) -> Fingerprint:
     )
 
 
-def statistics(tensors: Sequence[Tensor | TensorPrint], *, jobs: int | None = None) -> list[Stats]:
+def statistics(
+    tensors: Sequence[Tensor | TensorPrint],
+    *,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> list[Stats]:
     """The stats of tensors whose values can be read. Memory: 20 MB a thread."""
     scans = [_Scan(tensor, False, True, False, None) for tensor in tensors]
-    scanned = map_chunks(scans, _scan_chunk, jobs=jobs)
+    scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
     return [_stats([m for part in parts for m in part.moments]) for parts in scanned]
 
 
@@ -295,6 +318,9 @@ class _Scan:
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes
+
+    def part(self, chunk: Chunk) -> _Scan:
+        return replace(self, tensor=self.tensor.part(chunk.start, chunk.nbytes))
 
 
 def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:

@@ -16,7 +16,7 @@ from zlib_ng import zlib_ng
 from harness.checkpoint.assembled import stored_parts
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
 from harness.errors import CheckpointError
-from harness.streaming import CHUNK_NBYTES, buffers, chunks, share
+from harness.streaming import CHUNK_NBYTES, Progress, buffers, chunks, share
 
 
 class Damage(NamedTuple):
@@ -43,38 +43,50 @@ def checksums_of_tensors(
     return found
 
 
+def others(checksums: Iterable[Checksum], known: Iterable[Checksum]) -> list[Checksum]:
+    """The checksums of bytes that are to be read for them alone."""
+    done = {id(checksum) for checksum in known}
+    return [checksum for checksum in checksums if id(checksum) not in done]
+
+
 def refuse_damaged(
-    checkpoint: Checkpoint,
     known: Iterable[tuple[Checksum, Sequence[int]]],
+    rest: Sequence[Checksum],
     jobs: int | None,
+    progress: Progress | None,
 ) -> None:
     """Raise CheckpointError unless every byte is as its container says.
 
     `known` are checksums of bytes that were read already, with the CRC-32s of their chunks; the
-    rest is read now.
+    rest is read now, which advances `progress`.
     """
-    done = set()
     for checksum, crc32s in known:
         joined = 0
         for chunk, crc32 in zip(chunks(checksum.nbytes), crc32s, strict=True):
             joined = zlib_ng.crc32_combine(joined, crc32, chunk.nbytes)
         _refuse(checksum, joined)
-        done.add(id(checksum))
-    rest = [checksum for checksum in checkpoint.checksums if id(checksum) not in done]
-    for checksum, actual in _crc32s(rest, jobs):
+    for checksum, actual in _crc32s(rest, jobs, progress):
         _refuse(checksum, actual)
 
 
-def damages(checkpoint: Checkpoint, keys: Iterable[str], jobs: int | None) -> dict[str, Damage]:
+def damages(
+    checkpoint: Checkpoint,
+    keys: Iterable[str],
+    jobs: int | None,
+    progress: Progress | None = None,
+) -> dict[str, Damage]:
     """The first damage of each of these tensors that has one; their bytes are read once more."""
     by_source: dict[int, list[Checksum]] = defaultdict(list)
     for checksum in checkpoint.checksums:
         by_source[id(checksum.source)].append(checksum)
     of_key = {key: list(_of_tensor(by_source, checkpoint.tensors[key])) for key in keys}
-    wanted = {id(checksum): checksum for some in of_key.values() for checksum in some}
+    unique = {id(checksum): checksum for some in of_key.values() for checksum in some}
+    wanted = [*unique.values()]
+    if progress is not None:
+        progress.expect(sum(checksum.nbytes for checksum in wanted))
     found = {
         id(checksum): Damage(checksum.source.name, checksum.crc32, actual)
-        for checksum, actual in _crc32s(list(wanted.values()), jobs)
+        for checksum, actual in _crc32s(wanted, jobs, progress)
         if actual != checksum.crc32
     }
     first = {
@@ -95,9 +107,15 @@ def _of_tensor(by_source: Mapping[int, Sequence[Checksum]], tensor: Tensor) -> I
                 yield one
 
 
-def _crc32s(checksums: Sequence[Checksum], jobs: int | None) -> list[tuple[Checksum, int]]:
+def _crc32s(
+    checksums: Sequence[Checksum], jobs: int | None, progress: Progress | None
+) -> list[tuple[Checksum, int]]:
+    def finished(batch: Sequence[Checksum]) -> None:
+        if progress is not None:
+            progress.advance(sum(checksum.nbytes for checksum in batch))
+
     batches = list(_batches(checksums))
-    found = share(_of_batch, batches, jobs=jobs)
+    found = share(_of_batch, batches, jobs=jobs, finished=finished)
     return [
         pair
         for batch, crc32s in zip(batches, found, strict=True)

@@ -36,6 +36,15 @@ class _Exact:
     def nbytes(self) -> int:
         return self.expected.nbytes
 
+    def part(self, chunk: Chunk) -> _Exact:
+        ours, theirs = self.expected.dtype.itemsize, self.actual.dtype.itemsize
+        start, nbytes = (count // ours * theirs for count in (chunk.start, chunk.nbytes))
+        return replace(
+            self,
+            expected=self.expected.part(chunk.start, chunk.nbytes),
+            actual=self.actual.part(start, nbytes),
+        )
+
 
 def _tally(pair: _Exact, chunk: Chunk) -> Tally | None:
     from harness.allclose import tally_chunk
@@ -49,6 +58,11 @@ def _measure_exactly(
     """Tally every pair; with `stats`, one more pass over both sides of each."""
     from harness.difference import conclude
 
+    expected, actual = [pair.expected for pair in pairs], [pair.actual for pair in pairs]
+    if progress is not None:
+        nbytes = sum(pair.nbytes for pair in pairs)
+        again = nbytes + sum(tensor.nbytes for tensor in actual)
+        progress.expect(nbytes + again if stats else nbytes)
     tallies = map_chunks(pairs, _tally, jobs=jobs, progress=progress)
     differences = [
         conclude(pair.expected, pair.actual, tally, pair.tolerance)
@@ -56,8 +70,8 @@ def _measure_exactly(
     ]
     if not stats:
         return differences
-    before = statistics([pair.expected for pair in pairs], jobs=jobs)
-    after = statistics([pair.actual for pair in pairs], jobs=jobs)
+    before = statistics(expected, jobs=jobs, progress=progress)
+    after = statistics(actual, jobs=jobs, progress=progress)
     return [
         replace(difference, stats=both)
         for difference, both in zip(differences, zip(before, after, strict=True), strict=True)
@@ -125,7 +139,9 @@ class AgainstGolden:
         if reference is None:
             return {}
         keys = {tensor.key for tensor in expected} & set(reference.tensors)
-        digests = fingerprint(part(reference, keys), details=nothing, jobs=self.jobs).tensors
+        digests = fingerprint(
+            part(reference, keys), details=nothing, jobs=self.jobs, progress=self.progress
+        ).tensors
         found = {}
         for tensor in expected:
             other = digests.get(tensor.key)

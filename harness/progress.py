@@ -5,47 +5,58 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.report.folding import printable
 
 if TYPE_CHECKING:
     from harness.checkpoint.paths import AnyPath
+    from harness.streaming import Progress
 
 
 @contextmanager
-def progress_bar(path: AnyPath | None) -> Iterator[Callable[[int], None] | None]:
+def progress_bar(path: AnyPath | None) -> Iterator[Progress | None]:
     """Show a bar on a terminal, for work that takes longer than a second."""
     if not sys.stderr.isatty():
         yield None
         return
-    started = time.monotonic()
-    bar: Any = None
-    done = 0
-    total = path.stat().st_size if isinstance(path, Path) and path.is_file() else None
-
-    lock = threading.Lock()
-
-    def advance(nbytes: int) -> None:
-        nonlocal bar, done
-        with lock:
-            done += nbytes
-            if bar is None and time.monotonic() - started > 1:
-                bar = _start_bar(path, total)
-            if bar is not None:
-                bar.update(0, completed=done)
-
+    bar = _Bar(path)
     try:
-        yield advance
+        yield bar
     finally:
-        if bar is not None:
-            bar.stop()
+        bar.stop()
 
 
-def _start_bar(path: AnyPath | None, total: int | None) -> Any:
+class _Bar:
+    """The bytes that were read, of those that are to be read as far as that is known by now."""
+
+    def __init__(self, path: AnyPath | None) -> None:
+        self._path = path
+        self._started = time.monotonic()
+        self._done = self._total = 0
+        self._lock = threading.Lock()
+        self._shown: Any = None
+
+    def expect(self, nbytes: int) -> None:
+        with self._lock:
+            self._total += nbytes
+
+    def advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._shown is None and time.monotonic() - self._started > 1:
+                self._shown = _start_bar(self._path)
+            if self._shown is not None:
+                self._shown.update(0, completed=self._done, total=self._total)
+
+    def stop(self) -> None:
+        if self._shown is not None:
+            self._shown.stop()
+
+
+def _start_bar(path: AnyPath | None) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -56,6 +67,6 @@ def _start_bar(path: AnyPath | None, total: int | None) -> Any:
         console=Console(stderr=True),
         transient=True,
     )
-    bar.add_task(printable(path.name) if path else "", total=total)
+    bar.add_task(printable(path.name) if path else "", total=None)
     bar.start()
     return bar

@@ -13,23 +13,35 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
 from harness.ranks import current_team
 
 CHUNK_NBYTES = 4 << 20
-_Item = TypeVar("_Item", bound="Sized")
+_Item = TypeVar("_Item", bound="Item")
 _Result = TypeVar("_Result")
 
-Progress = Callable[[int], None]
-"""Called with the number of bytes that were done since the last call, from any thread."""
+
+class Progress(Protocol):
+    """Who watches bytes that are read, from any thread."""
+
+    def expect(self, nbytes: int) -> None:
+        """So many more will be read."""
+
+    def advance(self, nbytes: int) -> None:
+        """So many more were read."""
 
 
-class Sized(Protocol):
+class Item(Protocol):
+    """What is run through: a tensor, or several of one shape."""
+
     @property
     def nbytes(self) -> int: ...
+
+    def part(self, chunk: Chunk) -> Self:
+        """As much of it as another process needs for a chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +57,17 @@ def chunks(nbytes: int) -> Iterator[Chunk]:
     """Cut logical bytes into chunks; an empty tensor has none."""
     for index, start in enumerate(range(0, nbytes, CHUNK_NBYTES)):
         yield Chunk(index, start, min(CHUNK_NBYTES, nbytes - start))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part(Generic[_Item]):
+    """A chunk of an item."""
+
+    item: _Item
+    chunk: Chunk
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Part, (self.item.part(self.chunk), self.chunk)
 
 
 class Buffers(threading.local):
@@ -79,14 +102,15 @@ def map_chunks(
     """Apply `function` to every chunk of every item; returns the results per item, in order.
 
     The first exception ends the run and is raised here. `jobs` defaults to the cores allowed.
+    `progress` advances; what to expect is known to the caller, who may have more to read.
     Function and items must be such as can be pickled, to be shared with other ranks.
     """
     units = list(_units(items))
-    tasks = [[(items[index], chunk) for index, chunk in unit] for unit in units]
+    tasks = [[_Part(items[index], chunk) for index, chunk in unit] for unit in units]
 
-    def finished(task: Sequence[tuple[_Item, Chunk]]) -> None:
+    def finished(task: Sequence[_Part[_Item]]) -> None:
         if progress is not None:
-            progress(sum(chunk.nbytes for _, chunk in task))
+            progress.advance(sum(part.chunk.nbytes for part in task))
 
     results: list[list[_Result]] = [[] for _ in items]
     shared = share(partial(_apply, function), tasks, jobs=jobs, finished=finished)
@@ -97,9 +121,9 @@ def map_chunks(
 
 
 def _apply(
-    function: Callable[[_Item, Chunk], _Result], task: Sequence[tuple[_Item, Chunk]]
+    function: Callable[[_Item, Chunk], _Result], task: Sequence[_Part[_Item]]
 ) -> list[_Result]:
-    return [function(item, chunk) for item, chunk in task]
+    return [function(part.item, part.chunk) for part in task]
 
 
 def share(

@@ -21,7 +21,7 @@ PIECE_NBYTES = 4 << 20
 
 
 def on_all_cores(paths: list[str], use: Callable[[memoryview], object]) -> None:
-    """Read all files in pieces, and use each on the thread that has read it."""
+    """Read all files in pieces, each used on the thread that reads it; raises what one raises."""
     import numpy as np  # whose large arrays lie in large pages, as the harness's buffers do
 
     pieces = []
@@ -30,21 +30,27 @@ def on_all_cores(paths: list[str], use: Callable[[memoryview], object]) -> None:
         size = os.fstat(descriptor).st_size
         pieces += [(descriptor, start) for start in range(0, size, PIECE_NBYTES)]
     queue, lock = iter(pieces), threading.Lock()
+    failures: list[Exception] = []
 
     def run() -> None:
         buffer = np.empty(PIECE_NBYTES, "u1").data
-        while True:
-            with lock:
-                piece = next(queue, None)
-            if piece is None:
-                return
-            use(buffer[: os.preadv(piece[0], [buffer], piece[1])])
+        try:
+            while not failures:
+                with lock:
+                    piece = next(queue, None)
+                if piece is None:
+                    return
+                use(buffer[: os.preadv(piece[0], [buffer], piece[1])])
+        except Exception as error:
+            failures.append(error)
 
     threads = [threading.Thread(target=run) for _ in os.sched_getaffinity(0)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if failures:  # else what was not done would be timed
+        raise failures[0]
 
 
 def touch(data: memoryview) -> None:

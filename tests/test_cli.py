@@ -294,14 +294,14 @@ def test_the_bar_is_gone_before_a_stage_is_reported(
     recorded: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Bar:
-        def update(self, task: int, *, completed: int) -> None:
+        def update(self, task: int, *, completed: int, total: int) -> None:
             sys.stdout.write("bar\n")
 
         def stop(self) -> None:
             sys.stdout.write("gone\n")
 
     clock = iter(range(0, 10**6, 2))
-    monkeypatch.setattr("harness.progress._start_bar", lambda path, total: Bar())
+    monkeypatch.setattr("harness.progress._start_bar", lambda path: Bar())
     monkeypatch.setattr("harness.progress.time.monotonic", lambda: next(clock))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     lines = harness("verify", "models/nest.nemo", "--reload").out.splitlines()

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from operator import itemgetter
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def assemble(
         raise refuse(f"lacks its element {list(mistake)}: no chunk holds it")
     if len(pieces) == 1:
         return replace(pieces[0].tensor, key=key)
-    source = _Assembled(f"{name}: tensor {key!r}", dtype, grid)
+    source = Assembled(f"{name}: tensor {key!r}", dtype, grid.shape, grid.boxes)
     storage = Storage(source=source, offset=0, nbytes=source.nbytes)
     return Tensor(key=key, dtype=dtype, shape=shape, storage=storage)
 
@@ -91,7 +91,7 @@ def assemble(
 def stored_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold its bytes in their files: its pieces, or it alone."""
     source = tensor.storage.source
-    if not isinstance(source, _Assembled):
+    if not isinstance(source, Assembled):
         yield tensor
         return
     for box, _ in source.boxes:
@@ -168,20 +168,36 @@ class _Grid:
         return tuple(index)
 
 
-class _Assembled:
-    """The logical bytes of a tensor whose boxes are known to tile it."""
+class Assembled:
+    """The logical bytes of a tensor whose boxes, in the order of their starts, tile it."""
 
-    def __init__(self, name: str, dtype: DType, grid: _Grid) -> None:
+    def __init__(self, name: str, dtype: DType, shape: Index, boxes: Sequence[_Box]) -> None:
         self.name = name
-        self.nbytes = math.prod(grid.shape) * dtype.itemsize
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self._dtype = dtype
         self._itemsize = dtype.itemsize
         self._raw = np.dtype(dtype.raw)
-        self._shape = grid.shape
-        self._strides = strides_of(grid.shape)
-        self.boxes = [(box, strides_of(box.extent)) for box in grid.boxes]
+        self._shape = shape
+        self._strides = strides_of(shape)
+        self.boxes = [(box, strides_of(box.extent)) for box in boxes]
         # A box holds a row only if it starts in it, or at most as far before as boxes are long.
-        self._starts = [box.start[0] for box in grid.boxes]
-        self._reach = max((box.extent[0] for box in grid.boxes), default=0)
+        self._starts = [box.start[0] for box in boxes]
+        self._reach = max((box.extent[0] for box in boxes), default=0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        boxes = [box for box, _ in self.boxes]
+        return Assembled, (self.name, self._dtype, self._shape, boxes)
+
+    def part(self, offset: int, nbytes: int) -> Assembled:
+        """The same bytes, without the boxes that hold none of these: only these can be read."""
+        start = offset // self._itemsize
+        crossed = {
+            id(box): box
+            for index, count, _ in self._runs(start, start + nbytes // self._itemsize)
+            for box, *_ in self._crossed(index, count)
+        }
+        boxes = sorted(crossed.values(), key=lambda box: box.start)
+        return Assembled(self.name, self._dtype, self._shape, boxes)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`; both are multiples of the itemsize."""
@@ -222,18 +238,8 @@ class _Assembled:
         """Gather one run from the boxes that it crosses, in each of which it is one run too."""
         dim, itemsize = len(index) - 1, self._itemsize
         first, inner = index[-1], self._shape[dim + 1 :]
-        rows = count if dim == 0 else 1
-        candidates = slice(
-            bisect_right(self._starts, index[0] - self._reach),
-            bisect_left(self._starts, index[0] + rows),
-        )
-        for box, strides in self.boxes[candidates]:
+        for box, strides, low, high in self._crossed(index, count):
             start, extent = box.start, box.extent
-            if any(not 0 <= index[d] - start[d] < extent[d] for d in range(dim)):
-                continue
-            low, high = max(first, start[dim]), min(first + count, start[dim] + extent[dim])
-            if low >= high:
-                continue
             place = sum((index[d] - start[d]) * strides[d] for d in range(dim))
             place += (low - start[dim]) * strides[dim]
             nbytes = (high - low) * strides[dim] * itemsize
@@ -250,6 +256,22 @@ class _Assembled:
             target[(slice(low - first, high - first), *inside)] = gathered.view(self._raw).reshape(
                 high - low, *extent[dim + 1 :]
             )
+
+    def _crossed(self, index: Index, count: int) -> Iterator[tuple[_Box, Index, int, int]]:
+        """The boxes that a run crosses, with their strides, each from where to where along it."""
+        dim, first = len(index) - 1, index[-1]
+        rows = count if dim == 0 else 1
+        candidates = slice(
+            bisect_right(self._starts, index[0] - self._reach),
+            bisect_left(self._starts, index[0] + rows),
+        )
+        for box, strides in self.boxes[candidates]:
+            start, extent = box.start, box.extent
+            if any(not 0 <= index[d] - start[d] < extent[d] for d in range(dim)):
+                continue
+            low, high = max(first, start[dim]), min(first + count, start[dim] + extent[dim])
+            if low < high:
+                yield box, strides, low, high
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """A copy: there is no one place in a file to map."""

@@ -23,7 +23,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote
 
-from harness.checkpoint.sources import FileSource, Source, check_range
+from harness.checkpoint.sources import FileSource, Source, Version, check_range
 from harness.errors import CheckpointError, HarnessError, UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ _PACKAGES = {
 }
 # What stands before an @ is a container here, and a person or a password everywhere else.
 _ADDRESSED = ("abfs", "abfss", "az", "adl", "hf")
+# Where the file systems of fsspec say that a file is another one, the surest first.
+_TAGS = (
+    *("ETag", "etag", "blob_id", "sha", "md5"),
+    *("mtime", "modify", "modificationTime", "LastModified", "last_modified", "updated", "created"),
+)
 _ANY_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 _T = TypeVar("_T")
 
@@ -289,7 +294,8 @@ class StoredFiles:
             return Stat(is_dir=True, nbytes=0)
         if not isinstance(info.get("size"), int):
             raise NotImplementedError("it does not tell the size of the file")
-        return Stat(is_dir=False, nbytes=info["size"])
+        tag = next((str(info[name]) for name in _TAGS if info.get(name)), "")
+        return Stat(is_dir=False, nbytes=info["size"], tag=tag)
 
     def fetch(self, url: str, start: int, end: int, expected: Stat) -> bytes:
         data: bytes = self._filesystem.cat_file(url, start=start, end=end)
@@ -322,6 +328,7 @@ class RemoteSource:
         if found.is_dir:
             raise CheckpointError(f"{path}: a folder, not a file", hint="give the file inside")
         self.nbytes = found.nbytes
+        self.version = Version(found.nbytes, found.tag and f"tag {found.tag}")
         self.path = path
         self._found = found
         self._token = object()

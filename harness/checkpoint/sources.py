@@ -17,10 +17,13 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from harness.checkpoint.paths import AnyPath
 from harness.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from harness.checkpoint.remote import RemoteSource
 
 # Trained weights deflate to 0.5-1 of their size, constant ones to 1/1000, as a bomb does.
 INFLATION_LIMIT = 100
@@ -58,10 +61,22 @@ def read(source: Source, offset: int, nbytes: int) -> bytes:
     return bytes(buffer)
 
 
+class Version(NamedTuple):
+    """What there is to see of a file without reading it: a file that replaces it has another.
+
+    `tag` is the time of a change, or what a server gives for it: empty where that is nothing.
+    """
+
+    nbytes: int
+    tag: str
+
+    def __str__(self) -> str:
+        return f"{self.nbytes} bytes, {self.tag}" if self.tag else f"{self.nbytes} bytes"
+
+
 class FileSource:
     """A whole file, read with `pread`: no shared position, so threads need no lock."""
 
-    mtime_ns = 0
     _fd = -1
     _map: mmap.mmap | None = None
 
@@ -70,7 +85,9 @@ class FileSource:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             found = os.fstat(self._fd)
-            self.nbytes, self.mtime_ns = found.st_size, found.st_mtime_ns
+            self.nbytes = found.st_size
+            seconds, ns = divmod(found.st_mtime_ns, 10**9)
+            self.version = Version(found.st_size, f"modified at {seconds}.{ns:09}")
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be opened: {error.strerror}",
@@ -136,7 +153,7 @@ class FileSource:
     __del__ = close
 
 
-def open_source(path: AnyPath) -> Source:
+def open_source(path: AnyPath) -> FileSource | RemoteSource:
     """Open a file as a source; raises CheckpointError."""
     if isinstance(path, Path):
         return FileSource(path)
@@ -170,9 +187,8 @@ class PooledSource:
         self.name = str(path)
         self._pool = pool
         self.path = path
-        opened = pool.opened(path)
-        # What is behind a URL has none, and tells by its tag that it has changed.
-        self.nbytes, self.mtime_ns = opened.nbytes, getattr(opened, "mtime_ns", 0)
+        self.version = pool.opened(path).version
+        self.nbytes = self.version.nbytes
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._opened().read_into(offset, buffer)
@@ -185,9 +201,10 @@ class PooledSource:
 
     def _opened(self) -> Source:
         found = self._pool.opened(self.path)
-        if (found.nbytes, getattr(found, "mtime_ns", 0)) != (self.nbytes, self.mtime_ns):
+        if found.version != self.version:
             raise CheckpointError(
-                f"{self.name}: another file than the one of {self.nbytes} bytes that was opened",
+                f"{self.name}: was replaced: has {found.version}, had {self.version} when it was "
+                "opened",
                 hint="wait until the checkpoint is written, and run again",
             )
         return found

@@ -243,6 +243,19 @@ class Tensor:
         if self.storage.big_endian or self.conjugate or self.negative:
             self._normalise(np.frombuffer(buffer, dtype="|u1"))
 
+    def part(self, start: int, nbytes: int) -> Tensor:
+        """The same tensor for one who reads these logical bytes alone, and needs no other pieces.
+
+        It is what is sent to another process: the pieces may be thousands.
+        """
+        from harness.checkpoint.assembled import Assembled
+
+        source = self.storage.source
+        if not isinstance(source, Assembled) or not self.is_contiguous:
+            return self
+        place = self.storage.offset + self.offset * self.dtype.itemsize + start
+        return replace(self, storage=replace(self.storage, source=source.part(place, nbytes)))
+
     def array(self) -> Array:
         """Read the whole tensor as a numpy array of its values (bits where numpy has no type)."""
         if self.storage.source is None:

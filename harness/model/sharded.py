@@ -12,6 +12,7 @@ torch.distributed has no one-sided reads, so each rank has a thread that answers
 from __future__ import annotations
 
 import math
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -35,14 +36,14 @@ from harness.checkpoint.tensors import (
 )
 from harness.errors import HarnessError, ModelError, TeamError
 from harness.model.state import as_checkpoint
-from harness.model.team import ARRIVAL, PATIENCE, TorchTeam, unexpected
+from harness.model.team import ARRIVAL, PATIENCE, TorchTeam, died, name_of, unexpected
 from harness.ranks import working_as
 from harness.streaming import CHUNK_NBYTES, buffers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _Result = TypeVar("_Result")
 
-_REQUEST, _STATUS, _REPLY = 1, 2, 3
+_REQUEST, _FAILURE, _REPLY = 1, 2, 3
 _STOP = -1
 # Shorter runs are placed by an index per element.
 _MIN_RUN = 64
@@ -61,8 +62,7 @@ def together(
     It runs on the first rank of those that hold the state, while the others serve it; returns, or
     raises, the same on all. Memory: the result, and a few chunks a thread.
     """
-    group = _group_of(state)
-    try:
+    with _group_of(state) as group:
         team = TorchTeam(group)
         with _exchange(group, state) as exchange:
             if team.rank > 0:
@@ -76,28 +76,65 @@ def together(
                 raise
             team.dismiss(result)
             return result
-    finally:
-        dist.destroy_process_group(group)
 
 
-def _group_of(state: Mapping[str, torch.Tensor]) -> dist.ProcessGroup:
+# Groups of some ranks, by these, for the next call: torch names a group by its ranks and the number
+# of groups, so that one made anew would find the addresses of the one that was destroyed.
+_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+@contextmanager
+def _group_of(state: Mapping[str, torch.Tensor]) -> Iterator[dist.ProcessGroup]:
     """A group of its own, on the CPU, of all ranks that hold a part of the state."""
     spread = [tensor for tensor in state.values() if isinstance(tensor, DTensor)]
-    ranks = sorted({int(rank) for t in spread for rank in t.device_mesh.mesh.flatten()})
+    ranks = tuple(sorted({int(rank) for t in spread for rank in t.device_mesh.mesh.flatten()}))
+    if len(ranks) == dist.get_world_size():
+        group = _new_group(ranks)
+        try:
+            yield group
+        finally:
+            dist.destroy_process_group(group)
+        return
+    known = _groups.pop(ranks, None)
+    group = known if known is not None and _is_known_to_torch(known) else _new_group(ranks)
+    try:
+        yield group
+    except BaseException as error:
+        if _ends_all_alike(error):
+            _groups[ranks] = group
+        raise
+    _groups[ranks] = group
+
+
+def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
     is_all = len(ranks) == dist.get_world_size()
     try:
         group: dist.ProcessGroup = dist.new_group(
-            None if is_all else ranks,
+            None if is_all else [*ranks],
             backend="gloo",
             timeout=ARRIVAL,
             use_local_synchronization=not is_all,
         )
     except RuntimeError as error:
         raise TeamError(
-            f"the ranks {ranks}, which hold the model, did not all come within {ARRIVAL}",
+            f"the ranks {[*ranks]}, which hold the model, did not all come within {ARRIVAL}",
             hint="call this on every rank that holds a part of the model",
         ) from error
     return group
+
+
+def _is_known_to_torch(group: dist.ProcessGroup) -> bool:
+    """Whether a group was not destroyed with all others."""
+    try:
+        dist.get_group_rank(group, dist.get_rank())
+    except ValueError:
+        return False
+    return True
+
+
+def _ends_all_alike(error: BaseException) -> bool:
+    """Whether all ranks end with it, and none is left in the middle of something."""
+    return isinstance(error, HarnessError) and not isinstance(error, TeamError)
 
 
 # What the ranks tell each other before anything is read.
@@ -180,12 +217,16 @@ def _tables(
     try:
         dist.all_gather_object(found, mine, group=group)
     except RuntimeError as error:
-        raise TeamError("another rank has died", hint="see what it printed last") from error
+        raise TeamError(
+            f"another rank has died, or did not come within {ARRIVAL}",
+            hint="see what it printed last, and call this on every rank that holds a part",
+        ) from error
     for rank, table in enumerate(found):
         if isinstance(table, HarnessError):
-            raise type(table)(f"rank {rank}: {table}", hint=table.hint)
-    for rank, table in enumerate(found):
-        _refuse_other_state(found[0], table, rank)
+            raise type(table)(f"rank {name_of(group, rank)}: {table}", hint=table.hint)
+    first, *others = dist.get_process_group_ranks(group)
+    for name, table in zip(others, found[1:], strict=True):
+        _refuse_other_state(found[0], table, first, name)
     return found, held
 
 
@@ -221,18 +262,20 @@ def _row(key: str, tensor: torch.Tensor) -> _Row:
     return _Row(key, dtype, shape, box, place)
 
 
-def _refuse_other_state(ours: Sequence[_Row], theirs: Sequence[_Row], rank: int) -> None:
+def _refuse_other_state(
+    ours: Sequence[_Row], theirs: Sequence[_Row], first: int, rank: int
+) -> None:
     here, there = ({row.key: _in_words(row) for row in table} for table in (ours, theirs))
     for key in {**here, **there}:
         if here.get(key) != there.get(key):
             raise ModelError(
-                f"{key}: rank 0 has {here.get(key, 'nothing')}, "
+                f"{key}: rank {first} has {here.get(key, 'nothing')}, "
                 f"rank {rank} {there.get(key, 'nothing')}",
                 hint="all ranks must give the same model",
             )
     if [*here] != [*there]:
         raise ModelError(
-            f"the keys of rank {rank} are in another order than those of rank 0",
+            f"the keys of rank {rank} are in another order than those of rank {first}",
             hint="all ranks must give the same model",
         )
 
@@ -346,21 +389,23 @@ class _Exchange:
     def fetch(self, ranks: Sequence[int], index: int, start: int, data: Array) -> None:
         """Fill `data` with bytes, from `start` on, of the piece that each of `ranks` holds."""
         if self._rank in ranks:
-            self._held[index].read_into(start, data.data)
+            with self._named(index):
+                self._held[index].read_into(start, data.data)
             return
         rank = ranks[self._rank % len(ranks)]
-        status = torch.empty(1, dtype=torch.int64)
+        size = torch.empty(1, dtype=torch.int64)
         with self._locks[rank]:
             try:
                 request = torch.tensor([index, start, data.size])
                 self._group.send([request], rank, _REQUEST).wait(PATIENCE)
-                self._group.recv([status], rank, _STATUS).wait(PATIENCE)
-                if int(status) == 0:
-                    self._group.recv([torch.from_numpy(data)], rank, _REPLY).wait(PATIENCE)
+                self._group.recv([size], rank, _FAILURE).wait(PATIENCE)
+                failure = bytearray(int(size))
+                reply = torch.frombuffer(failure or data, dtype=torch.uint8)
+                self._group.recv([reply], rank, _REPLY).wait(PATIENCE)
             except RuntimeError as error:
-                raise TeamError(f"rank {rank} of {self._size} has died") from error
-        if int(status):
-            raise ModelError(f"{self.shards[index].name}: rank {rank} cannot read its piece")
+                raise died(self._group, rank) from error
+        if failure:
+            raise pickle.loads(failure)
 
     def close(self) -> None:
         """End the threads that answer, each stopped by another rank: none can send to itself."""
@@ -381,14 +426,33 @@ class _Exchange:
                 index, start, nbytes = request.tolist()
                 if index == _STOP:
                     return
-                data, rank = buffers.get("answer", nbytes), work._source_rank()
+                rank, failure = work._source_rank(), b""
                 try:
-                    self._held[index].read_into(start, data.data)
-                except Exception:
-                    self._group.send([torch.tensor([1])], rank, _STATUS).wait(PATIENCE)
-                    continue
-                self._group.send([torch.tensor([0])], rank, _STATUS).wait(PATIENCE)
+                    with self._named(index):
+                        data = buffers.get("answer", nbytes)
+                        self._held[index].read_into(start, data.data)
+                except ModelError as error:
+                    failure = pickle.dumps(error)
+                    data = np.frombuffer(bytearray(failure), "u1")
+                self._group.send([torch.tensor([len(failure)])], rank, _FAILURE).wait(PATIENCE)
                 self._group.send([torch.from_numpy(data)], rank, _REPLY).wait(PATIENCE)
+
+    @contextmanager
+    def _named(self, index: int) -> Iterator[None]:
+        """Say of what goes wrong which piece could not be read, and where."""
+        try:
+            yield
+        except Exception as error:  # whatever the memory of a device raises
+            row = self._tables[self._rank][index]
+            box = row.box or Box((), row.shape)
+            cause = error if isinstance(error, HarnessError) else unexpected(error)
+            name = name_of(self._group, self._rank)
+            raise ModelError(
+                f"{row.key}: rank {name} cannot read its piece {list(box.sizes)} at "
+                f"{list(box.offsets)} of {list(row.shape)}: {cause}",
+                hint=f"see that the device of rank {name} works and has memory left, then run "
+                "again",
+            ) from error
 
 
 _exchanges: list[_Exchange] = []
@@ -412,7 +476,7 @@ def _exchange(group: dist.ProcessGroup, state: Mapping[str, torch.Tensor]) -> It
     try:
         yield exchange
     except BaseException as error:  # a rank that has died can stop none: its thread is left behind
-        is_whole = isinstance(error, HarnessError) and not isinstance(error, TeamError)
+        is_whole = _ends_all_alike(error)
         raise
     finally:
         _exchanges.remove(exchange)

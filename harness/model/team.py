@@ -27,8 +27,9 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from harness.checkpoint.remote import RemotePath, RemoteSource
-from harness.checkpoint.sources import FileSource, Pool, PooledSource, RangeSource
+from harness.checkpoint.paths import to_path
+from harness.checkpoint.remote import RemoteSource
+from harness.checkpoint.sources import FileSource, Pool, PooledSource, RangeSource, Version
 from harness.errors import CheckpointError, HarnessError, TeamError
 from harness.streaming import num_cores, parallel, together
 
@@ -88,7 +89,8 @@ class TorchTeam:
         answer: _Answer = self.receive(rank)
         if answer.error is not None:
             error = answer.error
-            raise type(error)(f"rank {rank}: {error}", hint=error.hint) from error
+            name = name_of(self._group, rank)
+            raise type(error)(f"rank {name}: {error}", hint=error.hint) from error
         return answer.results
 
     def serve(self) -> Any:
@@ -142,10 +144,20 @@ class TorchTeam:
     def _lose(self, rank: int, error: RuntimeError) -> NoReturn:
         """gloo raises RuntimeError for a connection that was closed or reset, and for a timeout."""
         self.has_lost_a_rank = True
-        raise TeamError(
-            f"rank {rank} of {self.size} has died",
-            hint=f"see what rank {rank} printed last, and whether it ran out of memory",
-        ) from error
+        raise died(self._group, rank) from error
+
+
+def name_of(group: dist.ProcessGroup, rank: int) -> int:
+    """What a rank of a group is to a person: its number among all."""
+    return dist.get_process_group_ranks(group)[rank]
+
+
+def died(group: dist.ProcessGroup, rank: int) -> TeamError:
+    name = name_of(group, rank)
+    return TeamError(
+        f"rank {name} of {dist.get_world_size()} has died",
+        hint=f"see what rank {name} printed last, and whether it ran out of memory",
+    )
 
 
 def num_cores_of_rank() -> int:
@@ -246,19 +258,14 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is FileSource:
-            return _by_name(Path(value.name), value)
-        if type(value) is PooledSource and isinstance(value.path, Path):
-            return _by_name(value.path, value)
-        if type(value) is RemoteSource or type(value) is PooledSource:
-            return _fetched, (value.path, value.nbytes)
+            return _opened, (str(Path(value.name).absolute()), value.version)
+        if type(value) is PooledSource or type(value) is RemoteSource:
+            path = value.path
+            name = str(path.absolute()) if isinstance(path, Path) else path.url
+            return _opened, (name, value.version)
         if type(value) is RangeSource:
             value.locate()  # how is known here alone
         return NotImplemented
-
-
-def _by_name(path: Path, opened: FileSource | PooledSource) -> Any:
-    """How to open it elsewhere: the file that is open here, which may have been replaced."""
-    return _opened, (str(path.absolute()), opened.nbytes, opened.mtime_ns)
 
 
 def _pickled(value: Any) -> memoryview:
@@ -271,26 +278,18 @@ _files = Pool()  # a tensor may lie in more files than may be open
 
 
 @lru_cache(maxsize=4096)
-def _opened(name: str, nbytes: int, mtime_ns: int) -> PooledSource:
-    """Open a file as the leader has it; raises CheckpointError where it is another one here."""
-    source = _files.open(Path(name))
-    found = source.mtime_ns
-    if (source.nbytes, found) != (nbytes, mtime_ns):
+def _opened(name: str, version: Version) -> PooledSource:
+    """Open a file or URL as the leader has it; raises CheckpointError where it is another one."""
+    path = to_path(name)
+    source = _files.open(path)
+    if source.version != version:
+        source.close()  # it may be open here since the leader had another one of that name
+        source = _files.open(path)
+    if source.version != version:
         raise CheckpointError(
-            f"{name}: {source.nbytes} bytes, modified at {found / 1e9:.3f}, but rank 0 sees "
-            f"{nbytes} bytes, modified at {mtime_ns / 1e9:.3f}",
-            hint="all ranks must see the same files: wait until the shared storage agrees",
-        )
-    return source
-
-
-@lru_cache(maxsize=64)
-def _fetched(path: RemotePath, nbytes: int) -> RemoteSource:
-    """Look at a file behind a URL as the leader saw it."""
-    source = RemoteSource(path)
-    if source.nbytes != nbytes:
-        raise CheckpointError(
-            f"{path}: {source.nbytes} bytes, but rank 0 sees {nbytes}",
-            hint="something writes to it: try again when that is done",
+            f"{path}: was replaced, or is another file here: has {source.version}, but rank 0 "
+            f"sees {version}",
+            hint="all ranks must see the same files: wait until they are written and the shared "
+            "storage agrees, then run again",
         )
     return source

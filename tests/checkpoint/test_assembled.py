@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.checkpoint import assembled
-from harness.checkpoint.assembled import Piece, assemble
+from harness.checkpoint.assembled import Assembled, Piece, assemble
 from harness.checkpoint.rebuild import _integers
 from harness.checkpoint.tensors import DTYPES, Storage, Tensor
 from harness.errors import CheckpointError
@@ -39,11 +39,14 @@ def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...
     return shape, draw(st.permutations(boxes))
 
 
+def box(start: tuple[int, ...], extent: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(at, at + size) for at, size in zip(start, extent, strict=True))
+
+
 def piece(
     values: Array, start: tuple[int, ...], extent: tuple[int, ...], where: str = "f"
 ) -> Piece:
-    box = values[tuple(slice(at, at + size) for at, size in zip(start, extent, strict=True))]
-    storage = _integers(tuple(box.flatten().tolist())).storage
+    storage = _integers(tuple(values[box(start, extent)].flatten().tolist())).storage
     tensor = Tensor(key="", dtype=INT64, shape=extent, storage=storage)
     return Piece(start=start, tensor=tensor, where=where)
 
@@ -67,8 +70,17 @@ def test_any_range_of_any_tiling_has_the_bytes_of_the_whole(
         buffer = bytearray((last - first) * 8)
         tensor.read_into(first * 8, memoryview(buffer))
         assert bytes(buffer) == values.tobytes()[first * 8 : last * 8]
+        part = tensor.part(first * 8, len(buffer))
+        read = bytearray(len(buffer))
+        part.read_into(first * 8, memoryview(read))
+        assert read == buffer
         assert tensor.array().tobytes() == values.tobytes()
     source = tensor.storage.source
+    if isinstance(source, Assembled):
+        assert isinstance(part.storage.source, Assembled)
+        held = [set(values[box(*at)].flatten().tolist()) for at in boxes]
+        needed = sum(1 for elements in held if elements & set(range(first, last)))
+        assert len(part.storage.source.boxes) == needed
     assert source is not None
     assert bytes(source.view(0, source.nbytes)) == values.tobytes()
 

@@ -229,6 +229,20 @@ def test_ranks_with_different_commands_are_refused(golden: Path, tmp_path: Path)
     assert [(rank.code, rank.err) for rank in others] == [(0, ""), (0, "")]
 
 
+def test_ranks_with_different_commands_keep_the_secrets_of_their_urls(tmp_path: Path) -> None:
+    own = {
+        "0": ["verify", "https://me:pass-0@host/model.pt?sig=secret-0", "--atol", "1"],
+        "1": ["verify", "https://me:pass-1@host/model.pt?sig=secret-1", "--atol", "1"],
+    }
+    first, _ = run_ranks(2, come_with, own, folder=tmp_path / "run")
+    command = "`harness verify https://host/model.pt --atol 1` of version "
+    assert first.code == 2
+    assert first.err.startswith(f"error: rank 1 runs {command}")
+    assert f"rank 0 {command}" in first.err
+    assert "pass-" not in first.err + first.out
+    assert "secret-" not in first.err + first.out
+
+
 def come_early(*arguments: str) -> None:
     from harness.model import launched
 

@@ -345,6 +345,53 @@ def test_only_the_ranks_that_hold_a_part_need_call(consolidated: Path, tmp_path:
     assert (first, second, third) == (["identical", digest], [], [digest])
 
 
+def unreadable() -> Any:
+    """What two of three ranks hear while the pieces of one, then of the other, cannot be read."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from harness.model.state import _Memory
+    from harness.model.team import TorchTeam
+
+    dist.init_process_group("gloo")
+    mesh = DeviceMesh("cpu", [0, 2])
+    if dist.get_rank() == 1:
+        return None
+    state = {"layer.weight": distribute_tensor(torch.ones(6, 4), mesh, [Shard(0)])}
+    TorchTeam.map = lambda self, work, tasks, **_: [*map(work, tasks)]  # type: ignore[assignment]
+    honest = _Memory.read_into
+
+    def lost(self: Any, offset: int, buffer: memoryview) -> None:
+        raise RuntimeError("the device is lost")
+
+    found = []
+    for victim in (2, 0):
+        if dist.get_rank() == victim:
+            _Memory.read_into = lost  # type: ignore[method-assign]
+        try:
+            harness.fingerprint(state)
+        except HarnessError as error:
+            found.append((type(error).__name__, str(error), error.hint))
+        _Memory.read_into = honest  # type: ignore[method-assign]
+    found.append(harness.fingerprint(state).root)
+    return found
+
+
+def test_a_piece_that_cannot_be_read_is_named_with_its_rank_and_the_cause(tmp_path: Path) -> None:
+    one, _, other = errors_of(run_ranks(3, unreadable, folder=tmp_path))
+    assert one == other
+    assert one[:2] == [
+        (
+            "ModelError",
+            f"layer.weight: rank {rank} cannot read its piece [3, 4] at [{start}, 0] of [6, 4]: "
+            "RuntimeError: the device is lost",
+            f"see that the device of rank {rank} works and has memory left, then run again",
+        )
+        for rank, start in [(2, 3), (0, 0)]
+    ]
+    assert one[2] == harness.fingerprint({"layer.weight": torch.ones(6, 4)}).root
+
+
 def killed(victim: int) -> Any:
     """What a rank hears when another one is killed while its pieces are read."""
     from torch.distributed.fsdp import fully_shard

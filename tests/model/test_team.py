@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+import random
+import resource
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save, save_file
 
-from harness.checkpoint import open_checkpoint
+import harness
+from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
+from harness.checkpoint.assembled import Piece, assemble
 from harness.checkpoint.paths import is_url, to_path
+from harness.checkpoint.remote import RemotePath
+from harness.checkpoint.sources import MAX_OPEN_FILES, FileSource
+from harness.checkpoint.tensors import DTYPES, Storage
+from harness.errors import CheckpointError
+from harness.fingerprint import fingerprint
+from harness.measuring import nothing
 from harness.model import team
 from harness.model.state import as_checkpoint
 from harness.model.team import num_cores_of_rank
-from harness.ranks import current_team
+from harness.ranks import current_team, working_as
 from harness.streaming import Chunk, map_chunks, num_cores, share
+from tests.checkpoint.dcp_writer import halves, write_dcp
+from tests.checkpoint.web import Web, serving
 from tests.model.ranks import run_ranks
 
 
@@ -61,6 +76,9 @@ class Sized:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
+
+    def part(self, chunk: Chunk) -> Sized:
+        return self
 
 
 def who_scans(item: Sized, chunk: Chunk) -> tuple[int, int]:
@@ -117,10 +135,147 @@ def test_another_rank_opens_the_files_of_a_tensor_by_their_names(data: Path, nam
             assert sent.array().tobytes() == tensor.array().tobytes()
 
 
+@pytest.fixture
+def web() -> Iterator[Web]:
+    with serving() as server:
+        yield server
+
+
+@pytest.mark.parametrize("where", ["memory", "web", "file"])
+def test_a_file_replaced_by_one_of_its_size_is_refused_by_another_rank(
+    where: str, web: Web, tmp_path: Path
+) -> None:
+    place = {"memory": "memory://same.st", "web": f"{web.url}/same.st", "file": "same.st"}[where]
+
+    def put(value: float) -> None:
+        data = save({"w": torch.full((3,), value)})
+        if where == "web":
+            web.files["/same.st"] = data
+        elif where == "memory":
+            RemotePath(place).write_bytes(data, overwrite=True)
+        else:
+            (tmp_path / place).write_bytes(data)
+            os.utime(tmp_path / place, (value, value))
+
+    def open_it() -> Any:
+        return open_checkpoint(tmp_path / place if where == "file" else place)
+
+    put(1)
+    with open_it() as checkpoint:
+        sent = team._pickled(checkpoint.tensors["w"])
+        assert pickle.loads(sent).array().tolist() == [1] * 3
+        sent = team._pickled(checkpoint.tensors["w"])
+        put(2)
+        team._opened.cache_clear()
+        team._files.opened.cache_clear()
+        with pytest.raises(CheckpointError, match=r"was replaced.* 88 bytes.*rank 0 sees 88 bytes"):
+            pickle.loads(sent)
+    with open_it() as checkpoint:  # what was open of that name before is no hindrance
+        assert pickle.loads(team._pickled(checkpoint.tensors["w"])).array().tolist() == [2] * 3
+        put(3)
+    with open_it() as checkpoint:
+        assert pickle.loads(team._pickled(checkpoint.tensors["w"])).array().tolist() == [3] * 3
+
+
 def test_what_is_in_memory_cannot_be_sent() -> None:
     live = as_checkpoint({"w": torch.zeros(3)}, "live").tensors["w"]
     with pytest.raises(TypeError):
         team._pickled(live)
+
+
+def who_reads(tensor: Tensor) -> tuple[bytes, int]:
+    return tensor.array().tobytes(), slowly(tensor.key)[1]
+
+
+def read_in_turns(folder: Path) -> Any:
+    """What a rank does that reads from more files than it may have open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES + 100, most))
+
+    def command() -> Any:
+        with open_checkpoint(folder) as checkpoint:
+            return share(who_reads, [checkpoint.tensors["w"]] * 20, jobs=2)
+
+    return lead(command)
+
+
+def test_ranks_read_a_tensor_that_lies_in_more_files_than_may_be_open(tmp_path: Path) -> None:
+    count = MAX_OPEN_FILES + 150
+    tensor = torch.arange(3.0 * count).reshape(count, 3)
+    folder = write_dcp(tmp_path / "folder", {"w": halves(tensor, count=count)})
+    assert len(list(folder.iterdir())) == count + 1
+    first, second = run_ranks(2, read_in_turns, folder, folder=tmp_path / "run")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    (found,) = first.value
+    assert {values for values, _ in found} == {tensor.numpy().tobytes()}
+    assert {rank for _, rank in found} == {0, 1}
+
+
+class Courier:
+    """A team of which every task travels; counts the bytes of them."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def map(self, function: Any, tasks: Sequence[Any], **_: Any) -> Any:
+        sent = [bytes(team._pickled(task)) for task in tasks]
+        self.nbytes += sum(map(len, sent))
+        return [function(pickle.loads(task)) for task in sent]
+
+
+def in_pieces(path: Path, shape: tuple[int, ...], dim: int) -> Checkpoint:
+    """A float32 tensor in a file, cut into pieces of 1 along a dimension."""
+    extent = tuple(1 if d == dim else size for d, size in enumerate(shape))
+    nbytes = 4 * math.prod(extent)
+    path.write_bytes(random.Random(0).randbytes(nbytes * shape[dim]))
+    source = FileSource(path)
+    pieces = [
+        Piece(
+            start=tuple(number if d == dim else 0 for d in range(len(shape))),
+            tensor=Tensor(
+                key="",
+                dtype=DTYPES["float32"],
+                shape=extent,
+                storage=Storage(source=source, offset=number * nbytes, nbytes=nbytes),
+            ),
+            where="",
+        )
+        for number in range(shape[dim])
+    ]
+    tensor = assemble("folder", "w", DTYPES["float32"], shape, pieces, hint="")
+    return Checkpoint(name="folder", container="", section="", tensors={"w": tensor})
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "times"), [((500, 1 << 14), 0, 1), ((2, 500, 1 << 13), 1, 2)]
+)
+def test_a_task_brings_along_only_the_pieces_that_it_reads(
+    shape: tuple[int, ...], dim: int, times: int, tmp_path: Path
+) -> None:
+    checkpoint = in_pieces(tmp_path / "pieces", shape, dim)
+    whole = len(team._pickled(checkpoint.tensors["w"]))
+    with working_as(courier := Courier()):
+        found = fingerprint(checkpoint, details=nothing)
+    assert found.root == fingerprint(checkpoint, details=nothing).root
+    # Of eight tasks: a piece goes into one a row of the outer dimension, a few at a seam into two.
+    assert courier.nbytes < 1.2 * times * whole
+
+
+def test_a_task_brings_along_only_the_kept_values_that_it_reads(tmp_path: Path) -> None:
+    state = {"w": torch.arange(4_000_000.0), "half": torch.arange(5_000_000).half()}
+    save_file(state, tmp_path / "old.st")
+    recorded = harness.record(tmp_path / "old.st", tmp_path / "golden.st", values="all")
+    state["w"][3_999_999] += 1e3
+    state["half"] = state["half"].float()
+    state["half"][4_999_999] = 7
+    save_file(state, tmp_path / "new.st")
+    policy = harness.Policy(check_dtype=False)
+    with working_as(courier := Courier()):
+        found = harness.verify(tmp_path / "new.st", recorded, policy=policy)
+    assert found == harness.verify(tmp_path / "new.st", recorded, policy=policy)
+    assert [finding.key for finding in found.findings if finding.fails] == ["half", "w"]
+    read = 3  # passes over the values: to compare them, and for their statistics
+    assert courier.nbytes < read * (16_000_000 + 10_000_000)
 
 
 def test_without_other_ranks_there_is_no_team() -> None:
