@@ -319,6 +319,19 @@ def test_elements_are_counted_across_chunks_and_passes(dtype: torch.dtype, extra
     assert sorted(e.index[0] for e in found.elements) == sorted(set(places))
 
 
+@pytest.mark.parametrize("place", [0, 600_000, 1_048_575, 1_100_000])
+def test_what_is_the_same_before_the_first_difference_is_looked_at_too(place: int) -> None:
+    """In a pass of its own, before or after: NaN there is close to nothing."""
+    expected = torch.arange(1_200_000, dtype=torch.float32)
+    expected[[5, 700_000]] = math.nan
+    actual = expected.clone()
+    actual[place] += 3
+    found = compared(expected, actual, 0.1, 0.0)
+    assert found.num_beyond == 3
+    assert found.num_nonfinite == (2, 2)
+    assert {element.index for element in found.elements} == {(5,), (700_000,), (place,)}
+
+
 def test_rms_and_max_of_the_smallest_differences_do_not_vanish() -> None:
     x = torch.full((1000,), 1e-30)
     found = compared(x, 2 * x)
