@@ -1,9 +1,9 @@
 """Sums of many numbers, of their squares, and of their products with a matrix, in float64.
 
-In: float32 or float64 values. Out: float64, each sum of n terms off by at most n units in its last
-place times the sum of the terms' sizes. float32 is multiplied as it is and added up in float64, by
-NumKong, which lets other threads run meanwhile: a fraction of the time of numpy, which would have
-to widen it first. The same values give the same bits, whatever stands beside them.
+In: finite float32 or float64 values. Out: float64, each sum of n terms off by at most n 2**-53 of
+the sum of their sizes. float32 is multiplied as it is, and its products added up in float64, by
+NumKong: in half the time of numpy, which would have to widen it first. The same values give the
+same bits, whatever stands beside them.
 """
 
 from __future__ import annotations
@@ -36,16 +36,19 @@ def moments_of_runs(values: Array, numel: int) -> Runs:
     """Both moments of values (n,) over runs of `numel` values, the last of which is the rest."""
     whole = values.size // numel * numel
     runs, rest = values[:whole].reshape(-1, numel), values[None, whole:]
-    found = [_moments_of_rows(rows) for rows in (runs, rest) if rows.size]
-    return Runs(*(np.concatenate([np.zeros(0), *column]) for column in zip(*found, strict=True)))
+    sums, squares = zip(_moments_of_rows(runs), _moments_of_rows(rest), strict=True)
+    return Runs(np.concatenate(sums), np.concatenate(squares))
 
 
 def _moments_of_rows(rows: Array) -> tuple[Array, Array]:
+    if not rows.size:
+        return np.zeros(0), np.zeros(0)
     if rows.dtype != np.float32:
         with np.errstate(over="ignore", invalid="ignore"):
             return rows.sum(axis=1), sums_of_squares(rows)
     if rows.shape[1] < _MIN_NUMEL:
         return np.asarray(numkong.sum(rows, axis=1)), sums_of_squares(rows)
+    # Other threads wait for these short calls; those that let them on take twice as long.
     sums, squares = zip(*map(numkong.moments, rows), strict=True)
     return np.array(sums), np.array(squares)
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.checkpoint import open_checkpoint
+from harness.checkpoint.tensors import DTYPES, numpy_dtype
 from harness.errors import CheckpointError
-from harness.fingerprint import Fingerprint, Stats, fingerprint, outline
+from harness.fingerprint import Fingerprint, Stats, as_floats, fingerprint, outline
 from harness.streaming import CHUNK_NBYTES
 
 State = dict[str, torch.Tensor]
@@ -342,3 +343,21 @@ def test_extremes_and_zeros_whatever_the_signs(
     assert stats is not None
     assert (stats.min, stats.max, stats.num_zero) == (least, greatest, num_zero)
     assert "-0.0" not in repr(stats)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, dtype in DTYPES.items() if dtype.is_floating)
+)
+def test_floats_are_the_numbers_that_are_stored(name: str) -> None:
+    """All there are of one or two bytes, a sample of others."""
+    dtype = DTYPES[name]
+    stored = numpy_dtype(dtype)
+    if stored.itemsize <= 2:
+        data = np.arange(1 << 8 * stored.itemsize, dtype=f"<u{stored.itemsize}").view("|u1")
+    else:
+        data = np.random.default_rng(0).integers(0, 256, 4096, dtype="|u1")
+    found = as_floats(data, dtype)
+    with np.errstate(invalid="ignore"):
+        expected = data.view(stored).astype("<f8")
+        assert np.array_equal(found.astype("<f8"), expected, equal_nan=True)
+    assert found.dtype == np.dtype("<f8" if stored.itemsize == 8 else "<f4")
