@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SCHEMA = 2
+SCHEMA = 2  # in 1, which is read too, P is of float64 and is not named
 SUFFIX = ".safetensors"
 _LFS = b"version https://git-lfs"
 _RESTORE = "restore it from version control, or remove it and record it again"
