@@ -86,8 +86,6 @@ class Tally:
 _PASS_NUMEL = 524288
 _MIN_RUN_NUMEL = 64
 MAX_STRIP = 64
-# A float32 sum of squares below this has lost terms to underflow.
-_SAFE_SQUARES = 1e-25
 # Below this share of a limit a rounded difference is below the limit itself.
 _SURELY = 1 - 2.0**-20
 # The worst elements are looked for in groups, of which only the greatest are looked at again.
@@ -220,7 +218,7 @@ class _Kernel:
                 same = _by_element(a == e, error.size)
                 error[same] = scaled[same] = needed[same] = 0
                 error[np.isnan(error)] = np.inf
-            if not _SAFE_SQUARES < total < math.inf:
+            if not finite:
                 measured = np.where(np.isfinite(error), error, 0).astype("<f8")
                 squares = self._squares(measured)
             min_atol = _top(needed)

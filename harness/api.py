@@ -140,7 +140,7 @@ def record(
             fingerprint=replace(found, config=checkpoint.config),
             source="" if path is None else source_of(path, target),
             section=section,
-            live=_record_live(path, checkpoint, target, stage, live),
+            live=_record_live(path, checkpoint, target, stage, live, found),
         )
     write_golden(recorded, overwrite=overwrite)
     return recorded
@@ -152,13 +152,19 @@ def _record_live(
     golden: AnyPath,
     stage: Stage,
     live: LiveOptions | None,
+    weights: Fingerprint,
 ) -> LiveRecord | None:
     if stage == "file" or path is None:
         return None
     from harness.model.stages import LiveOptions, record_live
 
     return record_live(
-        to_local(path, LOADED), checkpoint, live or LiveOptions(), stage, to_local(golden, KEPT)
+        to_local(path, LOADED),
+        checkpoint,
+        live or LiveOptions(),
+        stage,
+        to_local(golden, KEPT),
+        weights,
     )
 
 
@@ -312,7 +318,9 @@ def update(
             source=source_after(subject, golden),
             live=_update_live(path, actual, golden, last, live),
         )
-    if updated.fingerprint.root != old.root or updated.live != golden.live:
+    if updated.live is not None and updated.live.tells_as(golden.live):
+        updated = replace(updated, live=golden.live)  # whose sketches may have other last bits
+    if updated.fingerprint.root != old.root or updated.live is not golden.live:
         entry = Update(root=old.root.hex(), reason=reason)
         updated = replace(updated, history=(*golden.history, entry))
     write_golden(updated, overwrite=True)
@@ -391,6 +399,7 @@ def _update_live(
         live or remembered(golden),
         last,
         to_local(golden.path, KEPT),
+        golden.fingerprint,
     )
 
 

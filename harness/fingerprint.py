@@ -135,7 +135,7 @@ class Fingerprint:
 
     @property
     def matrix(self) -> MatrixDType:
-        """The P of its sketches: all have the same."""
+        """The P of its sketches: all that were made together have the same."""
         sketches = (t.sketch for t in self.tensors.values() if t.sketch is not None)
         return next((sketch.matrix for sketch in sketches), "float32")
 
@@ -468,7 +468,8 @@ def _moments(values: Array, runs: Runs, extremes: _Extremes, nonfinite: _NonFini
         mean, squares = float(runs.sums.sum()) / count, float(runs.squares.sum())
         m2 = squares - count * mean * mean
         if not m2 >= squares / 2:  # the mean is no small part of the values: digits cancel
-            centred = np.subtract(values, mean, out=buffers.get("centred", count, "<f8"))
+            wide = buffers.get("centred", count, "<f8")
+            centred = np.subtract(values, mean, out=wide, dtype="<f8")
             m2 = float(moments_of_runs(centred, 4096).squares.sum())
     return _Moments(count, extremes.min, extremes.max, mean, m2, squares, num_zero, *nonfinite)
 

@@ -16,7 +16,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,16 @@ class LiveRecord:
     parameters: tuple[tuple[str, bool], ...] = ()
     buffers: Fingerprint | None = None
     outputs: Fingerprint | None = None
+
+    def tells_as(self, other: LiveRecord | None) -> bool:
+        """Whether both are of the same code, and of the same bits of what it made."""
+
+        def told(record: LiveRecord) -> list[object]:
+            parts = (record.buffers, record.outputs)
+            roots = [None if p is None else (p.root, *p.tensors) for p in parts]
+            return [replace(record, buffers=None, outputs=None), *roots]
+
+        return other is not None and told(self) == told(other)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,9 +269,9 @@ def _describe_sketches(part: Fingerprint) -> dict[str, Any]:
     return {"block_nbytes": part.block_nbytes, "matrix": part.matrix}
 
 
-def _how_sketched(described: Mapping[str, Any]) -> tuple[int, Any]:
-    """The bytes of a block, and the matrix of which schema 1 had but one."""
-    return int(described["block_nbytes"]), described.get("matrix", "float64")
+def _how_sketched(schema: int, described: Mapping[str, Any]) -> tuple[int, Any]:
+    matrix = "float64" if schema == 1 else described["matrix"]
+    return int(described["block_nbytes"]), matrix
 
 
 def _describe_live(live: LiveRecord) -> dict[str, Any]:
@@ -389,7 +399,7 @@ def _parse(path: AnyPath, columns: Mapping[str, Tensor], metadata: Mapping[str, 
                 hint="upgrade: pip install --upgrade checkpoint-harness",
             )
         made, source = header["made"], header["source"]
-        block_nbytes, matrix = _how_sketched(made["sketch"])
+        block_nbytes, matrix = _how_sketched(schema, made["sketch"])
         fixed = (made["digest"], made["chunk_nbytes"], made["sketch"]["seed"])
         if fixed != ("blake3", CHUNK_NBYTES, SEED) or not 0 < block_nbytes <= CHUNK_NBYTES:
             raise GoldenError(
@@ -412,7 +422,7 @@ def _parse(path: AnyPath, columns: Mapping[str, Tensor], metadata: Mapping[str, 
                 f"{header['root'][:16]}…",
                 hint="the golden was changed by hand: restore it from version control",
             )
-        live = _parse_live(reader, header.get("live"))
+        live = _parse_live(reader, schema, header.get("live"))
         reader.check_used_up()
         return Golden(
             path=path,
@@ -432,7 +442,7 @@ def _parse(path: AnyPath, columns: Mapping[str, Tensor], metadata: Mapping[str, 
         ) from error
 
 
-def _parse_live(reader: Columns, described: Any) -> LiveRecord | None:
+def _parse_live(reader: Columns, schema: int, described: Any) -> LiveRecord | None:
     if described is None:
         return None
 
@@ -440,7 +450,7 @@ def _parse_live(reader: Columns, described: Any) -> LiveRecord | None:
         table = described[name]
         if table is None:
             return None
-        block_nbytes, matrix = _how_sketched(table)
+        block_nbytes, matrix = _how_sketched(schema, table)
         return Fingerprint(
             name=name,
             container=f"live {name}",

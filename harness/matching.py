@@ -41,7 +41,7 @@ class Matching:
     """Who stands for whom.
 
     `pairs` are to be compared, also those under another `prefix`; `renamed` have equal weights
-    under another key; `ignored` is how many tensors the policy leaves out.
+    under another key; `num_ignored` tensors are left out by the policy.
     """
 
     pairs: tuple[Pair, ...]

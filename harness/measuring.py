@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from harness.checkpoint import Checkpoint, Tensor
 from harness.errors import CheckpointError
 from harness.fingerprint import Fingerprint, TensorPrint, fingerprint, statistics
+from harness.sketch import MatrixDType
 from harness.streaming import Chunk, Progress, map_chunks
 
 # What measures is imported where something differs: a verify that passes starts without.
@@ -159,16 +160,17 @@ class AgainstGolden:
         from harness.difference import difference_from_sketch
 
         # Blocks count elements, so another dtype needs blocks of another size in bytes.
-        by_block: dict[int, set[str]] = defaultdict(set)
+        by_form: dict[tuple[int, MatrixDType], set[str]] = defaultdict(set)
         for expected, actual, _ in triples.values():
-            by_block[self._block_nbytes(expected, actual)].add(actual.key)
+            matrix = expected.sketch.matrix if expected.sketch is not None else "float32"
+            by_form[self._block_nbytes(expected, actual), matrix].add(actual.key)
         details: dict[str, TensorPrint] = {}
-        for block_nbytes, keys in by_block.items():
+        for (block_nbytes, matrix), keys in by_form.items():
             details |= fingerprint(
                 part(self.actual, keys),
                 keep_values=nothing,
                 block_nbytes=block_nbytes,
-                matrix=self.golden.matrix,
+                matrix=matrix,
                 jobs=self.jobs,
                 progress=self.progress,
             ).tensors

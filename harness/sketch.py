@@ -13,6 +13,7 @@ to orthogonal least squares (Chen, Billings & Luo 1989) finds them exactly.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,14 +40,26 @@ MatrixDType = Literal["float32", "float64"]
 """What the numbers of P are rounded to: goldens of schema 1 have them as float64."""
 
 
-@lru_cache(maxsize=8)
-def projection(block_numel: int, dtype: MatrixDType = "float32") -> Matrix:
+_making = threading.Lock()  # of one matrix by several threads, which may be large
+
+
+def projection(block_numel: int, matrix: MatrixDType = "float32") -> Matrix:
     """The matrix P (block_numel, 16): the first rows of one fixed stream.
 
     numpy guarantees the stream of RandomState for ever (NEP 19).
     """
-    numbers = np.random.RandomState(SEED).standard_normal((block_numel, NUM_PROJECTIONS))
-    return Matrix(numbers.astype(dtype))
+    with _making:
+        return _projection(block_numel, matrix)
+
+
+@lru_cache(maxsize=8)
+def _projection(block_numel: int, matrix: MatrixDType) -> Matrix:
+    stream = np.random.RandomState(SEED)
+    numbers = np.empty((block_numel, NUM_PROJECTIONS), matrix)
+    for start in range(0, block_numel, 8192):  # each as float64 at first
+        part = numbers[start : start + 8192]
+        part[:] = stream.standard_normal(part.shape)
+    return Matrix(numbers)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,21 +78,21 @@ def sketch_values(
     values: Array,
     block_numel: int,
     squares: Array | None = None,
-    dtype: MatrixDType = "float32",
+    matrix: MatrixDType = "float32",
 ) -> Sketch:
     """Sketch finite float32 or float64 values (n,); the last block counts as padded with zeros.
 
     `squares` are the sums of squares of the blocks, where they are known.
     """
-    matrix = projection(block_numel, dtype)
+    by = projection(block_numel, matrix)
     whole = values.size // block_numel * block_numel
     blocks, rest = values[:whole].reshape(-1, block_numel), values[whole:]
     last = np.zeros((1, block_numel), values.dtype)[: 1 if rest.size else 0]
     last[:, : rest.size] = rest
     if squares is None:
         squares = moments_of_runs(values, block_numel).squares
-    projections = np.concatenate([matrix.product(blocks), matrix.product(last)])
-    return Sketch(projections=projections, norms=np.sqrt(squares), matrix=dtype)
+    projections = np.concatenate([by.product(blocks), by.product(last)])
+    return Sketch(projections=projections, norms=np.sqrt(squares), matrix=matrix)
 
 
 def total_squares(squares: Iterable[float]) -> float:

@@ -86,11 +86,17 @@ def remembered(golden: Golden) -> LiveOptions:
 
 
 def record_live(
-    path: Path, checkpoint: Checkpoint, options: LiveOptions, stage: str, golden: Path
+    path: Path,
+    checkpoint: Checkpoint,
+    options: LiveOptions,
+    stage: str,
+    golden: Path,
+    weights: Fingerprint,
 ) -> LiveRecord:
     """Load the checkpoint and record what the model makes of it, up to a stage.
 
     `golden` is the file that the record goes into: the files that it names are kept relative to it.
+    Buffers are sketched as its `weights` are.
     """
     loader = options.loader(checkpoint)
     module = loader.load(path, seed=_FIRST_SEED)
@@ -104,7 +110,13 @@ def record_live(
         config=None if options.config is None else source_of(options.config, golden),
         inputs=None if options.inputs is None else source_of(options.inputs, golden),
         parameters=_parameters(module),
-        buffers=fingerprint(as_checkpoint(buffers, "buffers")) if buffers else None,
+        buffers=fingerprint(
+            as_checkpoint(buffers, "buffers"),
+            block_nbytes=weights.block_nbytes,
+            matrix=weights.matrix,
+        )
+        if buffers
+        else None,
         outputs=outputs,
     )
 
