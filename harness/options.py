@@ -122,6 +122,8 @@ def policy_of(options: dict[str, Any]) -> Policy:
     )
 
 
+STAGES = ("file", "load", "reload", "outputs")
+
 # An update accepts the whole checkpoint, under the keys that it has: nobody would have seen what
 # these leave out, and the next run would not find what these rename.
 NOT_ON_UPDATE = ("--ignore", "--map", "--strip-prefix")
@@ -140,7 +142,7 @@ def refuse_on_update(policy: Policy) -> None:
 
 
 def _one_stage(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    given = [f"--{stage}" for stage in _ORDER if f"--{stage}" in (ctx.obj or ())]
+    given = [f"--{stage}" for stage in STAGES if f"--{stage}" in (ctx.obj or ())]
     if len(given) > 1:
         raise UsageError(
             f"{' and '.join(given)}: one stage is the last", hint=f"{given[-1]} runs all before it"
@@ -152,7 +154,7 @@ def _stage(name: str, text: str) -> Any:
     return click.option(f"--{name}", "stage", flag_value=name, callback=_one_stage, help=text)
 
 
-_STAGES = [
+_STAGE_FLAGS = [
     _stage("file", "Stop at the file itself."),
     _stage("load", "Also load it into the model."),
     _stage("reload", "Also save and load again."),
@@ -219,7 +221,7 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags that say how far to go."""
-    return _add(_STAGES, command)
+    return _add(_STAGE_FLAGS, command)
 
 
 def live_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,7 +234,6 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return _add(_RUN, command)
 
 
-_ORDER = ("file", "load", "reload", "outputs")
 # The first stage at which an option has an effect.
 _NEEDED_BY = {
     "target": ("--model", "load"),
@@ -252,7 +253,7 @@ def stage_of(given: str | None, options: dict[str, Any], otherwise: str = "file"
     """
     last = given or otherwise
     for name, (flag, needed) in _NEEDED_BY.items():
-        if options.get(name) in (None, False) or _ORDER.index(needed) <= _ORDER.index(last):
+        if options.get(name) in (None, False) or STAGES.index(needed) <= STAGES.index(last):
             continue
         if given is not None:
             raise UsageError(

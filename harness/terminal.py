@@ -135,11 +135,6 @@ def asked_again(arguments: Sequence[str], but: Sequence[str] = ()) -> list[str]:
 
     Left out is how to report, and the options in `but`; each of them takes a value.
     """
-    left_out = (*_REPORTING, *but)
-    kept, rest = [], iter(arguments)
-    for argument in rest:
-        if argument in left_out:
-            next(rest, None)
-        elif not argument.startswith(tuple(f"{option}=" for option in left_out)):
-            kept.append(without_secrets(argument))
-    return kept
+    from harness.report.steps import without
+
+    return [without_secrets(argument) for argument in without(arguments, (*_REPORTING, *but))]

@@ -11,14 +11,14 @@ import os
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.errors import GoldenError, HarnessError, NotRecorded
-from harness.options import NOT_ON_UPDATE, live_of, stage_of
+from harness.errors import GoldenError, HarnessError, NotRecorded, UsageError
+from harness.options import NOT_ON_UPDATE, STAGES, live_of, stage_of
 from harness.progress import progress_bar
 from harness.terminal import asked_again, echo_stage, echo_steps, told
 
@@ -95,7 +95,7 @@ class Verification:
 
         stages: list[Comparison] = []
         steps: tuple[str, ...] = ()
-        updated, error = None, None
+        recorded, updated, error = None, None, None
         try:
             recorded = api.read_golden(golden)
             try:
@@ -113,6 +113,8 @@ class Verification:
                 steps = self._next_steps(stages, checkpoint, recorded)
         except HarnessError as found:
             error = told(found, self.form)
+            if recorded is not None and not self.updating:
+                steps = self._next_steps(stages, checkpoint, recorded)
         echo_steps(steps, self.form)
         name = stages[0].actual.name if stages else None
         return Outcome(
@@ -144,6 +146,7 @@ class Verification:
                 progress=progress,
             ):
                 reading.close()  # the bar is of the file; the report has the terminal to itself
+                comparison = self._with_note(comparison, stage, recorded)
                 echo_stage(comparison, self.form, stages)
                 stages.append(comparison)
 
@@ -176,9 +179,29 @@ class Verification:
         return changed
 
     def _stage(self, checkpoint: AnyPath | None, golden: Golden) -> Any:
-        """How far to go: as asked for, else as the golden remembers where no file is named."""
-        remembered = golden.live.stages[-1] if golden.live is not None else "file"
-        return stage_of(self.stage, self.options, remembered if checkpoint is None else "file")
+        """How far to go: as asked for, else as the golden remembers where no file is named.
+
+        An update records anew all that the golden remembers, and shows all of it before.
+        """
+        remembered = _last_stage(golden)
+        repeats = checkpoint is None or self.updating
+        stage = stage_of(self.stage, self.options, remembered if repeats else "file")
+        if self.updating and STAGES.index(stage) < STAGES.index(remembered):
+            raise UsageError(
+                f"--{stage} does not go with --update-golden: the golden holds {remembered}, too, "
+                "and an update records it anew",
+                hint=f"leave out --{stage}, and what it would leave out is shown",
+            )
+        return stage
+
+    def _with_note(self, comparison: Comparison, stage: Any, golden: Golden) -> Comparison:
+        """Say at the last stage what a golden knows beyond it, unless it was asked to end there."""
+        remembered = _last_stage(golden)
+        beyond = STAGES[STAGES.index(stage) + 1 : STAGES.index(remembered) + 1]
+        if comparison.stage != stage or self.stage is not None or not beyond:
+            return comparison
+        note = f"the golden holds {', '.join(beyond)}, too: --{remembered} looks at it"
+        return replace(comparison, notes=(*comparison.notes, note))
 
     def _live(self, golden: Golden, stage: Any) -> LiveOptions | None:
         if stage == "file":
@@ -220,3 +243,7 @@ class Verification:
 
     def _names_golden(self) -> bool:
         return any(a == "-g" or a.startswith("--golden") for a in self.arguments)
+
+
+def _last_stage(golden: Golden) -> str:
+    return golden.live.stages[-1] if golden.live is not None else "file"

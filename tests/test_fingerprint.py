@@ -361,3 +361,12 @@ def test_floats_are_the_numbers_that_are_stored(name: str) -> None:
         expected = data.view(stored).astype("<f8")
         assert np.array_equal(found.astype("<f8"), expected, equal_nan=True)
     assert found.dtype == np.dtype("<f8" if stored.itemsize == 8 else "<f4")
+
+
+def test_a_small_std_beside_a_large_mean_keeps_its_digits(tmp_path: Path) -> None:
+    one = torch.tensor(1000.0)
+    other = torch.nextafter(one, torch.tensor(2000.0))
+    path = saved(tmp_path, {"x": torch.stack([one, other]).repeat(5000)})
+    stats = fingerprint_of(path).tensors["x"].stats
+    assert stats is not None
+    assert stats.std == pytest.approx(float(other - one) / 2, rel=1e-3)

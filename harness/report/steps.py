@@ -18,6 +18,7 @@ MEND_THE_CODE = (
     "or save what it makes as a checkpoint and record that"
 )
 GET_IT_AGAIN = "bytes of the checkpoint changed since they were saved: get the file again"
+_WHY = "WHY"  # which needs no quotes, so that none are added to those it gets
 _MAX_MAPPED = 3  # more make a command that nobody reads
 
 
@@ -28,16 +29,21 @@ def is_of_the_code(comparison: Comparison) -> bool:
 
 
 def ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield fields of a `Policy` that look past what was found, with what it is in a few words."""
+    """Yield fields of a `Policy` that look past what was found, with what it is in a few words.
+
+    They stand in place of those fields of the policy that there was.
+    """
     failing = [finding for finding in comparison.findings if finding.fails]
+    policy = comparison.policy
     for finding in failing:
         if finding.kind == "prefix" and finding.expected == "no prefix":
-            yield "the prefix", {"strip_prefix": finding.key}
-        elif finding.kind == "prefix" and finding.actual == "no prefix":
+            yield "the prefix", {"strip_prefix": policy.strip_prefix + finding.key}
+        is_lost = finding.kind == "prefix" and finding.actual == "no prefix"
+        if is_lost and not policy.key_map and "=" not in finding.key:
             yield "the prefix", {"key_map": ((finding.key, ""),)}
     if comparison.stage == "file" and {finding.kind for finding in failing} == {"dtype"}:
         yield "the dtype", {"check_dtype": False}
-    if failing and all(finding.kind == "renamed" for finding in failing):
+    if failing and all(finding.kind == "renamed" for finding in failing) and not policy.key_map:
         key_map = _key_map(failing, comparison)
         if 0 < len(key_map) <= _MAX_MAPPED:
             yield "the name", {"key_map": key_map}
@@ -57,10 +63,31 @@ def as_options(policy: Mapping[str, Any]) -> list[str]:
 
 def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
     """Lines that run a command again, so that it looks past what was found."""
-    return [
-        f"to look past {what}:  {shlex.join([*command, *as_options(policy)])}"
-        for what, policy in ways_past(comparison)
-    ]
+    lines = []
+    for what, policy in ways_past(comparison):
+        again = without(command, ["--strip-prefix"]) if "strip_prefix" in policy else command
+        lines.append(f"to look past {what}:  {with_options(again, as_options(policy))}")
+    return lines
+
+
+def without(command: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A command without these options, each of which takes a value."""
+    kept: list[str] = []
+    rest = iter(command)
+    for argument in rest:
+        if argument == "--":
+            return [*kept, argument, *rest]
+        if argument in options:
+            next(rest, None)
+        elif not argument.startswith(tuple(f"{option}=" for option in options)):
+            kept.append(argument)
+    return kept
+
+
+def with_options(command: Sequence[str], options: Sequence[str]) -> str:
+    """A command with more options, as a shell takes it."""
+    end = command.index("--") if "--" in command else len(command)
+    return shlex.join([*command[:end], *options, *command[end:]])
 
 
 def next_steps(
@@ -82,15 +109,17 @@ def next_steps(
         return [MEND_THE_CODE]
     lines = past_lines(comparison, command)
     if comparison.verdict == "undecided" and comparison.stage == "file":
-        decide = [*command, "--reference", reference]
-        lines.insert(0, f"to decide exactly:  {shlex.join(decide)}")
-    lines.append(f'if this is meant:  {shlex.join(update)} --update-golden --reason "why"')
+        decide = with_options(command, ["--reference", reference])
+        lines.insert(0, f"to decide exactly:  {decide}")
+    accept = with_options(update, ["--update-golden", "--reason", _WHY])
+    lines.append(f"if this is meant:  {accept}".replace(_WHY, '"why"'))
     return lines
 
 
 def _key_map(renamed: Sequence[Finding], comparison: Comparison) -> tuple[tuple[str, str], ...]:
     """What makes the old keys the new ones: few prefixes, else the keys; () where nothing does."""
-    pairs = [(finding.key, finding.actual_key or "") for finding in renamed]
+    strip = comparison.policy.strip_prefix
+    pairs = [(f.key, (f.actual_key or "").removeprefix(strip)) for f in renamed]
     if any(old == new or "=" in old for old, new in pairs):  # no map can say it, or one did not fit
         return ()
     prefixes: dict[tuple[str, str], set[str]] = defaultdict(set)
