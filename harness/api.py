@@ -376,7 +376,9 @@ def diff(
         measure = AgainstCheckpoint(
             expected=left, actual=right, stats=stats, jobs=jobs, progress=progress
         )
-        return compare(ours, theirs, policy, measure)
+        compared = compare(ours, theirs, policy, measure)
+        compared = with_damages(compared, lambda k: damages(left, k, jobs, progress), "expected")
+        return with_damages(compared, lambda k: damages(right, k, jobs, progress))
 
 
 def _last_stage(golden: Golden, stage: Stage | None) -> str:

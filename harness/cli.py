@@ -23,6 +23,7 @@ from harness import __version__
 from harness.errors import HarnessError, UsageError
 from harness.options import (
     PATH,
+    Command,
     live_of,
     live_options,
     policy_of,
@@ -127,6 +128,8 @@ _MEANT = {
 class _Commands(click.Group):
     """The commands in the order in which they are needed; others' names lead to them."""
 
+    command_class = Command
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
@@ -225,9 +228,10 @@ def record(
     beside = f" ({100 * nbytes / max(1, total):.1f} % of the weights)"
     if recorded.live is not None and recorded.live.outputs is not None:
         beside = f", with {len(recorded.live.outputs.tensors):,} inputs and outputs of submodules"
+    section = f", section {found.section}" if found.section else ""
     click.echo(
         f"recorded {recorded.path}: {len(found.tensors):,} tensors of {checkpoint} "
-        f"({found.container}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
+        f"({found.container}{section}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
     )
     # Without the checkpoint, verify repeats the stages that were recorded.
     there = recorded.live is not None and recorded.checkpoint is not None

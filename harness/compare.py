@@ -43,7 +43,7 @@ FindingKind = Literal[
 ]
 FINDING_KINDS: tuple[FindingKind, ...] = get_args(FindingKind)
 
-_MAX_TO_CHECK = 20
+_MAX_TO_CHECK = 20  # for damage
 _STRANGERS = "no key in common: is it a checkpoint of another model?"
 
 
@@ -212,16 +212,18 @@ def _of_keys(matching: Matching) -> Iterator[Finding]:
 
 
 def with_damages(
-    comparison: Comparison, find: Callable[[list[str]], Mapping[str, Damage]]
+    comparison: Comparison,
+    find: Callable[[list[str]], Mapping[str, Damage]],
+    side: Literal["expected", "actual"] = "actual",
 ) -> Comparison:
     """Add a finding for each tensor, of the worst that differ in value, whose bytes are damaged.
 
-    `find` tells which of the checkpoint's keys are. Of very many, some tell as much as all.
+    `find` tells which of one side's keys are. Of very many, some tell as much as all.
     """
-    differing = [f for f in comparison.findings if f.difference is not None][:_MAX_TO_CHECK]
-    if not differing:
-        return comparison
-    damaged = find([finding.actual_key or finding.key for finding in differing])
+    differing = [f for f in comparison.findings if f.difference is not None]
+    keys = {f.key: f.key if side == "expected" else f.actual_key or f.key for f in differing}
+    checked = differing[:_MAX_TO_CHECK]
+    damaged = find([keys[finding.key] for finding in checked]) if checked else {}
     found = [
         Finding(
             kind="damaged",
@@ -230,10 +232,14 @@ def with_damages(
             expected=f"CRC-32 {damage.expected:08x}, says {damage.where}",
             actual=f"CRC-32 {damage.actual:08x}",
         )
-        for finding in differing
-        if (damage := damaged.get(finding.actual_key or finding.key)) is not None
+        for finding in checked
+        if (damage := damaged.get(keys[finding.key])) is not None
     ]
-    return replace(comparison, findings=(*found, *comparison.findings))
+    notes = comparison.notes
+    if found and len(differing) > len(checked):
+        more = f"{len(differing) - len(checked):,} more that differ were not looked at for damage"
+        notes = (*notes, more)
+    return replace(comparison, findings=(*found, *comparison.findings), notes=notes)
 
 
 def _notes(actual: Fingerprint, *, strangers: bool) -> Iterator[str]:

@@ -379,8 +379,9 @@ def close_golden(path: AnyPath) -> Path | None:
         return None
     from difflib import get_close_matches
 
-    beside = {other.name: other for other in path.parent.glob(f"*{SUFFIX}")}
-    close = get_close_matches(path.name, sorted(beside))
+    # Without the suffix, by which all of them are alike.
+    beside = {other.stem: other for other in path.parent.glob(f"*{SUFFIX}")}
+    close = get_close_matches(path.name.removesuffix(SUFFIX), sorted(beside))
     return next((beside[name] for name in close if is_golden(beside[name])), None)
 
 

@@ -16,7 +16,7 @@ from zlib_ng import zlib_ng
 from harness.checkpoint.assembled import stored_parts
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
 from harness.errors import CheckpointError
-from harness.streaming import CHUNK_NBYTES, Progress, buffers, chunks, share
+from harness.streaming import Chunk, Progress, buffers, chunks, map_chunks
 
 
 class Damage(NamedTuple):
@@ -61,10 +61,7 @@ def refuse_damaged(
     rest is read now, which advances `progress`.
     """
     for checksum, crc32s in known:
-        joined = 0
-        for chunk, crc32 in zip(chunks(checksum.nbytes), crc32s, strict=True):
-            joined = zlib_ng.crc32_combine(joined, crc32, chunk.nbytes)
-        _refuse(checksum, joined)
+        _refuse(checksum, _joined(checksum, crc32s))
     for checksum, actual in _crc32s(rest, jobs, progress):
         _refuse(checksum, actual)
 
@@ -110,42 +107,22 @@ def _of_tensor(by_source: Mapping[int, Sequence[Checksum]], tensor: Tensor) -> I
 def _crc32s(
     checksums: Sequence[Checksum], jobs: int | None, progress: Progress | None
 ) -> list[tuple[Checksum, int]]:
-    def finished(batch: Sequence[Checksum]) -> None:
-        if progress is not None:
-            progress.advance(sum(checksum.nbytes for checksum in batch))
-
-    batches = list(_batches(checksums))
-    found = share(_of_batch, batches, jobs=jobs, finished=finished)
-    return [
-        pair
-        for batch, crc32s in zip(batches, found, strict=True)
-        for pair in zip(batch, crc32s, strict=True)
-    ]
+    found = map_chunks(checksums, _of_chunk, jobs=jobs, progress=progress)
+    return [(one, _joined(one, parts)) for one, parts in zip(checksums, found, strict=True)]
 
 
-def _batches(checksums: Iterable[Checksum]) -> Iterator[list[Checksum]]:
-    """Group the entries of an archive, most of which are too small for a task of their own."""
-    batch: list[Checksum] = []
-    total = 0
-    for entry in checksums:
-        batch.append(entry)
-        total += entry.nbytes
-        if total >= CHUNK_NBYTES:
-            yield batch
-            batch, total = [], 0
-    yield batch
+def _of_chunk(checksum: Checksum, chunk: Chunk) -> int:
+    data = buffers.get("chunk", chunk.nbytes)
+    checksum.source.read_into(checksum.offset + chunk.start, data.data)
+    return int(zlib_ng.crc32(data.data))
 
 
-def _of_batch(entries: Sequence[Checksum]) -> list[int]:
-    found = []
-    for entry in entries:
-        crc32 = 0
-        for chunk in chunks(entry.nbytes):
-            data = buffers.get("chunk", chunk.nbytes)
-            entry.source.read_into(entry.offset + chunk.start, data.data)
-            crc32 = zlib_ng.crc32(data.data, crc32)
-        found.append(crc32)
-    return found
+def _joined(checksum: Checksum, crc32s: Sequence[int]) -> int:
+    """The CRC-32 of the whole from those of its chunks."""
+    joined = 0
+    for chunk, crc32 in zip(chunks(checksum.nbytes), crc32s, strict=True):
+        joined = zlib_ng.crc32_combine(joined, crc32, chunk.nbytes)
+    return joined
 
 
 def _refuse(entry: Checksum, actual: int) -> None:

@@ -66,7 +66,8 @@ class Matching:
 def match(expected: Fingerprint, actual: Fingerprint, policy: Policy) -> Matching:
     """Find the counterpart of every tensor; in the golden's order."""
     _check_globs(policy, expected, actual)
-    theirs = _stripped(policy, actual)
+    theirs = _stripped(policy, expected, actual)
+    _check_map(policy, expected, theirs)
     named = {policy.renamed(key): tensor for key, tensor in expected.tensors.items()}
     kept = {k: t for k, t in named.items() if not policy.ignores(t.key) and not policy.ignores(k)}
     ignored = named.keys() - kept
@@ -104,11 +105,22 @@ def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> 
                 if fits(f"*{glob}*", candidates)
                 else _most_alike(glob, candidates),
             )
+
+
+def _check_map(policy: Policy, expected: Fingerprint, theirs: Mapping[str, TensorPrint]) -> None:
+    keys = list(expected.tensors)
     for old, new in policy.key_map:
-        if not any(key == old or (old.endswith(".") and key.startswith(old)) for key in keys):
+        option = f"--map {old}={new}"
+        if not _names(old, keys):
             raise UsageError(
-                f"--map {old}={new}: {expected.name} has no key {old}",
-                hint=_most_alike(old, keys),
+                f"{option}: {expected.name} has no key {old}",
+                hint=f"prefixes end in a dot: --map {old}.={new.removesuffix('.')}."
+                if _names(f"{old}.", keys)
+                else _most_alike(old, keys),
+            )
+        if new and not _names(new, theirs):
+            raise UsageError(
+                f"{option}: the checkpoint has no key {new}", hint=_most_alike(new, list(theirs))
             )
     targets = Counter(policy.renamed(key) for key in keys)
     for key, count in targets.items():
@@ -119,14 +131,27 @@ def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> 
             )
 
 
-def _stripped(policy: Policy, actual: Fingerprint) -> dict[str, TensorPrint]:
+def _names(name: str, keys: Iterable[str]) -> bool:
+    """Whether it is one of the keys, or a prefix of some that ends in a dot."""
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for key in keys)
+
+
+def _stripped(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> dict[str, TensorPrint]:
     prefix = policy.strip_prefix
     if not prefix:
         return dict(actual.tensors)
-    if not any(key.startswith(prefix) for key in actual.tensors):
+    having = [key for key in actual.tensors if key.startswith(prefix)]
+    if not having:
         raise UsageError(
             f"--strip-prefix {prefix}: no key of {actual.name} starts with it",
-            hint=f"its first key is {next(iter(actual.tensors))}",
+            hint=f"keys of {expected.name} do: --map {prefix}="
+            if any(key.startswith(prefix) for key in expected.tensors)
+            else f"its first key is {next(iter(actual.tensors), 'none')}",
+        )
+    if all(key[len(prefix) :].startswith(".") for key in having):
+        raise UsageError(
+            f"--strip-prefix {prefix}: leaves keys that begin with a dot",
+            hint=f"take the dot, too: --strip-prefix {prefix}.",
         )
     stripped: dict[str, TensorPrint] = {}
     for key, tensor in actual.tensors.items():
@@ -138,6 +163,21 @@ def _stripped(policy: Policy, actual: Fingerprint) -> dict[str, TensorPrint]:
             )
         stripped[short] = tensor
     return stripped
+
+
+def _most_alike(name: str, keys: Sequence[str]) -> str:
+    """What a key, a prefix or a glob may have been meant to be."""
+    from difflib import get_close_matches
+
+    plain = name.rstrip("*")
+    candidates = list(keys)
+    if plain.endswith("."):
+        candidates = list(dict.fromkeys(prefix for key in keys for prefix in _prefixes(key)))
+    close = get_close_matches(plain, candidates, 1)
+    if close:
+        return f"did you mean {close[0]}{name[len(plain) :]}?"
+    first = list(dict.fromkeys(key.partition(".")[0] for key in keys))
+    return f"the keys begin with {', '.join(first[:6])}{', …' if len(first) > 6 else ''}"
 
 
 def _find_prefix(
@@ -221,8 +261,3 @@ def _likeness(one: str, other: str) -> int:
         (i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y),
         min(len(a), len(b)),
     )
-
-
-def _most_alike(name: str, keys: Sequence[str]) -> str:
-    best = max(keys, key=lambda key: _likeness(key, name), default=None)
-    return "there are no keys" if best is None else f"the most alike key is {best}"

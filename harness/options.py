@@ -66,8 +66,8 @@ def _tolerance(ctx: click.Context, param: click.Parameter, pairs: Any) -> Any:
 
 
 _POLICY = [
-    click.option("--atol", type=float, default=1e-5, show_default=True, help="As in allclose."),
-    click.option("--rtol", type=float, default=1e-5, show_default=True, help="As in allclose."),
+    click.option("--atol", type=float, show_default="1e-5", help="As in allclose."),
+    click.option("--rtol", type=float, show_default="1e-5", help="As in allclose."),
     click.option("--exact", is_flag=True, help="Allow no difference at all."),
     click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out keys. Repeatable."),
     click.option(
@@ -107,14 +107,22 @@ def policy_of(options: dict[str, Any]) -> Policy:
     """The policy that the options ask for."""
     from harness.policy import Policy
 
+    for name in ("atol", "rtol", "tolerances"):
+        if options["exact"] and options[name] not in (None, ()):
+            flag = "--tolerance" if name == "tolerances" else f"--{name}"
+            raise UsageError(
+                f"--exact allows no difference at all, and {flag} some",
+                hint=f"leave out --exact, or {flag}",
+            )
+    given = {n: options[n] for n in ("atol", "rtol") if options[n] is not None}
+    rtol = given.get("rtol", Policy.rtol)
     return Policy(
-        atol=options["atol"],
-        rtol=options["rtol"],
+        **given,
         exact=options["exact"],
         ignore=options["ignore"],
         tolerances=tuple(
-            (glob, atol, options["rtol"] if rtol is None else rtol)
-            for glob, atol, rtol in options["tolerances"]
+            (glob, atol, rtol if its_rtol is None else its_rtol)
+            for glob, atol, its_rtol in options["tolerances"]
         ),
         key_map=options["key_map"],
         strip_prefix=options["strip_prefix"],
@@ -141,17 +149,8 @@ def refuse_on_update(policy: Policy) -> None:
             )
 
 
-def _one_stage(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    given = [f"--{stage}" for stage in STAGES if f"--{stage}" in (ctx.obj or ())]
-    if len(given) > 1:
-        raise UsageError(
-            f"{' and '.join(given)}: one stage is the last", hint=f"{given[-1]} runs all before it"
-        )
-    return value
-
-
 def _stage(name: str, text: str) -> Any:
-    return click.option(f"--{name}", "stage", flag_value=name, callback=_one_stage, help=text)
+    return click.option(f"--{name}", "stage", flag_value=name, help=text)
 
 
 _STAGE_FLAGS = [
@@ -285,3 +284,22 @@ def live_of(options: dict[str, Any], base: LiveOptions | None = None) -> LiveOpt
     }
     LiveOptions(**given).check()
     return replace(base or LiveOptions(), **given)
+
+
+class Command(click.Command):
+    """Refuses an option that is given twice where the last one would silently win."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        seen: set[str] = set()
+        for param in order:
+            if not isinstance(param, click.Option) or param.multiple or param.name is None:
+                continue
+            if param.name in seen and not ctx.resilient_parsing:
+                flags = [o.opts[0] for o in order if o.name == param.name]
+                raise UsageError(
+                    f"{' and '.join(flags)}: the last one alone would count",
+                    hint=f"give one of them: harness {self.name} --help",
+                )
+            seen.add(param.name)
+        return super().parse_args(ctx, args)

@@ -39,11 +39,13 @@ class Policy:
             raise UsageError(
                 f"ignore takes a tuple of globs, not {self.ignore!r}", hint=f"({self.ignore!r},)"
             )
-        for atol, rtol in [(self.atol, self.rtol), *(t[1:] for t in self.tolerances)]:
+        for glob, atol, rtol in [("", self.atol, self.rtol), *self.tolerances]:
             if not (0 <= atol < float("inf") and 0 <= rtol < float("inf")):
+                where = f" for {glob}" if glob else ""
                 raise UsageError(
-                    f"a tolerance must be a finite number from 0 up, not atol {atol}, rtol {rtol}",
-                    hint="leave it out for 1e-5, or give exact to allow no difference",
+                    f"a tolerance must be a finite number from 0 up, not atol {atol}, "
+                    f"rtol {rtol}{where}",
+                    hint="leave it out for 1e-5, or allow no difference at all: --exact",
                 )
 
     def tolerance(self, key: str) -> Tolerance:

@@ -327,7 +327,11 @@ def test_tolerances_ignores_maps_and_exact_change_the_verdict(
     new = data / "nest_tiny_perturbed_1e-3.nemo"
     arguments = ["verify", new, "-g", recorded]
     assert harness(*arguments, "--tolerance", "*.feed_forward1.*=2e-3").code == 0
-    assert harness(*arguments, "--tolerance", "*.feed_forward1.*=2e-3", "--exact").code == 1
+    assert harness(*arguments, "--exact").code == 1
+    for option in (("--tolerance", "*.feed_forward1.*=2e-3"), ("--atol", "2e-3")):
+        refused = harness(*arguments, *option, "--exact")
+        assert refused.code == 2
+        assert f"next: leave out --exact, or {option[0]}" in refused.err
     assert harness(*arguments, "--atol", "2e-3").code == 0
     assert harness(*arguments, "--ignore", KEY).code == 0
     renamed = "encoder.layers.0.self_attn.linear_q.weight"
@@ -510,12 +514,16 @@ def test_an_update_does_not_accept_what_an_option_looks_past(
     assert recorded.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "twice", [("--load", "--file"), ("-g", "one", "--golden", "other"), ("--jobs", "1", "--jobs=2")]
+)
 @pytest.mark.parametrize("command", ["verify", "record"])
-def test_two_last_stages_are_refused(recorded: Path, harness: Harness, command: str) -> None:
-    run = harness(command, "models/nest.nemo", "--load", "--file")
-    assert run.code == 2
-    assert "--file and --load: one stage is the last" in run.err
-    assert "next: --load runs all before it" in run.err
+def test_an_option_given_twice_is_refused(
+    recorded: Path, harness: Harness, command: str, twice: tuple[str, ...]
+) -> None:
+    run = harness(command, "models/nest.nemo", *twice)
+    assert (run.code, run.out) == (2, "")
+    assert "the last one alone would count" in run.err
 
 
 def test_a_golden_is_shown_whole(recorded: Path, harness: Harness) -> None:
@@ -552,3 +560,30 @@ def test_a_state_dict_has_no_sections_to_choose_from(
     run = harness("show", "net.pt", "--section", "model")
     assert run.code == 2
     assert "next: its tensors are in no section: leave out --section" in run.err
+
+
+def test_an_update_shows_what_else_it_records_anew(
+    project: Path, harness: Harness, data: Path
+) -> None:
+    """A golden of outputs, updated from a named file: the outputs are seen before."""
+    golden = Path("golden/nest.safetensors")
+    assert harness("record", "models/nest.nemo", "--outputs").code == 0
+    before = golden.read_bytes()
+    run = harness("verify", "models/nest.nemo", "--update-golden")
+    assert run.code == 0
+    assert "outputs: 190 identical" in run.out
+    assert run.out.endswith("is up to date, and was not touched\n")
+    assert golden.read_bytes() == before
+
+    shutil.copy(data / "nest_tiny_perturbed_1e-3.nemo", "models/nest.nemo")
+    run = harness("verify", "models/nest.nemo")
+    assert "note: the golden holds load, reload, outputs, too: --outputs looks at it" in run.out
+    run = harness("verify", "models/nest.nemo", "--file", "--update-golden")
+    assert run.code == 2
+    assert "--file does not go with --update-golden: the golden holds outputs, too" in run.err
+    assert golden.read_bytes() == before
+    run = harness("verify", "models/nest.nemo", "--update-golden", "--reason", "moved")
+    assert run.code == 0
+    assert "FAIL undecided  golden/nest.safetensors  outputs:" in run.out
+    assert golden.read_bytes() != before
+    assert harness("verify").code == 0

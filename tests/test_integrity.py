@@ -117,7 +117,9 @@ def test_of_very_many_damaged_tensors_the_worst_are_told(net: Path, harness: Har
         assert content.count(raw) == 1
         content = content.replace(raw, raw[:-1] + b"\x7f")
     net.write_bytes(content)
-    assert "20 damaged" in harness("verify", net).out.splitlines()[0]
+    run = harness("verify", net)
+    assert "20 damaged" in run.out.splitlines()[0]
+    assert "note: 11 more that differ were not looked at for damage" in run.out
 
 
 def test_a_renamed_and_damaged_tensor_is_found_by_its_own_name(net: Path, harness: Harness) -> None:
@@ -125,3 +127,14 @@ def test_a_renamed_and_damaged_tensor_is_found_by_its_own_name(net: Path, harnes
     saved_and_flipped(net, state, 3)
     run = harness("verify", net, "--strip-prefix", "model.")
     assert "1 damaged" in run.out.splitlines()[0]
+
+
+@pytest.mark.parametrize("side", ["net.pt", "whole.pt"])
+def test_diff_tells_which_side_is_damaged(net: Path, harness: Harness, side: str) -> None:
+    state = torch.load(net)
+    torch.save(state, "whole.pt")
+    saved_and_flipped(Path(side), state, 3)
+    run = harness("diff", "net.pt", "whole.pt")
+    assert run.code == 1
+    assert "1 damaged" in run.out.splitlines()[0]
+    assert f"says {side}: {side.removesuffix('.pt')}/data/0" in run.out

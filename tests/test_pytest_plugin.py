@@ -218,7 +218,8 @@ def test_what_was_updated_and_does_not_pass_fails(project: Project) -> None:
     project.tests(
         """
         def test_net(checkpoint_golden):
-            checkpoint_golden.verify("net.safetensors", key_map=(("weight", "w"),))
+            swapped = (("weight", "bias"), ("bias", "weight"))
+            checkpoint_golden.verify("net.safetensors", key_map=swapped)
         """
     )
     run = project.run("--golden-mode=create")

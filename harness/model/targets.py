@@ -10,6 +10,7 @@ import difflib
 import importlib
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from harness.errors import HarnessError, ModelError
 
+_PACKAGE = Path(__file__).parent.parent
 # NeMo's class names, and the local classes that stand for them.
 REGISTRY: Mapping[str, str] = {
     "EncDecDenoiseMaskedTokenPredModel": "harness.nest:EncDecDenoiseMaskedTokenPredModel",
@@ -34,14 +36,36 @@ def user_code(doing: str, hint: str, brief: Callable[[str], str] = str) -> Itera
     except HarnessError:
         raise
     except (Exception, SystemExit) as error:
+        where = _where(error)
         raise ModelError(
-            f"{doing} failed: {type(error).__name__}: {brief(str(error))}", hint=hint
+            f"{doing} failed: {type(error).__name__}: {brief(str(error))}{where}", hint=hint
         ) from error
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line of it that is nobody's library, for who has no Python shell at hand."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and not _is_ours(f.filename)]
+    if not own:
+        return ""
+    path = Path(own[-1].filename)
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name
+    return f" ({shown}:{own[-1].lineno}, in {own[-1].name})"
+
+
+def _is_ours(file: str) -> bool:
+    return Path(file).is_relative_to(_PACKAGE) or file.startswith("<")
 
 
 def resolve(target: str) -> Callable[..., Any]:
     """Import a target; the current folder is importable, as with `python -m`."""
     module_name, colon, name = target.partition(":")
+    if module_name.endswith(".py"):
+        module = ".".join(Path(module_name).with_suffix("").parts)
+        raise ModelError(
+            f"--model {target}: {module_name} is a file, not a module",
+            hint=f"--model {module}:{name or 'ClassOrFactory'}",
+        )
     if not (colon and _is_dotted(module_name) and _is_dotted(name)):
         before, _, last = target.rpartition(".")
         is_name = not colon and _is_dotted(target) and before

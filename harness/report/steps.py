@@ -47,6 +47,10 @@ def ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]
         key_map = _key_map(failing, comparison)
         if 0 < len(key_map) <= _MAX_MAPPED:
             yield "the name", {"key_map": key_map}
+    if failing and {finding.kind for finding in failing} == {"missing", "unexpected"}:
+        moved = None if policy.key_map else _moved(failing, comparison)
+        if moved is not None:
+            yield "new names, if they are that", {"key_map": (moved,)}
 
 
 def as_options(policy: Mapping[str, Any]) -> list[str]:
@@ -63,6 +67,8 @@ def as_options(policy: Mapping[str, Any]) -> list[str]:
 
 def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
     """Lines that run a command again, so that it looks past what was found."""
+    if comparison.count("damaged"):
+        return [GET_IT_AGAIN]
     lines = []
     for what, policy in ways_past(comparison):
         again = without(command, ["--strip-prefix"]) if "strip_prefix" in policy else command
@@ -103,11 +109,11 @@ def next_steps(
     """
     if comparison.ok:
         return []
-    if comparison.count("damaged"):
-        return [GET_IT_AGAIN]
     if is_of_the_code(comparison):
         return [MEND_THE_CODE]
     lines = past_lines(comparison, command)
+    if lines == [GET_IT_AGAIN]:
+        return lines
     if comparison.verdict == "undecided" and comparison.stage == "file":
         decide = with_options(command, ["--reference", reference])
         lines.insert(0, f"to decide exactly:  {decide}")
@@ -135,6 +141,25 @@ def _key_map(renamed: Sequence[Finding], comparison: Comparison) -> tuple[tuple[
     if len(prefixes) < len(pairs) and len(olds) == len(prefixes) and not moves_others | nested:
         return tuple(prefixes)
     return tuple(pairs)
+
+
+def _moved(findings: Sequence[Finding], comparison: Comparison) -> tuple[str, str] | None:
+    """The one prefix that makes all the missing keys the unexpected ones, of the same shapes."""
+    strip = comparison.policy.strip_prefix
+    missing = {f.key: f.expected for f in findings if f.kind == "missing"}
+    there = {f.key.removeprefix(strip): f.actual for f in findings if f.kind == "unexpected"}
+    if len(missing) != len(there) or "=" in "".join(missing):
+        return None
+    first = next(iter(missing))
+    for candidate in there:
+        old, new = _changed_prefix(first, candidate)
+        # Two names for one tensor may be anything; of several, the rest of each must agree.
+        if not old.endswith(".") or not all(key.startswith(old) for key in missing):
+            continue
+        if {new + key[len(old) :]: said for key, said in missing.items()} == there:
+            stay = comparison.expected.tensors.keys() - missing
+            return None if any(key.startswith(old) for key in stay) else (old, new)
+    return None
 
 
 def _changed_prefix(old: str, new: str) -> tuple[str, str]:

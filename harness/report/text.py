@@ -285,10 +285,11 @@ def _differences(differences: Sequence[Difference]) -> Iterator[str]:
         yield worst.why
     if worst.verdict == "different" and math.isinf(worst.max_abs[1]) and worst.max_abs[0] == 0.0:
         return  # nothing is known but that the digest differs
-    size = f"max |actual - expected| {_interval(worst.max_abs)}"
+    endless = math.isinf(worst.max_abs[0])
+    size = "max |actual - expected| " + ("is no number" if endless else _interval(worst.max_abs))
     rms = (
         ""
-        if math.isnan(worst.rms) or math.isinf(worst.max_abs[0])
+        if math.isnan(worst.rms) or endless
         else f", rms {'' if worst.is_exact else 'about '}{worst.rms:.1e}"
     )
     where = f", {worst.where}" if worst.where and len(differences) == 1 else ""
@@ -306,7 +307,8 @@ def _differences(differences: Sequence[Difference]) -> Iterator[str]:
     if len(differences) == 1 and worst.verdict != "close":
         yield from (_element(element) for element in worst.elements)
         if worst.num_beyond is not None and worst.num_beyond > len(worst.elements) > 0:
-            yield f"and {worst.num_beyond - len(worst.elements):,} more elements"
+            more = worst.num_beyond - len(worst.elements)
+            yield f"and {more:,} more element{'s' if more > 1 else ''}"
     if any(any(d.num_nonfinite) for d in differences):
         counts = [sum(d.num_nonfinite[side] for d in differences) for side in (0, 1)]
         yield f"NaN and infinities: {counts[0]:,} expected, {counts[1]:,} actual"

@@ -146,7 +146,7 @@ def test_a_folder_is_a_subject_like_any_file(
     monkeypatch.chdir(tmp_path)
     recorded = harness("record", "step-1")
     assert recorded.code == 0
-    assert "6 tensors of step-1 (torch.distributed.checkpoint)" in recorded.out
+    assert "6 tensors of step-1 (torch.distributed.checkpoint, section model)" in recorded.out
     assert [path.name for path in (tmp_path / "golden").iterdir()] == ["step-1.safetensors"]
     for arguments in ([], ["step-1"], ["step-1/"], ["step-1.pt"]):
         assert harness("verify", *arguments).out.startswith("ok identical")

@@ -58,6 +58,29 @@ def test_many_new_names_lead_to_a_map_of_their_prefixes() -> None:
     assert only.startswith("if this is meant:")
 
 
+def test_a_module_under_another_name_and_with_other_weights_may_be_a_new_name() -> None:
+    def found(old: str, new: str, said: str) -> list[Finding]:
+        return [
+            Finding(kind="missing", key=old, expected="float32 [2]"),
+            Finding(kind="unexpected", key=new, actual=said),
+        ]
+
+    moved = [
+        one
+        for n in range(5)
+        for one in found(f"enc.{n}.weight", f"encoder.{n}.weight", "float32 [2]")
+    ]
+    first, last = steps(*moved)
+    assert first == "to look past new names, if they are that:  " + (
+        "harness verify x --map enc.=encoder."
+    )
+    assert last.startswith("if this is meant:")
+    other = found("enc.9.weight", "encoder.9.weight", "float32 [3]")
+    assert len(steps(*moved, *other)) == 1  # of another shape
+    assert len(steps(*moved, other[0])) == 1  # and one that is gone
+    assert len(steps(*found("weight", "bias", "float32 [2]"))) == 1
+
+
 @pytest.mark.parametrize(
     ("stage", "words"), [("file", ["exactly", "meant"]), ("outputs", ["meant"])]
 )
@@ -132,7 +155,7 @@ def test_after_the_update_that_is_offered_the_next_run_passes(
     changed: Callable[..., Run], harness: Harness
 ) -> None:
     options = ("--ignore", "head.*", "--map=encoder.=enc.", "--strip-prefix", "model.")
-    run = changed(*VERIFIED, *options, after=lambda key: f"model.{key}")
+    run = changed(*VERIFIED, *options, after=lambda key: f"model.{key.replace('encoder', 'enc')}x")
     assert run.code == 1
     assert paste(harness, run.out, "if this is meant").code == 0
     assert harness(*VERIFIED).code == 0
