@@ -247,16 +247,29 @@ def _checkpoint_in(folder: AnyPath) -> AnyPath:
     if shards:
         return folder
     children: Iterator[AnyPath] = folder.iterdir() if can_list else iter(())
-    if any(child.name.endswith(DISTCP) for child in islice(children, 1000)):
+    names = sorted(child.name for child in islice(children, 1000))
+    if any(name.endswith(DISTCP) for name in names):
         raise CheckpointError(
             f"{folder}: a torch.distributed.checkpoint folder without its {METADATA}, which is "
             "written last",
             hint="wait for the save to end, or copy the folder again with its hidden file",
         )
+    files = [name for name in names if name.endswith(_SUFFIXES)]
+    parts = [name for name in files if "-of-" in name]
+    if parts:
+        raise CheckpointError(
+            f"{folder}: a part of a sharded checkpoint ({parts[0]}), and no index of its parts",
+            hint="get the .index.json from where they came",
+        )
     raise CheckpointError(
         f"{folder}: a folder without a checkpoint ({', '.join(_FOLDER_NAMES)})",
-        hint="give the file, or the .index.json of a sharded checkpoint",
+        hint=f"give the file, for instance {folder / files[0]}"
+        if files
+        else "give the file, or the .index.json of a sharded checkpoint",
     )
+
+
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".nemo", ".safetensors")
 
 
 def _no_section(path: AnyPath, section: str | None) -> None:

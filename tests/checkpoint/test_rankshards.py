@@ -157,3 +157,12 @@ def test_a_damaged_shard_reads_or_says_why_not(
         message, hint = str(folder), "nothing"
     assert str(folder) in message
     assert hint
+
+
+def test_parts_without_their_index_are_told_by_one_of_them(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"model-00001-of-00002\.safetensors.*no index"
+    ) as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.hint == "get the .index.json from where they came"
