@@ -239,7 +239,7 @@ def difference_from_sketch(
         )
     why = None
     if expected.sketch.matrix != actual.sketch.matrix:
-        why = "one of the two goldens is of an older version, with other projections"
+        why = "the two goldens have other projections, one by an older version: record it again"
     elif expected.sketch.projections.shape != actual.sketch.projections.shape:
         why = "the two goldens have sketches of different block sizes"
     if why is not None:
