@@ -335,9 +335,12 @@ def _did_you_mean(path: AnyPath) -> str:
         names = sorted(child.name for child in islice(folder.iterdir(), 1000))
     except (OSError, StopIteration, ValueError):
         return "check the path"
-    for name in get_close_matches(missing, names):
-        if (folder / name).joinpath(*rest).exists():
-            return f"did you mean {(folder / name).joinpath(*rest)}?"
+    # Without suffixes, by which files would be alike.
+    stems = {Path(name).stem: name for name in names}
+    for stem in get_close_matches(Path(missing).stem, stems):
+        meant = (folder / stems[stem]).joinpath(*rest)
+        if meant.exists():
+            return f"did you mean {meant}?"
     return f"see what is there: ls {shlex.quote(str(folder))}"
 
 
