@@ -18,7 +18,6 @@ MEND_THE_CODE = (
     "or save what it makes as a checkpoint and record that"
 )
 GET_IT_AGAIN = "bytes of the checkpoint changed since they were saved: get the file again"
-_WHY = "WHY"  # which needs no quotes, so that none are added to those it gets
 _MAX_MAPPED = 3  # more make a command that nobody reads
 
 
@@ -72,7 +71,8 @@ def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
     lines = []
     for what, policy in ways_past(comparison):
         again = without(command, ["--strip-prefix"]) if "strip_prefix" in policy else command
-        lines.append(f"to look past {what}:  {with_options(again, as_options(policy))}")
+        options = shlex.join(as_options(policy))
+        lines.append(f"to look past {what}:  {with_options(again, options)}")
     return lines
 
 
@@ -90,10 +90,11 @@ def without(command: Sequence[str], options: Sequence[str]) -> list[str]:
     return kept
 
 
-def with_options(command: Sequence[str], options: Sequence[str]) -> str:
-    """A command with more options, as a shell takes it."""
+def with_options(command: Sequence[str], options: str) -> str:
+    """A command with more options, which are quoted already, as a shell takes it."""
     end = command.index("--") if "--" in command else len(command)
-    return shlex.join([*command[:end], *options, *command[end:]])
+    parts = [shlex.join(command[:end]), options, shlex.join(command[end:])]
+    return " ".join(part for part in parts if part)
 
 
 def next_steps(
@@ -115,11 +116,10 @@ def next_steps(
     if lines == [GET_IT_AGAIN]:
         return lines
     if comparison.verdict == "undecided" and comparison.stage == "file":
-        decide = with_options(command, ["--reference", reference])
+        decide = with_options(command, f"--reference {shlex.quote(reference)}")
         lines.insert(0, f"to decide exactly:  {decide}")
-    accept = with_options(update, ["--update-golden", "--reason", _WHY])
-    lines.append(f"if this is meant:  {accept}".replace(_WHY, '"why"'))
-    return lines
+    accept = with_options(update, '--update-golden --reason "why"')
+    return [*lines, f"if this is meant:  {accept}"]
 
 
 def _key_map(renamed: Sequence[Finding], comparison: Comparison) -> tuple[tuple[str, str], ...]:

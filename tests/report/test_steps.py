@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from harness.compare import Finding
+from harness.policy import Policy
 from harness.report.steps import next_steps, past_lines
 from tests.conftest import Harness, Run
 from tests.report.samples import comparison
@@ -89,6 +91,24 @@ def test_undecided_is_decided_by_a_reference_or_accepted(stage: str, words: list
     assert len(found) == len(words)
     assert all(word in line for word, line in zip(words, found, strict=True))
     assert stage != "file" or found[0].endswith("harness verify x --reference RECORDED_CKPT")
+
+
+def test_options_stand_before_what_is_no_option() -> None:
+    undecided = comparison(Finding(kind="undecided", key="a", expected="float32 [2]"))
+    command = ["harness", "verify", "-g", "WHY", "--", "-x.pt"]
+    assert next_steps(undecided, command, command) == [
+        "to decide exactly:  harness verify -g WHY --reference RECORDED_CKPT -- -x.pt",
+        'if this is meant:  harness verify -g WHY --update-golden --reason "why" -- -x.pt',
+    ]
+
+
+def test_a_second_prefix_is_added_to_the_one_that_is_taken_off() -> None:
+    prefix = Finding(kind="prefix", key="model.", expected="no prefix", actual="prefix 'model.'")
+    found = replace(comparison(prefix), policy=Policy(strip_prefix="module."))
+    command = ["harness", "verify", "x", "--strip-prefix", "module."]
+    assert past_lines(found, command) == [
+        "to look past the prefix:  harness verify x --strip-prefix module.model."
+    ]
 
 
 def test_what_the_code_makes_of_a_file_is_not_for_a_golden_to_accept() -> None:
