@@ -19,7 +19,7 @@ from torch import nn
 from harness.checkpoint import Checkpoint, open_checkpoint
 from harness.checkpoint.tensors import format_key
 from harness.compare import FINDING_KINDS, Comparison, Departure, Finding, compare
-from harness.errors import NotRecorded
+from harness.errors import ModelError, NotRecorded
 from harness.fingerprint import Fingerprint, fingerprint
 from harness.golden import Golden, LiveRecord, source_of, without_paths
 from harness.measuring import AgainstGolden, BySketches
@@ -132,7 +132,15 @@ def live_stages(
         checkpoint = stack.enter_context(open_checkpoint(path))
         loader = options.loader(checkpoint)
         stages = _Live(path, checkpoint, loader, expected, policy)
-        module = loader.load(path, seed=_FIRST_SEED)
+        try:
+            module = loader.load(path, seed=_FIRST_SEED)
+        except ModelError as error:
+            if not (policy.strip_prefix or policy.key_map):
+                raise
+            raise ModelError(
+                f"{error}; --map and --strip-prefix name what is compared, not what is loaded",
+                hint="save the checkpoint under the keys of the model",
+            ) from error
         yield stages.compare_load(module)
         if last == "load":
             return

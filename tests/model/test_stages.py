@@ -21,6 +21,7 @@ from harness.golden import Golden, read_golden
 from harness.model.files import Loader, quiet
 from harness.model.outputs import inputs_of, outputs_of
 from harness.model.stages import LiveOptions
+from harness.policy import Policy
 from tests.conftest import Run
 from tests.model import variants
 
@@ -164,12 +165,38 @@ def test_a_plain_module_passes_every_stage(plain: Path) -> None:
     assert [c.verdict for c in found.values()] == ["identical"] * 4
 
 
+def test_a_model_loads_the_keys_that_are_there_whatever_the_policy_calls_them(plain: Path) -> None:
+    golden = record(plain, "Plain")
+    state = {f"module.{key}": value for key, value in torch.load(plain).items()}
+    torch.save(state, plain)
+    stages = api.verify_stages(plain, golden, policy=Policy(strip_prefix="module."))
+    assert next(stages).verdict == "identical"
+    with pytest.raises(ModelError, match="name what is compared, not what is loaded") as caught:
+        next(stages)
+    assert caught.value.hint == "save the checkpoint under the keys of the model"
+
+
 def test_a_changed_transient_buffer_is_named(plain: Path) -> None:
     found = verify_with(record(plain, "Plain"), plain, "OtherScale")
     assert found["file"].verdict == "identical"
     assert kinds(found["load"]) == [("different", "scale")]
     assert found["outputs"].departure is not None
     assert found["outputs"].departure.culprit == "(model)"
+
+
+@pytest.mark.parametrize("block_nbytes", [4096, 32768])
+def test_a_large_transient_buffer_is_sketched_as_the_weights_are(
+    plain: Path, block_nbytes: int
+) -> None:
+    golden = plain.parent / "golden.safetensors"
+    live = LiveOptions(target=f"{HERE}:LargeBuffer")
+    api.record(plain, golden, stage="load", live=live, block_nbytes=block_nbytes)
+    other = LiveOptions(target=f"{HERE}:OtherLargeBuffer")
+    found = by_stage(api.verify_stages(plain, read_golden(golden), live=other))
+    assert kinds(found["load"]) == [("different", "table")]
+    difference = found["load"].findings[0].difference
+    assert difference is not None
+    assert [element.index for element in difference.elements] == [(5,)]
 
 
 def test_a_changed_epsilon_is_named_in_somebody_elses_model(plain: Path) -> None:

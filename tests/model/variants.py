@@ -105,6 +105,19 @@ class Plain(nn.Module):
         return (torch.arange(12).reshape(2, 6) % 50,)
 
 
+class LargeBuffer(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.linspace(1, 2, 8192)
+        self.register_buffer("table", table, persistent=False)
+
+
+class OtherLargeBuffer(LargeBuffer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table[5] += 1
+
+
 class OtherScale(Plain):
     def __init__(self) -> None:
         super().__init__()
