@@ -118,7 +118,8 @@ def _check_map(policy: Policy, expected: Fingerprint, theirs: Mapping[str, Tenso
                 if _names(f"{old}.", keys)
                 else _most_alike(old, keys),
             )
-        if new and not _names(new, theirs):
+        fits_new = any(k.startswith(new) for k in theirs) if old.endswith(".") else new in theirs
+        if not fits_new:
             raise UsageError(
                 f"{option}: the checkpoint has no key {new}", hint=_most_alike(new, list(theirs))
             )

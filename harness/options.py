@@ -107,9 +107,9 @@ def policy_of(options: dict[str, Any]) -> Policy:
     """The policy that the options ask for."""
     from harness.policy import Policy
 
-    for name in ("atol", "rtol", "tolerances"):
-        if options["exact"] and options[name] not in (None, ()):
-            flag = "--tolerance" if name == "tolerances" else f"--{name}"
+    for name in ("atol", "rtol", "tolerances", "output_atol", "output_rtol"):
+        if options["exact"] and options.get(name) not in (None, ()):
+            flag = "--tolerance" if name == "tolerances" else f"--{name.replace('_', '-')}"
             raise UsageError(
                 f"--exact allows no difference at all, and {flag} some",
                 hint=f"leave out --exact, or {flag}",
@@ -292,6 +292,8 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(list(args))
         seen: set[str] = set()
+        if self.get_help_option(ctx) in order:
+            order = []
         for param in order:
             if not isinstance(param, click.Option) or param.multiple or param.name is None:
                 continue

@@ -82,6 +82,32 @@ class Policy:
             tolerances=tuple(one for one in self.tolerances if is_here(one[0])),
         )
 
+    def at_live_stage(
+        self, keys: Collection[str], theirs: Collection[str], of_file: Collection[str]
+    ) -> Policy:
+        """Leave out what fits the file's keys and not the model's, which may have names of its own.
+
+        `keys` are the golden's, `theirs` the model's.
+        """
+        prefix = self.strip_prefix
+        in_file = {key.removeprefix(prefix) for key in of_file}
+        there = {key.removeprefix(prefix) for key in theirs}
+
+        def is_here(old: str, new: str) -> bool:
+            def fit(names: Collection[str]) -> bool:
+                return any(n.startswith(new) if old.endswith(".") else n == new for n in names)
+
+            return fit(there) or not fit(in_file)
+
+        strips = any(k.startswith(prefix) for k in theirs) or not (
+            any(k.startswith(prefix) for k in of_file)
+        )
+        return replace(
+            self.at_stage({*keys, *theirs}, {*of_file, *in_file}),
+            strip_prefix=prefix if strips else "",
+            key_map=tuple(pair for pair in self.key_map if is_here(*pair)),
+        )
+
 
 def fits(glob: str, keys: Iterable[str]) -> bool:
     return any(fnmatchcase(key, glob) for key in keys)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.errors import GoldenError, HarnessError, NotRecorded, UsageError
+from harness.errors import GoldenError, HarnessError, ModelError, NotRecorded, UsageError
 from harness.options import NOT_ON_UPDATE, STAGES, live_of, stage_of
 from harness.progress import progress_bar
 from harness.terminal import asked_again, echo_stage, echo_steps, told
@@ -113,7 +113,8 @@ class Verification:
                 steps = self._next_steps(stages, checkpoint, recorded)
         except HarnessError as found:
             error = told(found, self.form)
-            if recorded is not None and not self.updating:
+            # After a ModelError they would end in the same.
+            if recorded is not None and not (self.updating or isinstance(found, ModelError)):
                 steps = self._next_steps(stages, checkpoint, recorded)
         echo_steps(steps, self.form)
         name = stages[0].actual.name if stages else None
@@ -236,13 +237,19 @@ class Verification:
             next_steps(
                 found,
                 command=["harness", *asked_again(self.arguments), *which],
-                update=["harness", *asked_again(self.arguments, but=NOT_ON_UPDATE), *which],
+                update=["harness", *self._updating_arguments(), *which],
                 **({} if there is None else {"reference": str(there)}),
             )
         )
 
     def _names_golden(self) -> bool:
-        return any(a == "-g" or a.startswith("--golden") for a in self.arguments)
+        return any(a.startswith(("-g", "--golden")) for a in self.arguments)
+
+    def _updating_arguments(self) -> list[str]:
+        """What was asked, as an update takes it: it goes as far as the golden does."""
+        shorter = [f"--{stage}" for stage in STAGES[:-1]]
+        asked = asked_again(self.arguments, but=NOT_ON_UPDATE)
+        return [argument for argument in asked if argument not in shorter]
 
 
 def _last_stage(golden: Golden) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -587,3 +588,19 @@ def test_an_update_shows_what_else_it_records_anew(
     assert "FAIL undecided  golden/nest.safetensors  outputs:" in run.out
     assert golden.read_bytes() != before
     assert harness("verify").code == 0
+
+
+def test_the_update_that_is_offered_goes_as_far_as_the_golden(
+    project: Path, harness: Harness, data: Path
+) -> None:
+    assert harness("record", "models/nest.nemo", "--load").code == 0
+    shutil.copy(data / "nest_tiny_perturbed_1e-3.nemo", "models/nest.nemo")
+    run = harness("verify", "models/nest.nemo", "-ggolden/nest.safetensors", "--file")
+    assert run.code == 1
+    line = run.out.splitlines()[-1].partition(":  ")[2]
+    assert line.startswith("harness verify models/nest.nemo -ggolden/nest.safetensors --update-")
+    assert harness(*shlex.split(line)[1:]).code == 0
+
+
+def test_help_is_given_whatever_else_is_asked(harness: Harness) -> None:
+    assert harness("verify", "--file", "--load", "--help").code == 0

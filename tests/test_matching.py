@@ -202,3 +202,36 @@ def test_a_checkpoint_without_a_common_key_is_asked_whether_it_is_another_model(
     assert compared({"other": torch.ones(3), "norm.steps": torch.tensor(1)}).notes == ()
     assert compared({f"module.{k}": v for k, v in state().items()}).notes == ()
     assert compared({"other": state()["norm.half"]}).notes == ()  # renamed
+
+
+def test_a_prefix_may_become_one_without_a_dot(compared: Compared) -> None:
+    actual = renamed_keys(lambda key: key.replace("encoder.", "encoder_"))
+    found = compared(actual, Policy(key_map=(("encoder.", "encoder_"),)))
+    assert found.verdict == "identical"
+
+
+@pytest.mark.parametrize(
+    ("policy", "hint"),
+    [
+        (Policy(key_map=(("encoder.", "enc."),)), "did you mean encoder.?"),
+        (Policy(key_map=(("encoder.0", "layer.0"),)), "--map encoder.0.=layer.0."),
+        (Policy(ignore=("encodr.*",)), "did you mean encoder.*?"),
+        (Policy(ignore=("qqq",)), "the keys begin with embed, encoder, norm, head"),
+        (Policy(strip_prefix="encoder"), "--strip-prefix encoder."),
+    ],
+)
+def test_an_option_that_fits_nothing_says_what_would(
+    compared: Compared, policy: Policy, hint: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        compared(state(), policy)
+    assert hint in (caught.value.hint or "")
+
+
+def test_a_prefix_of_the_goldens_keys_is_mapped_away(compared: Compared) -> None:
+    expected = renamed_keys(lambda key: f"module.{key}")
+    with pytest.raises(UsageError) as caught:
+        compared(state(), Policy(strip_prefix="module."), expected=expected)
+    assert (caught.value.hint or "").endswith("do: --map module.=")
+    policy = Policy(key_map=(("module.", ""),))
+    assert compared(state(), policy, expected=expected).verdict == "identical"

@@ -8,6 +8,7 @@ written but unlinked temporary files for what is compressed, and for parts of re
 
 from __future__ import annotations
 
+import re
 import shlex
 import stat
 from collections.abc import Iterator, Mapping
@@ -255,8 +256,14 @@ def _checkpoint_in(folder: AnyPath) -> AnyPath:
             hint="wait for the save to end, or copy the folder again with its hidden file",
         )
     files = [name for name in names if name.endswith(_SUFFIXES)]
-    parts = [name for name in files if "-of-" in name]
-    if parts:
+    parts = [name for name in files if _PART.search(name)]
+    index = next((name for name in names if name.endswith(".index.json")), None)
+    if index is not None:
+        raise CheckpointError(
+            f"{folder}: a folder without one of {', '.join(_FOLDER_NAMES)}",
+            hint=f"give its index: {folder / index}",
+        )
+    if len(parts) > 1 or (parts and "-00001-of-00001." not in parts[0]):
         raise CheckpointError(
             f"{folder}: a part of a sharded checkpoint ({parts[0]}), and no index of its parts",
             hint="get the .index.json from where they came",
@@ -269,6 +276,7 @@ def _checkpoint_in(folder: AnyPath) -> AnyPath:
     )
 
 
+_PART = re.compile(r"-\d{5}-of-\d{5}\.")
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".nemo", ".safetensors")
 
 
@@ -335,7 +343,10 @@ def _did_you_mean(path: AnyPath) -> str:
         names = sorted(child.name for child in islice(folder.iterdir(), 1000))
     except (OSError, StopIteration, ValueError):
         return "check the path"
-    # Without suffixes, by which files would be alike.
+    # Without suffixes, by which files would be alike; of equal stems, that of the same suffix.
+    suffix = Path(missing).suffix
+    names = [n for n in names if n.endswith((*_SUFFIXES, ".json")) or (folder / n).is_dir()]
+    names.sort(key=lambda name: Path(name).suffix == suffix)
     stems = {Path(name).stem: name for name in names}
     for stem in get_close_matches(Path(missing).stem, stems):
         meant = (folder / stems[stem]).joinpath(*rest)

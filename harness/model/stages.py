@@ -219,7 +219,8 @@ class _Live:
         found = fingerprint(state, details=lambda tensor: False)
         # Where the file still is what was recorded, it decides exactly.
         measure = AgainstGolden(golden=expected, actual=state, partial_reference=self.checkpoint)
-        return compare(expected, found, self.policy, measure, stage=stage)
+        policy = self.policy.at_live_stage(expected.tensors, found.tensors, self.checkpoint.tensors)
+        return compare(expected, found, policy, measure, stage=stage)
 
     def _changed_gradients(self, module: nn.Module) -> list[Finding]:
         if self.expected.live is None:

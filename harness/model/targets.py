@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+import sysconfig
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +46,7 @@ def user_code(doing: str, hint: str, brief: Callable[[str], str] = str) -> Itera
 def _where(error: BaseException) -> str:
     """The innermost line of it that is nobody's library, for who has no Python shell at hand."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and not _is_ours(f.filename)]
+    own = [f for f in frames if "site-packages" not in f.filename and not _is_library(f.filename)]
     if not own:
         return ""
     path = Path(own[-1].filename)
@@ -53,8 +54,9 @@ def _where(error: BaseException) -> str:
     return f" ({shown}:{own[-1].lineno}, in {own[-1].name})"
 
 
-def _is_ours(file: str) -> bool:
-    return Path(file).is_relative_to(_PACKAGE) or file.startswith("<")
+def _is_library(file: str) -> bool:
+    libraries = (_PACKAGE, sysconfig.get_path("stdlib"))
+    return file.startswith("<") or any(Path(file).is_relative_to(folder) for folder in libraries)
 
 
 def resolve(target: str) -> Callable[..., Any]:

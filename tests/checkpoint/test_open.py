@@ -86,3 +86,36 @@ def test_a_checkpoint_that_was_closed_says_so(data: Path, use: str) -> None:
     with pytest.raises(CheckpointError, match=r"nest_tiny\.ckpt: is closed") as error:
         getattr(tensor, use)()
     assert "open the checkpoint again" in (error.value.hint or "")
+
+
+def test_a_name_much_alike_is_that_of_a_checkpoint_of_the_same_kind(tmp_path: Path) -> None:
+    for name in ("nest.pt", "nest.yaml", "nest.ckpt", "mem.py"):
+        (tmp_path / name).write_bytes(b"")
+    for asked, hint in [
+        ("nset.pt", f"did you mean {tmp_path / 'nest.pt'}?"),
+        ("nset.ckpt", f"did you mean {tmp_path / 'nest.ckpt'}?"),
+        ("mm.pt", f"see what is there: ls {tmp_path}"),
+    ]:
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(tmp_path / asked)
+        assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("names", "message", "hint"),
+    [
+        (["a-00001-of-00002.safetensors", "a.safetensors.index.json"], "one of", "its index: "),
+        (["a-00001-of-00002.safetensors"], "no index of its parts", "index.json from where"),
+        (["a-00001-of-00001.safetensors"], "without a checkpoint", "a-00001-of-00001.saf"),
+        (["best-of-3.pt"], "without a checkpoint", "best-of-3.pt"),
+        ([], "without a checkpoint", "give the file"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_says_what_to_give(
+    tmp_path: Path, names: list[str], message: str, hint: str
+) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(tmp_path)
+    assert hint in (caught.value.hint or "")

@@ -176,6 +176,32 @@ def test_a_model_loads_the_keys_that_are_there_whatever_the_policy_calls_them(pl
     assert caught.value.hint == "save the checkpoint under the keys of the model"
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(strip_prefix="module."),
+        Policy(key_map=(("embed.", "module.embed."), ("layers.", "module.layers."))),
+    ],
+)
+def test_what_the_model_renames_itself_needs_no_option_at_its_stages(
+    plain: Path, policy: Policy
+) -> None:
+    golden = record(plain, "Plain")
+    state = {f"module.{key}": value for key, value in torch.load(plain).items()}
+    if policy.key_map:
+        state |= {key: state.pop(f"module.{key}") for key in ("norm.weight", "norm.bias")}
+    torch.save(state, plain)
+    live = LiveOptions(target=f"{HERE}:Strips")
+    stages = api.verify_stages(plain, golden, policy=policy, live=live, stage="load")
+    assert [stage.verdict for stage in stages] == ["identical", "identical"]
+
+
+def test_errors_of_the_users_code_name_its_line(plain: Path) -> None:
+    live = LiveOptions(target=f"{HERE}:Breaks")
+    with pytest.raises(ModelError, match=r"JSONDecodeError.*variants\.py:\d+, in forward\)"):
+        list(api.roundtrip(plain, live=live))
+
+
 def test_a_changed_transient_buffer_is_named(plain: Path) -> None:
     found = verify_with(record(plain, "Plain"), plain, "OtherScale")
     assert found["file"].verdict == "identical"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Self
 
@@ -116,6 +117,19 @@ class OtherLargeBuffer(LargeBuffer):
     def __init__(self) -> None:
         super().__init__()
         self.table[5] += 1
+
+
+class Strips(Plain):
+    """Takes checkpoints of DataParallel, and saves none."""
+
+    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = {key.removeprefix("module."): value for key, value in state.items()}
+        return super().load_state_dict(plain, *args, **kwargs)
+
+
+class Breaks(Plain):
+    def forward(self, tokens: Tensor) -> dict[str, Any]:
+        return dict(json.loads("no JSON"))
 
 
 class OtherScale(Plain):

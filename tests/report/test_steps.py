@@ -116,6 +116,12 @@ def test_what_the_code_makes_of_a_file_is_not_for_a_golden_to_accept() -> None:
     assert "mend the code" in line
 
 
+def test_places_in_a_computation_are_renamed_by_no_policy() -> None:
+    moved = Finding(kind="renamed", key="act.:out", actual_key="body:out")
+    (line,) = steps(moved, stage="outputs")
+    assert line.startswith("if this is meant:")
+
+
 def test_two_checkpoints_have_nothing_to_update() -> None:
     different = Finding(kind="missing", key="a", expected="float32 [2]")
     assert past_lines(comparison(different), ["harness", "diff", "a", "b"]) == []
