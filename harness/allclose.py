@@ -20,9 +20,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from harness.arithmetic import sums_of_squares
+from harness.arithmetic import as_floats, sums_of_squares
 from harness.checkpoint.tensors import DType, decode, numpy_dtype
-from harness.fingerprint import as_floats
 from harness.streaming import Chunk, buffers
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -1,4 +1,4 @@
-"""Sums of many numbers, of their squares, and of their products with a matrix, in float64.
+"""Numbers as floats, their sums and those of squares and of products with a matrix, in float64.
 
 In: finite float32 or float64 values. Out: float64, each sum of n terms off by at most n 2**-53 of
 the sum of their sizes. float32 is multiplied as it is, and its products added up in float64, by
@@ -8,11 +8,16 @@ the same bits, whatever stands beside them; those of float64 do, cut in the same
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numkong
 import numpy as np
+
+from harness.checkpoint.tensors import DType, numpy_dtype
+from harness.streaming import buffers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -24,6 +29,51 @@ _MIN_NUMEL = 2048
 # Products of fewer multiplications than a million OpenBLAS computes in place: nearly twice as fast
 # as with its copies, which a narrow matrix does not repay.
 _MAX_PRODUCT = 1 << 19
+
+
+def component_nbytes(dtype: DType) -> int:
+    """Bytes of a real number: half of a complex one."""
+    return dtype.itemsize // (2 if dtype.kind == "complex" else 1)
+
+
+def as_floats(data: Array, dtype: DType, scratch: str = "values") -> Array:
+    """Logical bytes as float32 values, or as float64 where float32 cannot hold them all.
+
+    Components of complex numbers are side by side. In scratch of this name, or the data itself.
+    """
+    stored = data.view(numpy_dtype(dtype))
+    if stored.dtype in (np.float32, np.float64):
+        return stored
+    if not dtype.is_floating:
+        values = buffers.get(scratch, stored.size, "<f8")
+        np.copyto(values, stored, casting="unsafe")
+        return values
+    values = buffers.get(scratch, stored.size, "<f4")
+    if dtype.name.startswith("float8"):
+        # Without a check of the range, which no byte can leave: eight times as fast.
+        np.take(_float8_values(dtype), data, out=values, mode="clip")
+    else:
+        numkong.astype(stored, "f32", out=values)
+    return values
+
+
+_FLOAT8: dict[str, Array] = {}
+
+
+def _float8_values(dtype: DType) -> Array:
+    table = _FLOAT8.get(dtype.name)
+    if table is None:
+        codes = np.arange(256, dtype="|u1").view(numpy_dtype(dtype))
+        table = _FLOAT8[dtype.name] = codes.astype("<f4")
+    return table
+
+
+def total_squares(squares: Iterable[float]) -> float:
+    """The exact sum of squares, rounded once; infinite where it has no float."""
+    try:
+        return math.fsum(squares)
+    except OverflowError:
+        return math.inf
 
 
 class Runs(NamedTuple):

@@ -306,6 +306,7 @@ def verify(
         updating=update_golden,
         reason=reason,
         arguments=arguments,
+        names_golden=golden is not None,
     )
     try:
         goldens = goldens_of(checkpoint, golden)

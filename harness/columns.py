@@ -20,8 +20,9 @@ import numpy as np
 from blake3 import blake3
 
 from harness.checkpoint.tensors import DTYPES, DType, Tensor, format_key, numpy_dtype
-from harness.fingerprint import Fingerprint, Stats, TensorPrint, block_numel, digest_of
+from harness.fingerprint import Fingerprint, TensorPrint, block_numel, digest_of
 from harness.sketch import NUM_PROJECTIONS, MatrixDType, Sketch, num_blocks
+from harness.stats import Stats
 from harness.streaming import CHUNK_NBYTES, chunks
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -29,17 +29,11 @@ from harness.allclose import (
     tally_chunk,
     tally_nan,
 )
+from harness.arithmetic import total_squares
 from harness.checkpoint.tensors import numpy_dtype
-from harness.fingerprint import Stats, TensorPrint, block_numel, digest_of
-from harness.sketch import (
-    CHANCE,
-    NUM_PROJECTIONS,
-    Gap,
-    block_ranges,
-    compare_sketches,
-    recover,
-    total_squares,
-)
+from harness.fingerprint import TensorPrint, block_numel, digest_of
+from harness.sketch import CHANCE, NUM_PROJECTIONS, Gap, block_ranges, compare_sketches, recover
+from harness.stats import Stats
 from harness.streaming import buffers, chunks
 
 Array = np.ndarray[Any, np.dtype[Any]]

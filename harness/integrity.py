@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from zlib_ng import zlib_ng
 
-from harness.checkpoint.assembled import stored_parts
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
 from harness.errors import CheckpointError
 from harness.streaming import Chunk, Progress, buffers, chunks, map_chunks
@@ -94,6 +93,8 @@ def damages(
 
 
 def _of_tensor(by_source: Mapping[int, Sequence[Checksum]], tensor: Tensor) -> Iterator[Checksum]:
+    from harness.checkpoint.assembled import stored_parts  # not before something differs
+
     for part in stored_parts(tensor):
         storage = part.storage
         for one in by_source.get(id(storage.source), ()):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -93,14 +93,6 @@ def sketch_values(
         squares = moments_of_runs(values, block_numel).squares
     projections = np.concatenate([by.product(blocks), by.product(last)])
     return Sketch(projections=projections, norms=np.sqrt(squares), matrix=matrix)
-
-
-def total_squares(squares: Iterable[float]) -> float:
-    """The exact sum of squares, rounded once; infinite where it has no float."""
-    try:
-        return math.fsum(squares)
-    except OverflowError:
-        return math.inf
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

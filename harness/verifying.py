@@ -87,6 +87,7 @@ class Verification:
     updating: bool
     reason: str
     arguments: list[str]
+    names_golden: bool
 
     def outcome(self, checkpoint: AnyPath | None, golden: AnyPath) -> Outcome:
         """Verify one golden and report each stage as it ends; update it if that is asked for."""
@@ -231,7 +232,7 @@ class Verification:
                 f"harness record {shlex.quote(str(checkpoint))}",
             )
         # As it was asked, so that the same question is asked again.
-        which = [] if checkpoint or self._names_golden() else ["-g", str(golden.path)]
+        which = [] if checkpoint or self.names_golden else ["-g", str(golden.path)]
         there = other_reference(golden, checkpoint)
         return tuple(
             next_steps(
@@ -241,9 +242,6 @@ class Verification:
                 **({} if there is None else {"reference": str(there)}),
             )
         )
-
-    def _names_golden(self) -> bool:
-        return any(a.startswith(("-g", "--golden")) for a in self.arguments)
 
     def _updating_arguments(self) -> list[str]:
         """What was asked, as an update takes it: it goes as far as the golden does."""

@@ -18,11 +18,12 @@ from typing import Any
 from blake3 import blake3
 from zlib_ng import zlib_ng
 
-from harness.arithmetic import moments_of_runs
+from harness.arithmetic import as_floats, moments_of_runs
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.tensors import Tensor, numpy_dtype
-from harness.fingerprint import _extremes, _parts, _Scan, _scan_chunk, as_floats, block_numel
+from harness.fingerprint import _parts, _Scan, _scan_chunk, block_numel
 from harness.sketch import DEFAULT_BLOCK_NBYTES, sketch_values
+from harness.stats import extremes_of
 from harness.streaming import CHUNK_NBYTES, buffers, chunks
 
 RUNS = 20
@@ -76,7 +77,7 @@ class Steps:
         zlib_ng.crc32(self.data.data)
 
     def extremes(self, turn: int) -> None:
-        _extremes(self.data.view(numpy_dtype(self.tensor.dtype)))
+        extremes_of(self.data.view(numpy_dtype(self.tensor.dtype)))
 
     def floats(self, turn: int) -> None:
         for part in self.parts:

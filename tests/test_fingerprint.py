@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.arithmetic import as_floats
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.tensors import DTYPES, numpy_dtype
 from harness.errors import CheckpointError
-from harness.fingerprint import Fingerprint, Stats, as_floats, fingerprint, outline
+from harness.fingerprint import Fingerprint, fingerprint, outline
+from harness.stats import Stats
 from harness.streaming import CHUNK_NBYTES
 
 State = dict[str, torch.Tensor]

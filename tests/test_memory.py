@@ -19,9 +19,10 @@ import torch
 from blake3 import blake3
 
 from harness.checkpoint.tensors import DTYPES
-from harness.fingerprint import Fingerprint, Stats, TensorPrint, block_numel, digest_of
+from harness.fingerprint import Fingerprint, TensorPrint, block_numel, digest_of
 from harness.golden import Golden, write_golden
 from harness.sketch import DEFAULT_BLOCK_NBYTES, NUM_PROJECTIONS, Sketch, num_blocks
+from harness.stats import Stats
 from harness.streaming import CHUNK_NBYTES, chunks
 
 GIB = 1 << 30

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from harness import sketch
+from harness.arithmetic import total_squares
 from harness.sketch import (
     NUM_PROJECTIONS,
     SEED,
@@ -20,7 +21,6 @@ from harness.sketch import (
     projection,
     recover,
     sketch_values,
-    total_squares,
 )
 
 BLOCK = 8192  # of float32

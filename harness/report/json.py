@@ -35,8 +35,9 @@ from typing import Any
 from harness.compare import Comparison, Departure, Finding
 from harness.difference import Difference
 from harness.errors import HarnessError
-from harness.fingerprint import Fingerprint, Stats
+from harness.fingerprint import Fingerprint
 from harness.report.outcome import Outcome, Result
+from harness.stats import Stats
 
 Json = Any
 

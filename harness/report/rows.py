@@ -20,9 +20,10 @@ import numpy as np
 from harness.allclose import Tolerance
 from harness.compare import FINDING_KINDS, Comparison, Finding, describe
 from harness.difference import Difference, Element
-from harness.fingerprint import Fingerprint, Stats, TensorPrint
+from harness.fingerprint import Fingerprint, TensorPrint
 from harness.report.folding import printable
 from harness.report.json import number
+from harness.stats import Stats
 
 Json = Any
 _DIGITS, _STATS_DIGITS = 3, 6

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
-from harness.fingerprint import Fingerprint, Stats
+from harness.fingerprint import Fingerprint
 from harness.golden import Update
 from harness.report.folding import printable
+from harness.stats import Stats
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

@@ -13,10 +13,11 @@ from harness.allclose import Tolerance
 from harness.checkpoint.tensors import DTYPES
 from harness.compare import Comparison, Finding, compare, describe
 from harness.difference import Difference, Element
-from harness.fingerprint import Fingerprint, Stats, TensorPrint
+from harness.fingerprint import Fingerprint, TensorPrint
 from harness.measuring import BySketches
 from harness.policy import Policy
 from harness.report.outcome import Outcome, Result
+from harness.stats import Stats
 
 PHONE, DESKTOP = (375, 780), (1280, 900)
 HOSTILE = [
