@@ -12,6 +12,8 @@ differ.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import shlex
@@ -204,8 +206,16 @@ def refuse_other(path: AnyPath) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write beside the target without a name, then name it: a kill leaves no half-written file."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    """Write a file without a name, lock it, name it beside the target, rename it over the target.
+
+    A kill leaves the old golden or the new one, never a part. Between naming and renaming it leaves
+    the new one under both names, for no system call puts a file without a name over another: the
+    next write removes what no living writer holds locked.
+    """
+    beside = f".{path.name}."
+    for left in path.parent.glob(f"{glob.escape(beside)}*.tmp"):
+        _remove_unlocked(left)
+    temporary = path.parent / f"{beside}{os.urandom(4).hex()}.tmp"
     with contextlib.ExitStack() as stack:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, folder)
@@ -215,18 +225,25 @@ def _replace(path: Path, data: bytes) -> None:
                 descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
         nameless = descriptor >= 0
         if not nameless:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         stack.callback(temporary.unlink, missing_ok=True)
         file = stack.enter_context(os.fdopen(descriptor, "wb"))
+        with contextlib.suppress(OSError):  # not every file system can
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
         if nameless:
-            temporary.unlink(missing_ok=True)
             # With a directory's descriptor Python calls linkat, which follows the link in /proc.
             os.link(f"/proc/self/fd/{file.fileno()}", temporary.name, dst_dir_fd=folder)
         temporary.replace(path)
         os.fsync(folder)
+
+
+def _remove_unlocked(path: Path) -> None:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
 
 
 def serialize(golden: Golden) -> bytes:
