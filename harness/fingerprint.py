@@ -17,12 +17,20 @@ from typing import Any
 
 import numpy as np
 from blake3 import blake3
-from zlib_ng import zlib_ng
 
 from harness.arithmetic import as_floats, component_nbytes, moments_of_runs
 from harness.cache import DigestCache
-from harness.checkpoint.tensors import Checkpoint, DType, Tensor, numpy_dtype
-from harness.integrity import checksums_of_tensors, others, refuse_damaged
+from harness.checkpoint.tensors import Checkpoint, Checksum, DType, Tensor, numpy_dtype
+from harness.integrity import (
+    Run,
+    crc32s_of,
+    crc32s_of_runs,
+    cuts_of,
+    cuts_within,
+    others,
+    refuse_damaged,
+    runs_of_tensors,
+)
 from harness.sketch import DEFAULT_BLOCK_NBYTES, MatrixDType, Sketch, sketch_values
 from harness.stats import (
     Moments,
@@ -150,8 +158,11 @@ def fingerprint(
     prints = _cached(originals, details, cache)
     num_cached = len(prints)
     originals = [t for t in originals if t.key not in prints]
-    checksums = checksums_of_tensors(checkpoint.checksums, originals) if check_integrity else {}
-    rest = others(checkpoint.checksums, checksums.values()) if check_integrity else []
+    runs: dict[str, list[Run]] = {}
+    rest: list[Checksum] = []
+    if check_integrity:
+        runs = runs_of_tensors(checkpoint.checksums, originals)
+        rest = others(checkpoint.checksums, (run.checksum for of in runs.values() for run in of))
 
     scans = []
     for tensor in originals:
@@ -160,15 +171,19 @@ def fingerprint(
         block = block_nbytes if wants and not keeps and tensor.dtype.is_floating else None
         # Large values are read again, where they are kept: another rank need not send them.
         carries = keeps and tensor.numel <= MAX_KEPT_NUMEL
-        scans.append(_Scan(tensor, tensor.key in checksums, wants, carries, block, matrix))
+        cuts = cuts_of(runs[tensor.key]) if tensor.key in runs else None
+        scans.append(_Scan(tensor, cuts, wants, carries, block, matrix))
     if progress is not None:
         progress.expect(sum(scan.nbytes for scan in scans) + sum(entry.nbytes for entry in rest))
     scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
     if check_integrity:
         known = [
-            (checksums[tensor.key], [part.crc32 for part in parts])
+            checked
             for tensor, parts in zip(originals, scanned, strict=True)
-            if tensor.key in checksums
+            if tensor.key in runs
+            for checked in crc32s_of_runs(
+                runs[tensor.key], tensor.nbytes, [crc32 for part in parts for crc32 in part.crc32s]
+            )
         ]
         refuse_damaged(known, rest, jobs, progress)
     for tensor, scan, parts in zip(originals, scans, scanned, strict=True):
@@ -237,7 +252,7 @@ def statistics(
     progress: Progress | None = None,
 ) -> list[Stats]:
     """The stats of tensors whose values can be read. Memory: 20 MB a thread."""
-    scans = [_Scan(tensor, False, True, False, None) for tensor in tensors]
+    scans = [_Scan(tensor, None, True, False, None) for tensor in tensors]
     scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
     return [stats_of([m for part in parts for m in part.moments]) for parts in scanned]
 
@@ -257,7 +272,7 @@ def digest_of(dtype: DType, shape: tuple[int, ...], chunk_digests: list[bytes]) 
 @dataclass(frozen=True, slots=True)
 class _ChunkPrint:
     digest: bytes
-    crc32: int = 0
+    crc32s: tuple[int, ...] = ()
     moments: tuple[Moments, ...] = ()
     sketches: tuple[Sketch, ...] = ()
     values: bytes = b""
@@ -265,10 +280,13 @@ class _ChunkPrint:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """What is asked of one tensor, beside its digest, as work for `map_chunks`."""
+    """What is asked of one tensor, beside its digest, as work for `map_chunks`.
+
+    `cuts` are where a chunk is cut into pieces that have a CRC-32 each; None wants none.
+    """
 
     tensor: Tensor | TensorPrint
-    wants_crc32: bool
+    cuts: Sequence[int] | None
     wants_stats: bool
     carries_values: bool
     block_nbytes: int | None
@@ -279,7 +297,8 @@ class _Scan:
         return self.tensor.nbytes
 
     def part(self, chunk: Chunk) -> _Scan:
-        return replace(self, tensor=self.tensor.part(chunk.start, chunk.nbytes))
+        tensor = self.tensor.part(chunk.start, chunk.nbytes)
+        return replace(self, tensor=tensor, cuts=self.cuts and cuts_within(self.cuts, chunk))
 
 
 def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
@@ -287,9 +306,9 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
     data = buffers.get("chunk", chunk.nbytes)
     tensor.read_into(chunk.start, data.data)
     digest = blake3(data.data).digest()
-    crc32 = zlib_ng.crc32(data.data) if scan.wants_crc32 else 0
+    crc32s = () if scan.cuts is None else crc32s_of(data, chunk, scan.cuts)
     if not scan.wants_stats:
-        return _ChunkPrint(digest, crc32)
+        return _ChunkPrint(digest, crc32s)
     moments, sketches = [], []
     # Of the whole chunk at once, where it is all finite: fewer calls let threads wait less.
     of_chunk = extremes_of(data.view(numpy_dtype(tensor.dtype))) if _is_ieee(tensor.dtype) else None
@@ -310,7 +329,7 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
             sketches.append(sketch_values(values, numel, squares, scan.matrix))
         moments.append(moments_of(finite, runs, extremes, nonfinite))
     kept = data.tobytes() if scan.carries_values else b""
-    return _ChunkPrint(digest, crc32, tuple(moments), tuple(sketches), kept)
+    return _ChunkPrint(digest, crc32s, tuple(moments), tuple(sketches), kept)
 
 
 def _joined(squares: Array, count: int) -> Array:

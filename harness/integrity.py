@@ -7,15 +7,20 @@ safetensors files have none.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 from zlib_ng import zlib_ng
 
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
 from harness.errors import CheckpointError
 from harness.streaming import Chunk, Progress, buffers, chunks, map_chunks
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Damage(NamedTuple):
@@ -26,20 +31,71 @@ class Damage(NamedTuple):
     actual: int
 
 
-def checksums_of_tensors(
+class Run(NamedTuple):
+    """Logical bytes of a tensor, from `start` on, that are just those that have the checksum."""
+
+    start: int
+    checksum: Checksum
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.checksum.nbytes
+
+
+def runs_of_tensors(
     checksums: Iterable[Checksum], tensors: Iterable[Tensor]
-) -> dict[str, Checksum]:
-    """The checksums of bytes that are just those of one tensor, by its key."""
+) -> dict[str, list[Run]]:
+    """By key, the runs of a tensor's logical bytes that have checksums, in order.
+
+    Who goes through the tensor has them on the way: its bytes need not be read for them again.
+    """
+    from harness.checkpoint.assembled import stored_runs
+
     by_place = {(id(c.source), c.offset, c.nbytes): c for c in checksums}
-    found = {}
-    for tensor in tensors:
-        storage = tensor.storage
-        start = storage.offset + tensor.offset * tensor.dtype.itemsize
-        checksum = by_place.get((id(storage.source), start, tensor.nbytes))
-        changed = storage.big_endian or tensor.conjugate or tensor.negative
-        if checksum and tensor.is_contiguous and not changed:
-            found[tensor.key] = checksum
+    found: dict[str, list[Run]] = {}
+    for tensor in tensors if by_place else ():
+        for start, part in stored_runs(tensor):
+            storage = part.storage
+            place = storage.offset + part.offset * part.dtype.itemsize
+            checksum = by_place.get((id(storage.source), place, part.nbytes))
+            changed = storage.big_endian or part.conjugate or part.negative
+            if checksum and part.is_contiguous and not changed:
+                found.setdefault(tensor.key, []).append(Run(start, checksum))
     return found
+
+
+def cuts_of(runs: Iterable[Run]) -> tuple[int, ...]:
+    """Where the logical bytes are to be cut so that each run is whole pieces."""
+    return tuple(sorted({place for run in runs for place in (run.start, run.stop)}))
+
+
+def cuts_within(cuts: Sequence[int], chunk: Chunk) -> Sequence[int]:
+    return cuts[bisect_right(cuts, chunk.start) : bisect_left(cuts, chunk.start + chunk.nbytes)]
+
+
+def crc32s_of(data: Array, chunk: Chunk, cuts: Sequence[int]) -> tuple[int, ...]:
+    """The CRC-32 of each piece of a chunk, whose bytes are `data`."""
+    inside = cuts_within(cuts, chunk)
+    if not inside:
+        return (zlib_ng.crc32(data.data),)
+    edges = [0, *(cut - chunk.start for cut in inside), chunk.nbytes]
+    return tuple(zlib_ng.crc32(data[start:stop].data) for start, stop in pairwise(edges))
+
+
+def crc32s_of_runs(
+    runs: Sequence[Run], nbytes: int, crc32s: Iterable[int]
+) -> Iterator[tuple[Checksum, int]]:
+    """The runs' checksums, each with what it is now, from those of all pieces of a tensor."""
+    edges = sorted({*cuts_of(runs), *(chunk.start for chunk in chunks(nbytes)), nbytes})
+    left = iter([*zip(pairwise(edges), crc32s, strict=True)])
+    for run in runs:
+        joined = 0
+        for (start, stop), crc32 in left:
+            if start >= run.start:
+                joined = zlib_ng.crc32_combine(joined, crc32, stop - start)
+            if stop == run.stop:
+                break
+        yield run.checksum, joined
 
 
 def others(checksums: Iterable[Checksum], known: Iterable[Checksum]) -> list[Checksum]:
@@ -49,19 +105,17 @@ def others(checksums: Iterable[Checksum], known: Iterable[Checksum]) -> list[Che
 
 
 def refuse_damaged(
-    known: Iterable[tuple[Checksum, Sequence[int]]],
+    known: Iterable[tuple[Checksum, int]],
     rest: Sequence[Checksum],
     jobs: int | None,
     progress: Progress | None,
 ) -> None:
     """Raise CheckpointError unless every byte is as its container says.
 
-    `known` are checksums of bytes that were read already, with the CRC-32s of their chunks; the
-    rest is read now, which advances `progress`.
+    `known` are checksums of bytes that were read already, with what they are now; the rest is read
+    now, which advances `progress`.
     """
-    for checksum, crc32s in known:
-        _refuse(checksum, _joined(checksum, crc32s))
-    for checksum, actual in _crc32s(rest, jobs, progress):
+    for checksum, actual in (*known, *_crc32s(rest, jobs, progress)):
         _refuse(checksum, actual)
 
 
@@ -109,21 +163,17 @@ def _crc32s(
     checksums: Sequence[Checksum], jobs: int | None, progress: Progress | None
 ) -> list[tuple[Checksum, int]]:
     found = map_chunks(checksums, _of_chunk, jobs=jobs, progress=progress)
-    return [(one, _joined(one, parts)) for one, parts in zip(checksums, found, strict=True)]
+    return [
+        (checksum, crc32)
+        for one, crc32s in zip(checksums, found, strict=True)
+        for checksum, crc32 in crc32s_of_runs([Run(0, one)], one.nbytes, crc32s)
+    ]
 
 
 def _of_chunk(checksum: Checksum, chunk: Chunk) -> int:
     data = buffers.get("chunk", chunk.nbytes)
     checksum.source.read_into(checksum.offset + chunk.start, data.data)
     return int(zlib_ng.crc32(data.data))
-
-
-def _joined(checksum: Checksum, crc32s: Sequence[int]) -> int:
-    """The CRC-32 of the whole from those of its chunks."""
-    joined = 0
-    for chunk, crc32 in zip(chunks(checksum.nbytes), crc32s, strict=True):
-        joined = zlib_ng.crc32_combine(joined, crc32, chunk.nbytes)
-    return joined
 
 
 def _refuse(entry: Checksum, actual: int) -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
+import zlib
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from harness import streaming
 from harness.checkpoint import open_checkpoint
+from harness.checkpoint.tensors import Checksum
 from harness.errors import CheckpointError
 from harness.fingerprint import Fingerprint, fingerprint
+from harness.integrity import Run, crc32s_of, crc32s_of_runs, cuts_of, cuts_within
 from harness.streaming import CHUNK_NBYTES
+from tests.checkpoint.dcp_writer import halves, write_dcp
 from tests.conftest import Harness
 
 State = dict[str, torch.Tensor]
@@ -59,6 +69,80 @@ def test_integrity_is_checked_against_the_archive(tmp_path: Path, state: State, 
     assert checked(path, check_integrity=False).root  # torch would read it, too
     with pytest.raises(CheckpointError, match="data/0: its CRC-32 is"):
         checked(path)
+
+
+class Expected:
+    """Who watches how much is read."""
+
+    def __init__(self) -> None:
+        self.nbytes = self.read = 0
+
+    def expect(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+
+    def advance(self, nbytes: int) -> None:
+        self.read += nbytes
+
+
+def test_what_ranks_saved_is_read_once(tmp_path: Path) -> None:
+    """FSDP cuts along the first dimension: the bytes of each shard are a run of the tensor's."""
+    weight = LONG[: len(LONG) // 2 * 2].reshape(-1, 2)
+    write_dcp(tmp_path, {"x": halves(weight, count=3), "y": halves(weight[:100], count=2)})
+    expected = Expected()
+    with open_checkpoint(tmp_path) as checkpoint:
+        whole = fingerprint(checkpoint, check_integrity=True, progress=expected)
+        nbytes = checkpoint.nbytes
+    assert whole.tensors["x"].nbytes > 2 * CHUNK_NBYTES
+    assert nbytes <= expected.nbytes < nbytes + 5000
+    assert expected.read == expected.nbytes
+
+
+@pytest.mark.parametrize("piece", range(3))
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_damaged_shard_is_named(tmp_path: Path, piece: int, place: int) -> None:
+    weight = LONG[: len(LONG) // 2 * 2].reshape(-1, 2)
+    write_dcp(tmp_path, {"x": halves(weight, count=3)})
+    whole = checked(tmp_path)
+    share = -(-len(weight) // 3)
+    part = weight[piece * share : (piece + 1) * share].numpy().tobytes()
+    [path] = [path for path in tmp_path.glob("*.distcp") if part in path.read_bytes()]
+    content = bytearray(path.read_bytes())
+    content[content.index(part) + place % len(part)] ^= 1
+    path.write_bytes(content)
+    assert checked(tmp_path, check_integrity=False).root != whole.root
+    with pytest.raises(CheckpointError, match=re.escape(path.name) + ".*its CRC-32 is"):
+        checked(tmp_path)
+
+
+class Zeros:
+    """A source of nothing, for checksums whose bytes are at hand."""
+
+    name = "zeros"
+
+
+@given(data=st.data())
+def test_the_checksum_of_a_run_is_joined_from_pieces_of_chunks(data: st.DataObject) -> None:
+    content = data.draw(st.binary(max_size=60))
+    edges = sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=8, unique=True)))
+    runs = [
+        Run(start, Checksum(Zeros(), 0, stop - start, zlib.crc32(content[start:stop])))
+        for start, stop in pairwise(edges)
+        if data.draw(st.booleans())
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "CHUNK_NBYTES", data.draw(st.integers(1, 30)))
+        cuts = cuts_of(runs)
+        crc32s = [
+            crc32
+            for chunk in streaming.chunks(len(content))
+            for crc32 in crc32s_of(
+                np.frombuffer(content, "|u1")[chunk.start : chunk.start + chunk.nbytes],
+                chunk,
+                data.draw(st.sampled_from([cuts, cuts_within(cuts, chunk)])),
+            )
+        ]
+        found = list(crc32s_of_runs(runs, len(content), crc32s))
+    assert [(checksum, checksum.crc32) for _, checksum in runs] == found
 
 
 def test_the_archives_other_entries_are_checked_too(tmp_path: Path) -> None:

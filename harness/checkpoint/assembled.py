@@ -98,6 +98,21 @@ def stored_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield from stored_parts(box.tensor)
 
 
+def stored_runs(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The stored parts that are each a run of its logical bytes, in order, and where each starts.
+
+    These are all where a tensor is cut along its first dimension, as FSDP does, and none where it
+    is cut along another.
+    """
+    source = tensor.storage.source
+    if not isinstance(source, Assembled):
+        yield 0, tensor
+    elif len(source.shape) == 1 and tensor.nbytes == source.nbytes and tensor.is_contiguous:
+        for box, _ in source.boxes:
+            for start, part in stored_runs(box.tensor):
+                yield box.start[0] * tensor.dtype.itemsize + start, part
+
+
 @dataclass(frozen=True, slots=True)
 class _Box:
     start: Index
@@ -177,7 +192,7 @@ class Assembled:
         self._dtype = dtype
         self._itemsize = dtype.itemsize
         self._raw = np.dtype(dtype.raw)
-        self._shape = shape
+        self.shape = shape
         self._strides = strides_of(shape)
         self.boxes = [(box, strides_of(box.extent)) for box in boxes]
         # A box holds a row only if it starts in it, or at most as far before as boxes are long.
@@ -186,7 +201,7 @@ class Assembled:
 
     def __reduce__(self) -> tuple[Any, ...]:
         boxes = [box for box, _ in self.boxes]
-        return Assembled, (self.name, self._dtype, self._shape, boxes)
+        return Assembled, (self.name, self._dtype, self.shape, boxes)
 
     def part(self, offset: int, nbytes: int) -> Assembled:
         """The same bytes, without the boxes that hold none of these: only these can be read."""
@@ -197,7 +212,7 @@ class Assembled:
             for box, *_ in self._crossed(index, count)
         }
         boxes = sorted(crossed.values(), key=lambda box: box.start)
-        return Assembled(self.name, self._dtype, self._shape, boxes)
+        return Assembled(self.name, self._dtype, self.shape, boxes)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`; both are multiples of the itemsize."""
@@ -219,7 +234,7 @@ class Assembled:
         A run is where it starts (an index into that dimension and those before it), how far it
         goes along it, and its number of elements.
         """
-        last = len(self._shape) - 1
+        last = len(self.shape) - 1
         most = stop - start if last == 0 else max(1, _BLOCK_NBYTES // self._itemsize)
         while start < stop:
             left = min(stop - start, most)
@@ -228,8 +243,8 @@ class Assembled:
                 for dim, stride in enumerate(self._strides)
                 if dim == last or (start % stride == 0 and stride <= left)
             )
-            stride, size = self._strides[dim], self._shape[dim]
-            index = tuple(start // self._strides[d] % self._shape[d] for d in range(dim + 1))
+            stride, size = self._strides[dim], self.shape[dim]
+            index = tuple(start // self._strides[d] % self.shape[d] for d in range(dim + 1))
             count = min(size - index[-1], left // stride)
             yield index, count, count * stride
             start += count * stride
@@ -237,7 +252,7 @@ class Assembled:
     def _fill(self, index: Index, count: int, buffer: memoryview) -> None:
         """Gather one run from the boxes that it crosses, in each of which it is one run too."""
         dim, itemsize = len(index) - 1, self._itemsize
-        first, inner = index[-1], self._shape[dim + 1 :]
+        first, inner = index[-1], self.shape[dim + 1 :]
         for box, strides, low, high in self._crossed(index, count):
             start, extent = box.start, box.extent
             place = sum((index[d] - start[d]) * strides[d] for d in range(dim))
@@ -280,7 +295,7 @@ class Assembled:
     def stamp(self) -> str | None:
         stamps = [(box.start, box.extent, box.tensor.stamp()) for box, _ in self.boxes]
         known = all(stamp is not None for _, _, stamp in stamps)
-        return repr((self._shape, stamps)) if known else None
+        return repr((self.shape, stamps)) if known else None
 
     def close(self) -> None:
         """Nothing is held open here; the files of the pieces are the checkpoint's."""
