@@ -71,32 +71,6 @@ def test_integrity_is_checked_against_the_archive(tmp_path: Path, state: State, 
         checked(path)
 
 
-class Expected:
-    """Who watches how much is read."""
-
-    def __init__(self) -> None:
-        self.nbytes = self.read = 0
-
-    def expect(self, nbytes: int) -> None:
-        self.nbytes += nbytes
-
-    def advance(self, nbytes: int) -> None:
-        self.read += nbytes
-
-
-def test_what_ranks_saved_is_read_once(tmp_path: Path) -> None:
-    """FSDP cuts along the first dimension: the bytes of each shard are a run of the tensor's."""
-    weight = LONG[: len(LONG) // 2 * 2].reshape(-1, 2)
-    write_dcp(tmp_path, {"x": halves(weight, count=3), "y": halves(weight[:100], count=2)})
-    expected = Expected()
-    with open_checkpoint(tmp_path) as checkpoint:
-        whole = fingerprint(checkpoint, check_integrity=True, progress=expected)
-        nbytes = checkpoint.nbytes
-    assert whole.tensors["x"].nbytes > 2 * CHUNK_NBYTES
-    assert nbytes <= expected.nbytes < nbytes + 5000
-    assert expected.read == expected.nbytes
-
-
 @pytest.mark.parametrize("piece", range(3))
 @pytest.mark.parametrize("place", [0, -1])
 def test_a_damaged_shard_is_named(tmp_path: Path, piece: int, place: int) -> None:
