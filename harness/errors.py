@@ -9,7 +9,8 @@
     ├── TeamError          another process of the same run has died, or failed unexpectedly
     └── GoldenMismatch     a comparison failed (also an AssertionError); only raised on request
 
-`str(error)` is the message; `error.hint` is the next step, one command or sentence.
+`str(error)` is the message; `error.hint` is the next step, one command or sentence, which a
+traceback shows below the message.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class HarnessError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        if hint:
+            self.add_note(f"next: {hint}")
 
 
 class CheckpointError(HarnessError):

@@ -253,7 +253,8 @@ class GoldenCheckpoint(pl.Callback):
         else:
             path = trainer.strategy.broadcast(bad[0].path if bad else None)
             if bad and bad[0].error is not None:
-                bad[0].error.add_note(f"next: {_hint(bad[0])}")
+                if getattr(bad[0].error, "hint", None) is None:  # else it says so itself
+                    bad[0].error.add_note(f"next: {_NEXT}")
                 raise bad[0].error
             if path is not None:
                 raise GoldenMismatch(f"{path}: a bad save, see the report of rank 0", hint=_NEXT)
