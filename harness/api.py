@@ -47,6 +47,7 @@ from harness.subjects import (
     of_live_ones_too,
     only_of_files,
     opened,
+    opened_for,
     path_of,
     refuse_reference,
     source_after,
@@ -190,12 +191,12 @@ def verify(
     recorded = golden if isinstance(golden, Golden) else read_golden(choose_golden(subject, golden))
     with ExitStack() as stack:
         actual = stack.enter_context(
-            opened(named_source(recorded) if subject is None else subject, recorded.section)
+            opened_for(recorded, named_source(recorded) if subject is None else subject)
         )
         beside = None
         if reference is not None:
             refuse_reference(to_path(reference), recorded, subject)
-            beside = stack.enter_context(open_checkpoint(reference, section=recorded.section))
+            beside = stack.enter_context(opened_for(recorded, reference))
         found = fingerprint_checkpoint(
             actual,
             details=nothing,
@@ -290,7 +291,7 @@ def update(
     last = _last_stage(golden, stage)
     only_of_files(found_at, golden.path, stage=last)
     path = path_of(found_at)
-    with opened(found_at, golden.section) as actual:
+    with opened_for(golden, found_at) as actual:
         digests = fingerprint_checkpoint(actual, details=nothing, jobs=jobs, progress=progress)
         same = {
             key
@@ -355,7 +356,7 @@ def diff(
         )
     if is_golden(other):
         recorded = read_golden(other)
-        with open_checkpoint(one, section=recorded.section) as checkpoint:
+        with opened_for(recorded, one) as checkpoint:
             found = fingerprint_checkpoint(
                 checkpoint,
                 keep_values=_kept_as_before(recorded.fingerprint),

@@ -2,6 +2,7 @@
 
     HarnessError
     ├── CheckpointError    a checkpoint cannot be read, or is not what it claims to be
+    │   └── NoSection      it has not the part that is asked for
     ├── GoldenError        a golden is missing, exists already, or cannot be read
     ├── ModelError         the code under test cannot be built, loaded or run
     │   └── NotRecorded    the golden does not hold what a stage compares with
@@ -32,6 +33,10 @@ class CheckpointError(HarnessError):
     """A checkpoint cannot be read, or is not what it claims to be."""
 
     kind = "checkpoint"
+
+
+class NoSection(CheckpointError):  # noqa: N818 - reads as what is the case
+    """A checkpoint has not the part that is asked for, or none that is its state dict."""
 
 
 class GoldenError(HarnessError):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 from harness.checkpoint import Checkpoint, open_checkpoint
 from harness.checkpoint.paths import AnyPath, Location, to_local, to_path
-from harness.errors import CheckpointError, GoldenError, UsageError
+from harness.errors import CheckpointError, GoldenError, NoSection, UsageError
 from harness.golden import (
     SUFFIX,
     Golden,
@@ -242,6 +242,21 @@ def opened(subject: Subject, section: str | None) -> Iterator[Checkpoint]:
         _refuse_golden(path)
         with open_checkpoint(path, section=section) as checkpoint:
             yield checkpoint
+
+
+@contextmanager
+def opened_for(golden: Golden, subject: Subject) -> Iterator[Checkpoint]:
+    """Open what is compared with a golden: of a path, the section that the golden holds."""
+    try:
+        with opened(subject, golden.section) as checkpoint:
+            yield checkpoint
+    except NoSection as error:
+        if golden.section is None:
+            raise
+        raise NoSection(
+            f"{error}; {golden.path} holds that section",
+            hint="give a checkpoint that has it, or another golden with -g",
+        ) from error
 
 
 def of_live_ones_too(verb: Callable[_Given, _Result]) -> Callable[_Given, _Result]:

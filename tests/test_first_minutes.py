@@ -29,6 +29,8 @@ def template(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     (folder / "notes.txt").write_text("to do\n")
     save_file({"other.weight": np.zeros(2, "f4")}, folder / "other.safetensors")
     torch.save(torch.nn.Linear(2, 2).state_dict(), folder / "linear.pt")
+    two = {name: torch.nn.Linear(2, 2).state_dict() for name in ("the generator", "critic")}
+    torch.save(two, folder / "two.pt")
     (folder / "raises.py").write_text("1 / 0\n")
     (folder / "needs.py").write_text("import a_library_that_is_not_there\n")
     api.record(models / "nest.nemo", folder / "golden" / "nest.safetensors")
@@ -79,6 +81,13 @@ MISTAKES = [
     ("record models/cut.nemo", "ends inside", "the file is truncated: copy or download it again"),
     ("verify models/cut.nemo -g golden/nest.safetensors", "ends inside", "the file is truncated"),
     ("record models/nest.nemo", "recorded there already", "--update-golden --reason WHY"),
+    # A part of a file.
+    (
+        "diff linear.pt two.pt",
+        "no state dict found in it",
+        "of its sections the generator (2 tensors), critic (2 tensors), or . for every tensor, "
+        "take one: harness record two.pt --section 'the generator'",
+    ),
     # A reference that is none.
     (
         "verify models/noisy.nemo -g golden/nest.safetensors --reference other.safetensors",
@@ -153,6 +162,10 @@ STEPS = [
         "verify other.safetensors -g golden/nest.safetensors",
         ["record other.safetensors", "verify other.safetensors"],
     ),
+    (
+        "verify two.pt -g golden/nest.safetensors",
+        ["record two.pt --section 'the generator'", "verify two.pt"],
+    ),
 ]
 
 
@@ -166,6 +179,25 @@ def test_the_next_step_works_as_it_is_typed(
         assert f"harness {step}\n" in run.out + run.err
         run = harness(*shlex.split(step))
         assert run.code == 0
+
+
+def test_a_golden_of_a_section_that_is_not_there_says_that_it_is_of_one(
+    project: Path, harness: Harness
+) -> None:
+    assert harness("record", "two.pt", "--section", "critic").code == 0
+    for command in (
+        ["verify", "linear.pt", "-g", "golden/two.safetensors"],
+        ["verify", "other.safetensors", "-g", "golden/two.safetensors"],
+        ["verify", "two.pt", "--reference", "linear.pt"],
+        ["diff", "linear.pt", "golden/two.safetensors"],
+    ):
+        run = harness(*command)
+        assert run.code == 2
+        assert run.err.endswith(
+            "; golden/two.safetensors holds that section\n"
+            "  next: give a checkpoint that has it, or another golden with -g\n"
+        )
+        assert "'critic'" in run.err
 
 
 def test_a_checkpoint_of_another_model_is_not_offered_as_an_update(

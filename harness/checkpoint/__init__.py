@@ -25,7 +25,7 @@ from harness.checkpoint.sections import find_tensors, plain_config
 from harness.checkpoint.sources import InflatedSource, Source, open_source, read
 from harness.checkpoint.tensors import Checkpoint, DType, Tensor, tensor_table
 from harness.checkpoint.torchfile import TorchFile, read_torch_legacy, read_torch_zip
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, NoSection
 
 __all__ = ["Checkpoint", "DType", "Tensor", "open_checkpoint"]
 
@@ -282,7 +282,7 @@ _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".nemo", ".safetensors")
 
 def _no_section(path: AnyPath, section: str | None) -> None:
     if section not in (None, "", "."):
-        raise CheckpointError(
+        raise NoSection(
             f"{path}: safetensors files have no sections, so no {section!r}",
             hint="leave out --section",
         )

@@ -7,6 +7,7 @@ trees deeper than any model's.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from harness.checkpoint.inert import Global, OpaqueKey, Record
 from harness.checkpoint.rebuild import Composite
 from harness.checkpoint.tensors import Component, Tensor, format_key
 from harness.checkpoint.torchfile import TorchFile, is_module
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, NoSection
 
 # Where training code puts the weights, the most specific first.
 KNOWN_SECTIONS = (
@@ -53,13 +54,11 @@ def find_tensors(file: TorchFile, name: str, section: str | None) -> tuple[str, 
         target = tree.resolve(section)
         tensors = tree.named(target)
         if not tensors:
-            raise CheckpointError(
-                f"{name}: its section {section!r} holds no tensors", hint=tree.hint()
-            )
+            raise NoSection(f"{name}: its section {section!r} holds no tensors", hint=tree.hint())
         return section, tensors
     found = tree.state_dict()
     if found is None:
-        raise CheckpointError(f"{name}: no state dict found in it", hint=tree.hint())
+        raise NoSection(f"{name}: no state dict found in it", hint=tree.hint())
     path, target = found
     return ".".join(path), tree.named(target)
 
@@ -210,7 +209,7 @@ class _Tree:
             children = {_spelled(step): child for step, child in self._children(value)}
             fitting = [key for key in children if rest == key or rest.startswith(key + ".")]
             if not fitting:
-                raise CheckpointError(
+                raise NoSection(
                     f"{self.name}: has no section {section!r}: {rest!r} is not among "
                     f"{', '.join(name[:80] for name in sorted(children)[:8]) or 'nothing'}",
                     hint=self.hint(),
@@ -221,18 +220,22 @@ class _Tree:
 
     def hint(self) -> str:
         """Name the sections that hold tensors, for an error's next step."""
-        found, at_top = [], False
+        found, names, at_top = [], [], False
         for step, child in self._children(self.file.root):
             at_top |= isinstance(child, Tensor)
             if isinstance(child, (dict, list, tuple, Record, Composite)):
                 count = sum(1 for _ in self._walk(child))
                 if count:
-                    found.append(f"{_spelled(step)[:80]} ({count} tensors)")
+                    names.append(_spelled(step))
+                    found.append(f"{names[-1][:80]} ({count} tensors)")
         if at_top and not found:
             return "its tensors are in no section: leave out --section"
         if not found:
             return "the file holds no tensors: is it the right one?"
-        return f"choose one with --section: {', '.join(found[:8])}; or . for every tensor"
+        return (
+            f"of its sections {', '.join(found[:8])}, or . for every tensor, take one: "
+            f"harness record {shlex.quote(self.name)} --section {shlex.quote(names[0])}"
+        )
 
 
 _CONTAINERS = (Tensor, Composite, Record, dict, list, tuple)
@@ -257,10 +260,8 @@ class _Dotted(str):
 
 
 def _joined(path: Path, step: Any) -> Path:
-    if isinstance(step, _Dotted):
-        if path and isinstance(path[-1], _Dotted):
-            return (*path[:-1], _Dotted(f"{path[-1]}.{step}"))
-        return (*path, step)
+    if path and isinstance(step, _Dotted) and isinstance(path[-1], _Dotted):
+        return (*path[:-1], _Dotted(f"{path[-1]}.{step}"))
     return (*path, step)
 
 
