@@ -358,7 +358,12 @@ def read_golden(path: Location) -> Golden:
                     f"{path}: a Git LFS pointer, not the golden itself", hint="git lfs pull"
                 )
             if not is_safetensors(head, source.nbytes):
-                raise GoldenError(f"{path}: not a golden (no safetensors file)", hint=_NOT_A_GOLDEN)
+                what = "no safetensors file" if source.nbytes else "an empty file"
+                raise GoldenError(
+                    f"{path}: not a golden ({what})",
+                    # By its name it is meant to be one.
+                    hint=_RESTORE if path.name.endswith(SUFFIX) else _NOT_A_GOLDEN,
+                )
             opened = True
             columns, metadata = read_safetensors(path, source)
             return _parse(path, {c.key: c for c in columns}, metadata)

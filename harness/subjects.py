@@ -61,6 +61,10 @@ def choose_golden(subject: Subject | None, golden: Location | None) -> AnyPath:
         with _as_golden_error(chosen):
             if path is not None and not chosen.exists() and close_golden(chosen) is None:
                 _no_golden(chosen, path, named=f" -g {_typed(chosen)}")
+            if path is not None and isinstance(chosen, Path):  # of a URL it is not worth asking
+                own = chosen / golden_path(path).name
+                if own.exists():
+                    raise _a_folder(chosen, own)
         return chosen
     if subject is None:
         raise UsageError("give a checkpoint, a golden, or both")
@@ -107,9 +111,7 @@ def new_golden(subject: Subject, golden: Location | None, *, overwrite: bool) ->
             )
         if target.is_dir():
             name = "NAME" + SUFFIX if path is None else golden_path(path).name
-            raise GoldenError(
-                f"{target}: a folder, not a golden", hint=f"-g {_typed(target / name)}"
-            )
+            raise _a_folder(target, target / name)
         refuse_other(target)
     if overwrite:
         return target
@@ -122,6 +124,10 @@ def new_golden(subject: Subject, golden: Location | None, *, overwrite: bool) ->
         else f"give yours another name: harness record {_typed(path)} "
         f"-g {_typed(target.with_name('OTHER' + SUFFIX))}",
     )
+
+
+def _a_folder(path: AnyPath, meant: AnyPath) -> GoldenError:
+    return GoldenError(f"{path}: a folder, not a golden", hint=f"-g {_typed(meant)}")
 
 
 def _is_same(one: AnyPath, other: AnyPath) -> bool:

@@ -74,6 +74,7 @@ MISTAKES = [
     ("verify golden/nets.safetensors", "no such", "harness verify -g golden/nest.safetensors"),
     ("verify -g models/nest.nemo", "not a golden", "give the golden with -g"),
     ("verify -g golden", "a folder, not a golden", "-g golden/nest.safetensors"),
+    ("verify two.pt -g golden", "a folder, not a golden", "-g golden/nest.safetensors"),
     ("verify models", "a folder without a checkpoint", "give the file"),
     ("record models", "a folder without a checkpoint", "give the file"),
     ("verify notes.txt", "text, not a checkpoint", "give a .pt, .ckpt, .nemo"),
@@ -179,6 +180,26 @@ def test_the_next_step_works_as_it_is_typed(
         assert f"harness {step}\n" in run.out + run.err
         run = harness(*shlex.split(step))
         assert run.code == 0
+
+
+def test_of_a_folder_of_goldens_that_of_the_checkpoint_is_meant(
+    project: Path, harness: Harness
+) -> None:
+    assert harness("record", "linear.pt").code == 0
+    for name in ("linear.pt", "models/nest.nemo"):
+        golden = f"golden/{Path(name).stem}.safetensors"
+        assert f"next: -g {golden}\n" in harness("verify", name, "-g", "golden").err
+
+
+@pytest.mark.parametrize("held", ["", "<<<<<<< HEAD\n"], ids=["nothing", "a conflict"])
+def test_what_is_named_as_a_golden_and_holds_none_is_to_be_restored(
+    project: Path, harness: Harness, held: str
+) -> None:
+    Path("golden/broken.safetensors").write_text(held)
+    run = harness("verify")
+    assert run.code == 2
+    assert "not a golden (" in run.err
+    assert run.err.endswith("restore it from version control, or remove it and record it again\n")
 
 
 def test_a_golden_of_a_section_that_is_not_there_says_that_it_is_of_one(

@@ -310,7 +310,7 @@ class Throttled(Exception):  # noqa: N818
         (Throttled(429), 3, "failed 3 times"),
         (ValueError("odd"), 1, "failed: ValueError: odd"),
         (OSError("reset"), 3, "failed 3 times: OSError: reset"),
-        (RuntimeError("see s3://b/k?sig=1"), 3, r"see s3://b/k$"),
+        (RuntimeError("see s3://b/k?sig=1"), 3, r"see s3://b/k\n"),
     ],
 )
 def test_errors_of_any_library_are_told_apart(
