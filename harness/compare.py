@@ -86,7 +86,10 @@ class Departure:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The outcome of one stage: what was compared, and every finding, worst first."""
+    """The outcome of one stage: what was compared, and every finding, worst first.
+
+    `are_strangers` says that the two sides have no key in common.
+    """
 
     expected: Fingerprint
     actual: Fingerprint
@@ -98,6 +101,7 @@ class Comparison:
     stage: str = "file"
     departure: Departure | None = None
     notes: tuple[str, ...] = ()
+    are_strangers: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -183,6 +187,7 @@ def compare(
         num_nan=sum(1 for t in matching.expected if t.stats is not None and t.stats.num_nan),
         stage=stage,
         notes=tuple(_notes(actual, strangers=matching.are_strangers)),
+        are_strangers=matching.are_strangers,
     )
 
 

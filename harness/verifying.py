@@ -224,13 +224,17 @@ class Verification:
         if code == 0:
             return ()
         found = next(stage for stage in stages if stage.exit_code == code)
-        kinds = {finding.kind for finding in found.findings if finding.fails}
-        strangers = kinds == {"missing", "unexpected"} and not found.num_identical
-        if checkpoint and strangers and not api.golden_path(checkpoint).exists():
-            return (
-                "if it is another model, give it a golden of its own:  "
-                f"harness record {shlex.quote(str(checkpoint))}",
-            )
+        if checkpoint and found.are_strangers:
+            own, typed = api.golden_path(checkpoint), shlex.quote(str(checkpoint))
+            if not own.exists():
+                return (
+                    "if it is another model, give it a golden of its own:  "
+                    f"harness record {typed}",
+                )
+            if not (isinstance(golden.path, Path) and own.samefile(golden.path)):
+                return (
+                    f"if it is another model, it has a golden of its own:  harness verify {typed}",
+                )
         # As it was asked, so that the same question is asked again.
         which = [] if checkpoint or self.names_golden else ["-g", str(golden.path)]
         there = other_reference(golden, checkpoint)

@@ -234,6 +234,13 @@ def test_a_checkpoint_of_another_model_is_not_offered_as_an_update(
     shutil.copy("other.safetensors", "models/nest.safetensors")
     run = harness("verify", "models/nest.safetensors")
     assert run.out.splitlines()[-1].endswith('--update-golden --reason "why"')
+    # One that has a golden already is not offered another.
+    torch.save({"w": torch.ones(3), "b": torch.ones(1), "steps": torch.tensor(0)}, "own.pt")
+    assert harness("record", "own.pt").code == 0
+    run = harness("verify", "own.pt", "-g", "golden/nest.safetensors")
+    assert run.out.splitlines()[-1] == (
+        "  if it is another model, it has a golden of its own:  harness verify own.pt"
+    )
     # And it is not another model if something of it is the same.
     save_file({"other.weight": np.zeros(2, "f4"), "bias": np.ones(1, "f4")}, "both.safetensors")
     save_file({"other.weight": np.zeros(2, "f4"), "gain": np.zeros(3, "f4")}, "near.safetensors")
