@@ -63,6 +63,9 @@ _JOBS = click.option(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: run the command and exit with its code; a crash is a 2, never a 1."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: nobody reads it, and no file must get its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if arguments is None:
         # Opening a checkpoint makes many objects that stay: looking through them takes 7 ms of 600
         # tensors. What is used once leaves by reference counts.
@@ -104,7 +107,8 @@ def _run(arguments: list[str]) -> int:
         return 2 if stopped.code else 0
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
-        echo_error(UsageError(f"{what}{error.strerror or error}", hint="check the path"))
+        hint = "check the path" if what else "see where the output goes: it cannot be written there"
+        echo_error(UsageError(f"{what}{error.strerror or error}", hint=hint))
     except Exception:  # exit code 1 would say that a checkpoint differs
         traceback.print_exc()
         click.echo("error: this is a bug in the harness; please report it", err=True)

@@ -76,6 +76,11 @@ def match(expected: Fingerprint, actual: Fingerprint, policy: Policy) -> Matchin
     kept = {k: t for k, t in named.items() if not policy.ignores(t.key) and not policy.ignores(k)}
     ignored = named.keys() - kept
     found = {k: t for k, t in theirs.items() if not policy.ignores(k) and k not in ignored}
+    if ignored and not kept and not found:
+        raise UsageError(
+            f"--ignore {' --ignore '.join(policy.ignore)}: leaves nothing of {expected.name}",
+            hint="ignore less: what compares nothing would always pass",
+        )
 
     pairs = [Pair(tensor, found[key]) for key, tensor in kept.items() if key in found]
     missing = {key: tensor for key, tensor in kept.items() if key not in found}

@@ -228,8 +228,7 @@ class Verification:
             own, typed = api.golden_path(checkpoint), shlex.quote(str(checkpoint))
             if not own.exists():
                 return (
-                    "if it is another model, give it a golden of its own:  "
-                    f"harness record {typed}",
+                    f"if it is another model, give it a golden of its own:  harness record {typed}",
                 )
             if not (isinstance(golden.path, Path) and own.samefile(golden.path)):
                 return (

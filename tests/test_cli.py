@@ -476,6 +476,36 @@ def test_a_reader_that_leaves_early_is_no_crash(recorded: Path, project: Path) -
     assert err == b""
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_without_anywhere_to_print_the_exit_code_is_the_verdict(
+    recorded: Path, project: Path, data: Path, closed: str
+) -> None:
+    """As cron and daemons start what nobody looks at."""
+    other = data / "nest_tiny_perturbed_1e-3.nemo"
+    for checkpoint, code in ((data / "nest_tiny.nemo", 0), (other, 1), ("nowhere.nemo", 2)):
+        command = f"{sys.executable} -m harness verify {checkpoint} -g {recorded} {closed}"
+        run = subprocess.run(command, shell=True, capture_output=True, cwd=project, check=False)
+        assert run.returncode == code
+        assert b"bug" not in run.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
+def test_a_full_disk_under_the_output_is_told_as_that(recorded: Path, project: Path) -> None:
+    run = subprocess.run(
+        f"{sys.executable} -m harness show {recorded} > /dev/full",
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=project,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert run.stderr == (
+        "error: No space left on device\n"
+        "  next: see where the output goes: it cannot be written there\n"
+    )
+
+
 def test_the_shipped_golden_verifies_what_the_repository_ships(
     harness: Harness, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,11 @@ def test_what_changed_under_a_prefix_is_found_too(compared: Compared) -> None:
     assert compared(actual).findings[1].actual_key == "module.norm.half"
 
 
+def test_a_policy_that_leaves_nothing_to_compare_is_an_error(compared: Compared) -> None:
+    with pytest.raises(UsageError, match=r"--ignore \*\.\* --ignore \?\*: leaves nothing of"):
+        compared(state(), Policy(ignore=("*.*", "?*")))
+
+
 def test_ignored_keys_are_not_compared(compared: Compared) -> None:
     actual = changed("norm.half", lambda t: t + 1)
     del actual["norm.mask"]
