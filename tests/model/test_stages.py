@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from harness import api
 from harness.compare import Comparison
-from harness.errors import ModelError
+from harness.errors import ModelError, UsageError
 from harness.golden import Golden, read_golden
 from harness.model.files import Loader, quiet
 from harness.model.outputs import inputs_of, outputs_of
@@ -208,6 +208,24 @@ def test_a_changed_transient_buffer_is_named(plain: Path) -> None:
     assert kinds(found["load"]) == [("different", "scale")]
     assert found["outputs"].departure is not None
     assert found["outputs"].departure.culprit == "(model)"
+
+
+def test_a_buffer_that_no_file_holds_may_be_left_out_at_all_stages(plain: Path) -> None:
+    golden = record(plain, "Plain")
+    live = LiveOptions(target=f"{HERE}:OtherScale")
+    policy = Policy(ignore=("scale",), tolerances=(("scale", 1.0, 0.0),))
+    found = by_stage(api.verify_stages(plain, golden, policy=policy, live=live, stage="reload"))
+    assert [stage.verdict for stage in found.values()] == ["identical"] * 3
+    assert [stage.num_ignored for stage in found.values()] == [0, 1, 1]
+
+
+def test_an_output_alone_cannot_be_left_out_which_is_told_before_the_model_is_loaded(
+    plain: Path,
+) -> None:
+    golden = record(plain, "Plain")
+    for policy in (Policy(ignore=("norm:out",)), Policy(tolerances=(("norm:*", 1.0, 0.0),))):
+        with pytest.raises(UsageError, match="fits no key of"):
+            next(api.verify_stages(plain, golden, policy=policy))
 
 
 @pytest.mark.parametrize("block_nbytes", [4096, 32768])
