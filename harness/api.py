@@ -188,7 +188,7 @@ def verify(
     CheckpointError, GoldenError, and UsageError for options that fit nothing.
     """
     policy = policy or Policy()
-    recorded = golden if isinstance(golden, Golden) else read_golden(choose_golden(subject, golden))
+    recorded = _read(subject, golden)
     with ExitStack() as stack:
         actual = stack.enter_context(
             opened_for(recorded, named_source(recorded) if subject is None else subject)
@@ -220,9 +220,14 @@ def verify(
         return with_damages(compared, lambda keys: damages(actual, keys, jobs, progress))
 
 
+def _read(subject: Subject | None, golden: Location | Golden | None) -> Golden:
+    """The golden that is given, or named, or else that of the checkpoint's name."""
+    return golden if isinstance(golden, Golden) else read_golden(choose_golden(subject, golden))
+
+
 def verify_stages(
     path: Location | None,
-    golden: Golden,
+    golden: Location | Golden | None = None,
     *,
     policy: Policy | None = None,
     stage: Stage | None = None,
@@ -237,7 +242,7 @@ def verify_stages(
     `live` says which code is under test, by default what the golden remembers. Raises as `verify`,
     and ModelError where the model cannot be built, loaded, saved or run.
     """
-    policy = policy or Policy()
+    policy, golden = policy or Policy(), _read(path, golden)
     yield verify(
         path,
         golden,
@@ -273,7 +278,7 @@ def roundtrip(
 @of_live_ones_too
 def update(
     subject: Subject | None,
-    golden: Golden,
+    golden: Location | Golden | None = None,
     *,
     reason: str = "",
     stage: Stage | None = None,
@@ -287,6 +292,7 @@ def update(
     Rows of unchanged tensors are copied, so that the file changes only where the weights did.
     What is no path has no live stages (UsageError), and leaves the golden without a source.
     """
+    golden = _read(subject, golden)
     old = golden.fingerprint
     found_at = named_source(golden) if subject is None else subject
     last = _last_stage(golden, stage)

@@ -39,6 +39,17 @@ class Policy:
             raise UsageError(
                 f"ignore takes a tuple of globs, not {self.ignore!r}", hint=f"({self.ignore!r},)"
             )
+        for name, given, entry, example in (
+            ("key_map", self.key_map, "(OLD, NEW)", (("encoder.", "model.encoder."),)),
+            ("tolerances", self.tolerances, "(GLOB, ATOL, RTOL)", (("encoder.*", 1e-4, 1e-5),)),
+        ):
+            # The keys of a mapping, or the letters of a text, could pass for pairs.
+            if not isinstance(given, (tuple, list)) or any(
+                isinstance(one, str) or len(one) != len(example[0]) for one in given
+            ):
+                raise UsageError(
+                    f"{name} takes a tuple of {entry}, not {given!r}", hint=f"{name}={example!r}"
+                )
         for glob, atol, rtol in [("", self.atol, self.rtol), *self.tolerances]:
             if not (0 <= atol < float("inf") and 0 <= rtol < float("inf")):
                 where = f" for {glob}" if glob else ""

@@ -92,6 +92,27 @@ def test_an_open_checkpoint_stays_open(file: Path) -> None:
         assert opened.tensors["norm.weight"].array().shape == (70,)
 
 
+def test_every_verb_takes_a_golden_by_its_path_or_finds_it_by_the_checkpoints_name(
+    file: Path, net: Net
+) -> None:
+    golden = api.record(file)
+    for given in ((), ("golden/net.safetensors",), (golden,)):
+        assert api.verify(file, *given).ok
+        assert [stage.ok for stage in api.verify_stages(file, *given)] == [True]
+        assert api.update(file, *given).history == ()
+
+
+def test_what_is_in_memory_in_the_place_of_a_path_is_an_error(file: Path, net: Net) -> None:
+    for run in (
+        partial(api.diff, file, net),
+        partial(api.verify, file, net),
+        partial(api.open_checkpoint, net),
+    ):
+        message, hint = refused(UsageError, run)  # type: ignore[arg-type]
+        assert message == "a Net is no path or URL"
+        assert str(hint).startswith("give the path of a file")
+
+
 def test_a_golden_of_something_live_names_no_checkpoint(net: Net, here: Path) -> None:
     api.record(net, "golden/net.safetensors")
     golden = read_golden("golden/net.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,18 @@ def test_a_glob_in_the_place_of_a_tuple_of_them_is_an_error() -> None:
     with pytest.raises(UsageError, match="takes a tuple of globs") as caught:
         Policy(ignore="*.bias")  # type: ignore[arg-type]
     assert caught.value.hint == "('*.bias',)"
+
+
+@pytest.mark.parametrize("wrong", [{"ab": "cd"}, ("ab",), (("a",),), "ab", (("a", 1e-5),) * 2])
+def test_a_map_or_tolerances_of_another_form_are_an_error(wrong: Any) -> None:
+    with pytest.raises(UsageError, match=r"tolerances takes a tuple of \(GLOB, ATOL, RTOL\), not"):
+        Policy(tolerances=wrong)
+    if len(wrong) == 1:
+        with pytest.raises(
+            UsageError, match=r"key_map takes a tuple of \(OLD, NEW\), not"
+        ) as caught:
+            Policy(key_map=wrong)
+        assert caught.value.hint == "key_map=(('encoder.', 'model.encoder.'),)"
 
 
 def test_globs_of_another_stage_are_no_typing_errors() -> None:

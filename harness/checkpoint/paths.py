@@ -32,8 +32,8 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 def to_path(location: Location) -> AnyPath:
     """Take a URL for what it is, and `file://` for the path that it names; raises UsageError."""
     found = _URL.match(location) if isinstance(location, str) else None
-    if not isinstance(location, str) or found is None:
-        return Path(location) if isinstance(location, str) else location
+    if found is None or not isinstance(location, str):
+        return _no_url(location)
     if found[1].lower() not in ("file", "local"):
         from harness.checkpoint.remote import RemotePath
 
@@ -47,6 +47,20 @@ def to_path(location: Location) -> AnyPath:
             hint=f"for a path of this machine: {found[0]}/{host}{slash}{path}",
         )
     return Path(unquote(slash + path))
+
+
+def _no_url(location: Location) -> AnyPath:
+    if isinstance(location, (str, Path)):
+        return Path(location)
+    from harness.checkpoint.remote import RemotePath
+
+    if not isinstance(location, RemotePath):
+        raise UsageError(
+            f"a {type(location).__name__} is no path or URL",
+            hint="give the path of a file; verify, record, update and fingerprint take as their "
+            "first argument also what is in memory",
+        )
+    return location
 
 
 def is_file(path: AnyPath) -> bool:
