@@ -126,7 +126,9 @@ def record(
             f"--block-size {block_nbytes}: must be a power of two from 1024 to {CHUNK_NBYTES // 4}",
             hint=f"leave it out for {DEFAULT_BLOCK_NBYTES}",
         )
-    target = new_golden(subject, golden, overwrite=overwrite)
+    target = new_golden(
+        subject, golden, section=section, live=_as_options(stage, live), overwrite=overwrite
+    )
     with opened(subject, section) as checkpoint:
         found = fingerprint_checkpoint(
             checkpoint,
@@ -145,6 +147,19 @@ def record(
         )
     write_golden(recorded, overwrite=overwrite)
     return recorded
+
+
+def _as_options(stage: Stage, live: LiveOptions | None) -> list[str]:
+    """Stage and code under test as the command line takes them."""
+    if stage == "file":
+        return []
+    named = (
+        ()
+        if live is None
+        else (("--model", live.target), ("--config", live.config), ("--inputs", live.inputs))
+    )
+    given = [word for flag, value in named if value is not None for word in (flag, str(value))]
+    return [f"--{stage}", *given]
 
 
 def _record_live(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -95,8 +95,18 @@ def _no_golden(chosen: AnyPath, path: AnyPath | None, *, named: str = "") -> NoR
     )
 
 
-def new_golden(subject: Subject, golden: Location | None, *, overwrite: bool) -> AnyPath:
-    """Where to record a golden; GoldenError where something is that it must not replace."""
+def new_golden(
+    subject: Subject,
+    golden: Location | None,
+    *,
+    section: str | None,
+    live: Sequence[str],
+    overwrite: bool,
+) -> AnyPath:
+    """Where to record a golden; GoldenError where something is that it must not replace.
+
+    `section` and `live`, as options of the command line, are what is to be recorded.
+    """
     path = path_of(subject)
     target = _default_golden(subject) if golden is None else to_path(golden)
     _refuse_golden(path)
@@ -115,15 +125,46 @@ def new_golden(subject: Subject, golden: Location | None, *, overwrite: bool) ->
         refuse_other(target)
     if overwrite:
         return target
-    source = None if path is None else _other_source(target, path)
-    raise GoldenError(
-        f"{target}: a golden is recorded there already{f', from {source}' if source else ''}",
-        hint=f"to replace it: harness verify {_typed(path)}"
-        f"{'' if golden is None else f' -g {_typed(target)}'} --update-golden --reason WHY"
-        if golden is not None or source is None
-        else f"give yours another name: harness record {_typed(path)} "
-        f"-g {_typed(target.with_name('OTHER' + SUFFIX))}",
+    raise _is_taken(target, path, section, live, is_named=golden is not None)
+
+
+def _is_taken(
+    target: AnyPath,
+    path: AnyPath | None,
+    section: str | None,
+    live: Sequence[str],
+    *,
+    is_named: bool,
+) -> GoldenError:
+    what, updates = ("", True) if path is None else _held(target, path, section, is_named=is_named)
+    if updates:
+        place = ["-g", str(target)] if is_named else []
+        options = [*place, *live, "--update-golden", "--reason", "WHY"]
+        hint = "to replace it: harness verify"
+    else:
+        part = [] if section is None else ["--section", section]
+        options = ["-g", str(target.with_name(f"OTHER{SUFFIX}")), *part, *live]
+        hint = "give yours another name: harness record"
+    return GoldenError(
+        f"{target}: a golden is recorded there already{what}",
+        hint=f"{hint} {_typed(path)} {shlex.join(options)}",
     )
+
+
+def _held(
+    target: AnyPath, path: AnyPath, section: str | None, *, is_named: bool
+) -> tuple[str, bool]:
+    """What a golden is of, where that is something else, and whether an update may replace it."""
+    try:
+        recorded = read_golden(target)
+    except GoldenError:  # damaged: then nobody knows
+        return "", True
+    if recorded.section != section:
+        part = "the state dict" if recorded.section is None else f"section {recorded.section!r}"
+        return f", of {part}", False
+    if recorded.source in ("", source_of(path, target)):
+        return "", True
+    return f", from {recorded.checkpoint or to_path(recorded.source)}", is_named
 
 
 def _a_folder(path: AnyPath, meant: AnyPath) -> GoldenError:
@@ -134,17 +175,6 @@ def _is_same(one: AnyPath, other: AnyPath) -> bool:
     if isinstance(one, Path) and isinstance(other, Path):
         return one.samefile(other)
     return str(one) == str(other)
-
-
-def _other_source(target: AnyPath, path: AnyPath) -> AnyPath | None:
-    """The checkpoint that a golden names, where that is another one than `path`."""
-    try:
-        recorded = read_golden(target)
-    except GoldenError:  # damaged: then nobody knows
-        return None
-    if recorded.source in ("", source_of(path, target)):
-        return None
-    return recorded.checkpoint or to_path(recorded.source)
 
 
 @contextmanager

@@ -236,6 +236,26 @@ def test_a_golden_of_another_checkpoint_of_that_name_is_told(file: Path, net: Ne
     )
 
 
+def test_what_replaces_a_golden_goes_as_far_and_takes_the_same_part(file: Path, net: Net) -> None:
+    api.record(file)
+    live = LiveOptions(target="nets:Net", config=Path("a file.yaml"))
+    _, hint = refused(GoldenError, partial(api.record, file, stage="load", live=live))
+    assert hint == (
+        "to replace it: harness verify net.pt --load --model nets:Net --config 'a file.yaml' "
+        "--update-golden --reason WHY"
+    )
+    torch.save({"model": net.state_dict(), "ema": net.state_dict()}, file)
+    for golden in (None, "golden/net.safetensors"):
+        message, hint = refused(GoldenError, partial(api.record, file, golden, section="ema"))
+        assert message == (
+            "golden/net.safetensors: a golden is recorded there already, of the state dict"
+        )
+        assert hint == (
+            "give yours another name: harness record net.pt -g golden/OTHER.safetensors "
+            "--section ema"
+        )
+
+
 def test_a_folder_in_the_place_of_a_golden_is_told(file: Path) -> None:
     api.record(file)
     message, hint = refused(GoldenError, partial(api.verify, file, "golden"))
