@@ -375,11 +375,12 @@ class _Attempt:
             yield from error_lines(self.error)
 
     def _next_steps(self) -> Iterator[str]:
-        from harness.report.outcome import worst
+        from harness.report.outcome import worst_stage
         from harness.report.steps import GET_IT_AGAIN, MEND_THE_CODE, is_of_the_code, ways_past
 
-        code = worst(stage.exit_code for stage in self.stages)
-        found = next(stage for stage in self.stages if stage.exit_code == code)
+        found = worst_stage(self.stages)
+        if found is None:
+            return
         writer = self.settings.written.get(self.golden)
         if found.count("damaged"):
             yield GET_IT_AGAIN

@@ -216,14 +216,13 @@ class Verification:
         self, stages: Sequence[Comparison], checkpoint: AnyPath | None, golden: Golden
     ) -> tuple[str, ...]:
         from harness import api
-        from harness.report.outcome import worst
+        from harness.report.outcome import worst_stage
         from harness.report.steps import next_steps
         from harness.subjects import other_reference
 
-        code = worst(stage.exit_code for stage in stages)
-        if code == 0:
+        found = worst_stage(stages)
+        if found is None or found.ok:
             return ()
-        found = next(stage for stage in stages if stage.exit_code == code)
         if checkpoint and found.are_strangers:
             own, typed = api.golden_path(checkpoint), shlex.quote(str(checkpoint))
             if not own.exists():

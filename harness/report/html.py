@@ -21,8 +21,9 @@ from typing import Any
 from harness import __version__
 from harness.compare import FINDING_KINDS, Comparison
 from harness.report.folding import printable
-from harness.report.outcome import Outcome, Result
+from harness.report.outcome import Outcome, Result, worst_stage
 from harness.report.rows import Tables
+from harness.report.text import chance_note, nan_note
 
 # A page that opens at once and can be mailed: 2 MB with all that is not data.
 _MAX_DATA_NBYTES = 1_850_000
@@ -102,7 +103,7 @@ class _Shown:
 
     @property
     def verdict(self) -> str:
-        found = self.outcome.worst_stage
+        found = worst_stage(self.outcome.stages)
         if self.outcome.error is not None:
             return "error"
         if found is None:
@@ -159,17 +160,12 @@ def _stage(comparison: Comparison, tables: Tables) -> _Stage:
     counts = [("identical", comparison.num_identical)]
     counts += [(kind, comparison.count(kind)) for kind in reversed(FINDING_KINDS)]
     counts.append(("ignored", comparison.num_ignored))
-    notes = list(comparison.notes)
-    if comparison.num_nan:
-        notes.append(f"{comparison.num_nan:,} of the expected tensors hold NaN")
-    chance = sum(f.difference.chance for f in comparison.findings if f.difference is not None)
-    if chance:
-        notes.append(f"verdicts by sketch: the chance that any is wrong is below {chance:.0e}")
+    notes = [*comparison.notes, nan_note(comparison), chance_note(comparison)]
     return _Stage(
         index=tables.add(comparison),
         comparison=comparison,
         tally=tuple((kind, count) for kind, count in counts if count),
-        notes=tuple(notes),
+        notes=tuple(note for note in notes if note),
     )
 
 

@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 from harness.compare import Comparison
 from harness.errors import HarnessError
 from harness.report.folding import error_lines, escaped, printable
-from harness.report.outcome import Outcome, Result
+from harness.report.outcome import Outcome, Result, worst_stage
 from harness.report.text import render as render_text
 from harness.report.text import tally
 
@@ -84,7 +84,7 @@ def _message(stage: Comparison) -> str:
 
 
 def _body(stage: Comparison, outcome: Outcome) -> str:
-    steps = outcome.next_steps if stage is outcome.worst_stage else ()
+    steps = outcome.next_steps if stage is worst_stage(outcome.stages) else ()
     parts = [render_text(stage), *(f"  {escaped(step)}" for step in steps)]
     return "\n" + "\n\n".join(parts) + "\n"
 

@@ -116,10 +116,7 @@ def _parts(result: Result, outcome: Outcome) -> Iterator[_Part]:
 def _head(stage: Comparison) -> Iterator[str]:
     yield from sides(stage)
     yield from (f"note: {escaped(note)}" for note in stage.notes)
-    if stage.num_nan:
-        yield f"note: {nan_note(stage)}"
-    if chance_note(stage):
-        yield f"note: {chance_note(stage)}"
+    yield from (f"note: {note}" for note in (nan_note(stage), chance_note(stage)) if note)
 
 
 def _details(stage: Comparison) -> Iterator[_Part]:

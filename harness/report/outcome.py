@@ -6,7 +6,7 @@ golden, and a `Result` of them all with the process's exit code. No I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,12 @@ _WORST_FIRST = (2, 1, 3, 0)
 def worst(codes: Iterable[int]) -> int:
     """The exit code that stands for several: could not tell, differs, undecided, passes."""
     return min(codes, key=_WORST_FIRST.index, default=0)
+
+
+def worst_stage(stages: Sequence[Comparison]) -> Comparison | None:
+    """The first of the stages whose exit code is the worst."""
+    code = worst(stage.exit_code for stage in stages)
+    return next((stage for stage in stages if stage.exit_code == code), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +57,6 @@ class Outcome:
         It holds the file and the outputs, but not what the code makes of the file.
         """
         return self.updated is not None and stage.stage not in ("load", "reload")
-
-    @property
-    def worst_stage(self) -> Comparison | None:
-        """The first of the stages whose exit code is the worst."""
-        return next((s for s in self.stages if s.exit_code == self._stages_code), None)
-
-    @property
-    def _stages_code(self) -> int:
-        return worst(stage.exit_code for stage in self.stages)
 
 
 @dataclass(frozen=True, kw_only=True)

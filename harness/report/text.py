@@ -110,8 +110,8 @@ def _lines(
     departed = departure_section(comparison)
     if departed is not None:
         yield from _set_out(departed, style)
-    if comparison.num_nan:
-        yield f"  note: {nan_note(comparison)}"
+    if note := nan_note(comparison):
+        yield f"  note: {note}"
     told = {
         section: before.stage
         for before in reversed(earlier)
@@ -144,7 +144,9 @@ def sides(comparison: Comparison) -> list[str]:
 
 
 def nan_note(comparison: Comparison) -> str:
-    return f"{comparison.num_nan:,} of the expected tensors hold NaN"
+    """How many tensors are NaN in part, "" where none is."""
+    count = comparison.num_nan
+    return f"{count:,} of the expected tensors hold NaN" if count else ""
 
 
 def chance_note(comparison: Comparison) -> str:
