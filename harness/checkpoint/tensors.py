@@ -342,11 +342,6 @@ class Checkpoint:
         """The model's configuration as the file carries it, as plain data; read on first use."""
         return self.read_config()
 
-    @property
-    def nbytes(self) -> int:
-        """Logical bytes of all tensors, tied ones once."""
-        return sum(tensor.nbytes for tensor in self.tensors.values() if tensor.alias_of is None)
-
     def close(self) -> None:
         for source in self.sources:
             source.close()
