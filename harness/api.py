@@ -32,7 +32,7 @@ from harness.golden import (
 )
 from harness.integrity import damages
 from harness.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
-from harness.policy import Policy
+from harness.policy import Policy, Stage
 from harness.sketch import DEFAULT_BLOCK_NBYTES
 from harness.streaming import CHUNK_NBYTES, Progress
 from harness.subjects import (
@@ -72,7 +72,6 @@ __all__ = [
     "verify_stages",
 ]
 
-Stage = Literal["file", "load", "reload", "outputs"]
 KeptValues = Literal["small", "all", "none"]
 _KEEP: Mapping[KeptValues, Callable[[Tensor], bool]] = {
     "small": lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.errors import UsageError
+from harness.policy import STAGES, Policy
 
 if TYPE_CHECKING:
     from harness.model.stages import LiveOptions
-    from harness.policy import Policy
 
 
 class _Location(click.Path):
@@ -105,8 +105,6 @@ def _add(options: list[Callable[..., Any]], command: Callable[..., Any]) -> Call
 
 def policy_of(options: dict[str, Any]) -> Policy:
     """The policy that the options ask for."""
-    from harness.policy import Policy
-
     for name in ("atol", "rtol", "tolerances", "output_atol", "output_rtol"):
         if options["exact"] and options.get(name) not in (None, ()):
             flag = "--tolerance" if name == "tolerances" else f"--{name.replace('_', '-')}"
@@ -129,8 +127,6 @@ def policy_of(options: dict[str, Any]) -> Policy:
         check_dtype=not options["no_check_dtype"],
     )
 
-
-STAGES = ("file", "load", "reload", "outputs")
 
 # An update accepts the whole checkpoint, under the keys that it has: nobody would have seen what
 # these leave out, and the next run would not find what these rename.

@@ -1,6 +1,7 @@
 """What counts as the same: tolerances, and keys that are left out or have another name.
 
-In: what a user asks for. Out: a frozen `Policy`. Refused (UsageError): tolerances that are none.
+In: what a user asks for. Out: a frozen `Policy`, and the names of the stages that it holds for, in
+their order. Refused (UsageError): tolerances that are none.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
     from harness.allclose import Tolerance
+
+Stage = Literal["file", "load", "reload", "outputs"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,11 +28,11 @@ from harness.pytest_tally import EVENTS, SUFFIX, Event, Folder, Tally, Verb, gol
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from harness.api import KeptValues, Stage
+    from harness.api import KeptValues
     from harness.compare import Comparison
     from harness.golden import Golden
     from harness.model.stages import LiveOptions
-    from harness.policy import Policy
+    from harness.policy import Policy, Stage
     from harness.subjects import Subject
 
 __all__ = ["CheckpointGolden", "PolicyKeywords", "golden_name"]

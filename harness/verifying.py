@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.errors import GoldenError, HarnessError, ModelError, NotRecorded, UsageError
-from harness.options import NOT_ON_UPDATE, STAGES, live_of, stage_of
+from harness.options import NOT_ON_UPDATE, live_of, stage_of
+from harness.policy import STAGES, Policy
 from harness.progress import progress_bar
 from harness.terminal import asked_again, echo_stage, echo_steps, told
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from harness.compare import Comparison
     from harness.golden import Golden
     from harness.model.stages import LiveOptions
-    from harness.policy import Policy
     from harness.report.outcome import Outcome
 
 

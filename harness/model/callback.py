@@ -26,7 +26,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from harness.allclose import Tolerance
-from harness.api import Stage, roundtrip
+from harness.api import roundtrip
 from harness.checkpoint import Checkpoint, open_checkpoint
 from harness.checkpoint.tensors import format_key
 from harness.compare import Comparison, compare
@@ -37,7 +37,7 @@ from harness.golden import read_golden
 from harness.measuring import AgainstCheckpoint, AgainstGolden, Triple, nothing, part
 from harness.model.stages import LiveOptions
 from harness.model.state import as_checkpoint
-from harness.policy import Policy
+from harness.policy import Policy, Stage
 from harness.report.text import headline, render
 
 OnMismatch = Literal["raise", "warn"]

@@ -28,9 +28,8 @@ from harness.model.outputs import inputs_of, outputs_of
 from harness.model.state import as_checkpoint, state_of, transient_buffers
 from harness.model.targets import resolve
 from harness.nest.config import load_config
-from harness.policy import Policy
+from harness.policy import STAGES, Policy
 
-STAGES = ("file", "load", "reload", "outputs")
 _FIRST_SEED, _SECOND_SEED = 1, 2
 
 
