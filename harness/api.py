@@ -32,7 +32,7 @@ from harness.golden import (
 )
 from harness.integrity import damages
 from harness.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
-from harness.policy import Policy, Stage
+from harness.policy import Policy, Stage, refuse_stage
 from harness.sketch import DEFAULT_BLOCK_NBYTES
 from harness.streaming import CHUNK_NBYTES, Progress
 from harness.subjects import (
@@ -125,6 +125,8 @@ def record(
             f"--block-size {block_nbytes}: must be a power of two from 1024 to {CHUNK_NBYTES // 4}",
             hint=f"leave it out for {DEFAULT_BLOCK_NBYTES}",
         )
+    if values not in _KEEP:
+        raise UsageError(f"values={values!r}: there are none", hint=f"one of {', '.join(_KEEP)}")
     target = new_golden(
         subject, golden, section=section, live=_as_options(stage, live), overwrite=overwrite
     )
@@ -257,6 +259,8 @@ def verify_stages(
     and ModelError where the model cannot be built, loaded, saved or run.
     """
     policy, golden = policy or Policy(), _read(path, golden)
+    last = stage or (golden.live.stages[-1] if golden.live is not None else "file")
+    refuse_stage(last)
     yield verify(
         path,
         golden,
@@ -266,7 +270,6 @@ def verify_stages(
         jobs=jobs,
         progress=progress,
     )
-    last = stage or (golden.live.stages[-1] if golden.live is not None else "file")
     if last == "file":
         return
     from harness.model.stages import Expected, live_stages, remembered

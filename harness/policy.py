@@ -20,6 +20,12 @@ Stage = Literal["file", "load", "reload", "outputs"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
+def refuse_stage(name: str) -> None:
+    """Raise UsageError for what is no stage."""
+    if name not in STAGES:
+        raise UsageError(f"stage={name!r}: there is none", hint=f"one of {', '.join(STAGES)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """What counts as the same.

@@ -29,6 +29,7 @@ from harness.golden import (
     refuse_other,
     source_of,
 )
+from harness.policy import refuse_stage
 
 if TYPE_CHECKING:
     from harness.checkpoint.remote import RemotePath
@@ -250,6 +251,7 @@ def only_of_files(
     stage: str = "file",
 ) -> None:
     """Refuse what only a path has, of a subject that is none, and a URL; raises UsageError."""
+    refuse_stage(stage)
     path = path_of(subject)
     if path is not None:
         if stage != "file":

@@ -113,6 +113,24 @@ def test_what_is_in_memory_in_the_place_of_a_path_is_an_error(file: Path, net: N
         assert str(hint).startswith("give the path of a file")
 
 
+def test_stages_and_values_that_there_are_not_are_told(file: Path) -> None:
+    golden = api.record(file)
+    for run in (
+        partial(api.record, file, "other.safetensors", stage="loaded"),
+        partial(api.update, file, golden, stage="loaded"),
+        lambda: list(api.verify_stages(file, golden, stage="loaded")),  # type: ignore[arg-type]
+    ):
+        message, hint = refused(UsageError, run)  # type: ignore[arg-type]
+        assert message == "stage='loaded': there is none"
+        assert hint == "one of file, load, reload, outputs"
+    message, hint = refused(
+        UsageError,
+        lambda: api.record(file, "other.safetensors", values="few"),  # type: ignore[arg-type]
+    )
+    assert (message, hint) == ("values='few': there are none", "one of small, all, none")
+    assert not Path("other.safetensors").exists()
+
+
 def test_a_golden_of_something_live_names_no_checkpoint(net: Net, here: Path) -> None:
     api.record(net, "golden/net.safetensors")
     golden = read_golden("golden/net.safetensors")
