@@ -22,6 +22,12 @@ _KEY_NBYTES = 256  # the pickle, which says dtype and shape, or most of it
 _MAX_MOULDS = 1024  # of about 4 KB each
 
 
+def ends(start: int, nbytes: int) -> list[tuple[int, int]]:
+    """The ranges of a file that are read of an archive like others before, in order."""
+    end = start + nbytes
+    return [(start, min(start + _HEAD_NBYTES, end)), (max(start, end - _TAIL_NBYTES), end)]
+
+
 class TensorArchives:
     """Reads archives, and remembers what they look like."""
 

@@ -14,18 +14,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.checkpoint.archives import TensorArchives
+from harness.checkpoint.archives import TensorArchives, ends
 from harness.checkpoint.assembled import Index, Piece, assemble, is_index
 from harness.checkpoint.inert import Global, OpaqueKey, Record, TupleKey
 from harness.checkpoint.paths import METADATA, AnyPath
 from harness.checkpoint.pickles import Tally, unpickle
 from harness.checkpoint.rebuild import CONSTRUCTORS, brief, torch_dtype
-from harness.checkpoint.sources import Pool, RangeSource, Source, open_source
+from harness.checkpoint.sources import Pool, RangeSource, Source, at_once, open_source
 from harness.checkpoint.tensors import DType, Tensor, format_key
 from harness.checkpoint.torchfile import TorchFile, read_torch_zip
 from harness.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from harness.checkpoint.remote import RemoteSource
+    from harness.checkpoint.sources import PooledSource
 
 LIGHTNING = "meta.pt"
 # Thousands of ranks and tensors make a large `.metadata`: what torch writes of a chunk there, about
@@ -34,6 +38,7 @@ _COST_PER_BYTE = 48
 _MAX_COST_NBYTES = 1 << 30
 _MAX_DEPTH = 128
 _MAX_GAP = 64
+_ITEMS_AHEAD = 256
 _COPY_AGAIN = "the folder is damaged: copy it again, or save the checkpoint again"
 
 
@@ -250,31 +255,38 @@ def _read_items(folder: AnyPath, plan: _Plan, tally: Tally) -> tuple[_Items, lis
     items: _Items = {}
     sources: list[Source] = []
     tensors = TensorArchives(tally)
-    for name, group in groupby(plan.places, key=lambda place: place.file):
-        places = list(group)
-        path = folder / name
+    groups = [list(group) for _, group in groupby(plan.places, key=lambda place: place.file)]
+
+    def opened(places: list[_Place]) -> PooledSource | RemoteSource:
+        path = folder / places[0].file
         if not path.is_file():
             raise CheckpointError(
                 f"{path}: missing, but {METADATA} places {len(places)} items in it, the first "
                 f"of them {places[0].key!r}",
                 hint="copy the missing file beside the others, or save the checkpoint again",
             )
-        source = pool.open(path)
+        return pool.open(path)
+
+    def read(source: Source, place: _Place) -> TorchFile:
+        where = f"{source.name}: {place.key!r}"
+        if place.start + place.nbytes > source.nbytes:
+            raise CheckpointError(
+                f"{where} should be in its bytes {place.start} to "
+                f"{place.start + place.nbytes}, but the file has {source.nbytes}",
+                hint="the file is truncated, or still being written: copy it again",
+            )
+        item = RangeSource(source, place.start, place.nbytes, f"{where} at {place.start}")
+        is_tensor = plan.tables[place.key] is not None
+        return tensors.read(item) if is_tensor else read_torch_zip(item, tally=tally)
+
+    for source, places in zip(at_once(folder, opened, groups), groups, strict=True):
         sources.append(source)
-        for place in places:
-            where = f"{source.name}: {place.key!r}"
-            if place.start + place.nbytes > source.nbytes:
-                raise CheckpointError(
-                    f"{where} should be in its bytes {place.start} to "
-                    f"{place.start + place.nbytes}, but the file has {source.nbytes}",
-                    hint="the file is truncated, or still being written: copy it again",
-                )
-            item = RangeSource(source, place.start, place.nbytes, f"{where} at {place.start}")
-            if plan.tables[place.key] is None:
-                file = read_torch_zip(item, tally=tally)
-            else:
-                file = tensors.read(item)
-            items[place.key, place.offset] = _Item(place=place, file=file)
+        for first in range(0, len(places), _ITEMS_AHEAD):
+            some = places[first : first + _ITEMS_AHEAD]
+            with source.ahead(span for place in some for span in ends(place.start, place.nbytes)):
+                for place in some:
+                    file = read(source, place)
+                    items[place.key, place.offset] = _Item(place=place, file=file)
     return items, sources
 
 

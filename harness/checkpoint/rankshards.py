@@ -16,7 +16,7 @@ from itertools import islice
 from harness.checkpoint.assembled import Index, Piece, assemble, is_index
 from harness.checkpoint.paths import AnyPath
 from harness.checkpoint.safetensors import MAX_HEADER_NBYTES, read_safetensors, unique
-from harness.checkpoint.sources import Pool, Source, open_source, read
+from harness.checkpoint.sources import Pool, Source, at_once, open_source, read
 from harness.checkpoint.tensors import Tensor, format_key
 from harness.errors import CheckpointError
 
@@ -53,7 +53,7 @@ def read_rank_shards(
     the loss of whole files at the end of the ranks shows in the shapes, not as an error.
     """
     pool = Pool()
-    sources = [pool.open(path) for path in paths]
+    sources = list(at_once(folder, pool.open, paths))
     found: dict[str, list[Piece]] = {}
     for path, source in zip(paths, sources, strict=True):
         tensors, metadata = read_safetensors(path, source)

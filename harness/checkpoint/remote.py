@@ -16,8 +16,10 @@ import re
 import tempfile
 import threading
 import time
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 BLOCK_NBYTES = 1 << 20
 _KEPT_BLOCKS = 32
 _THREADS = 16
+# What lies between two ranges is fetched with them where that takes less time than a request.
+_MAX_GAP = 1 << 16
 # One more attempt after each, unless the library behind the protocol was patient itself.
 RETRY_DELAYS = (0.2, 0.5, 1.0, 2.0)
 PATIENCE_SECONDS = 30.0
@@ -119,11 +123,12 @@ class RemotePath:
 
     @property
     def parent(self) -> RemotePath:
-        return self._at(self._base.rstrip("/").rpartition("/")[0])
+        above = self._base.rstrip("/").rpartition("/")[0]
+        return self._at(above + "/" * self.is_web)
 
     def __truediv__(self, name: str) -> RemotePath:
         # On the web a path is quoted; elsewhere a name is a name.
-        plain = quote(name, errors="replace") if self._is_web else name
+        plain = quote(name, errors="replace") if self.is_web else name
         return self._at(f"{self._base.rstrip('/')}/{plain}")
 
     def with_name(self, name: str) -> RemotePath:
@@ -137,7 +142,7 @@ class RemotePath:
         return found is not None and not found.is_dir
 
     def is_dir(self) -> bool:
-        if self._is_web:  # known without asking, see WebFiles
+        if self.is_web:  # known without asking, see WebFiles
             return self._base.endswith("/")
         found = self.stat()
         return found is not None and found.is_dir
@@ -145,7 +150,7 @@ class RemotePath:
     @property
     def is_listable(self) -> bool:
         """Whether a folder here can tell what is in it: web servers cannot."""
-        return not self._is_web
+        return not self.is_web
 
     def iterdir(self) -> Iterator[RemotePath]:
         for name in self.ask("listing it", lambda: self.transport.names(self.url)):
@@ -171,7 +176,7 @@ class RemotePath:
         """How to ask; raises UsageError where the protocol's package is not installed."""
         if "::" in self.url:
             raise UsageError(f"{self}: is a chain of protocols", hint="give a URL of one protocol")
-        if self._is_web:
+        if self.is_web:
             # Its own session, since fsspec takes a whole file for the range that it asked for.
             from harness.checkpoint.http import WebFiles
 
@@ -243,7 +248,8 @@ class RemotePath:
         return error if self.url == str(self) else None
 
     @property
-    def _is_web(self) -> bool:
+    def is_web(self) -> bool:
+        """Whether a server answers that knows files alone."""
         return self.scheme in ("http", "https")
 
     @property
@@ -252,7 +258,10 @@ class RemotePath:
 
     def _at(self, base: str) -> RemotePath:
         _, mark, query = self.url.partition("?")
-        return RemotePath(base + mark + query)
+        path = RemotePath(base + mark + query)
+        if "transport" in vars(self):  # else fsspec makes one on each thread, with its own session
+            vars(path)["transport"] = self.transport
+        return path
 
 
 def _status(error: Exception) -> int | None:
@@ -324,7 +333,8 @@ class RemoteSource:
         self.name = str(path)
         found = path.stat()
         if found is None:
-            raise CheckpointError(f"{path}: no such file", hint="check the URL")
+            of_folders = ": that of a folder ends with a slash" if path.is_web else ""
+            raise CheckpointError(f"{path}: no such file", hint=f"check the URL{of_folders}")
         if found.is_dir:
             raise CheckpointError(f"{path}: a folder, not a file", hint="give the file inside")
         self.nbytes = found.nbytes
@@ -333,9 +343,30 @@ class RemoteSource:
         self._found = found
         self._token = object()
         self._lock = threading.Lock()
+        self._ahead: list[tuple[int, bytes]] = []
+
+    @contextmanager
+    def ahead(self, ranges: Iterable[tuple[int, int]]) -> Iterator[None]:
+        """Fetch ranges (start, end), in their order, all at once; reads inside of one are of it.
+
+        For one thread. Memory: the ranges, and up to 64 KiB between two of them.
+        """
+        runs = list(_runs(ranges, self.nbytes))
+        fetched = threads().map(lambda run: self._fetch(*run), runs)
+        self._ahead = [(start, data) for (start, _), data in zip(runs, fetched, strict=True)]
+        try:
+            yield
+        finally:
+            self._ahead = []
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         check_range(self, offset, len(buffer))
+        index = bisect_right(self._ahead, offset, key=lambda run: run[0]) - 1
+        if index >= 0:
+            start, data = self._ahead[index]
+            if offset - start + len(buffer) <= len(data):
+                buffer[:] = data[offset - start : offset - start + len(buffer)]
+                return
         # No more at a time than other threads leave of the pool.
         step = _THREADS * BLOCK_NBYTES
         for start in range(0, len(buffer), step):
@@ -370,11 +401,11 @@ class RemoteSource:
             self._mirror.close()
 
     def _block(self, index: int) -> Future[bytes]:
-        return _blocks.get((self._token, index), lambda: self._fetch(index))
-
-    def _fetch(self, index: int) -> bytes:
         start = index * BLOCK_NBYTES
         end = min(start + BLOCK_NBYTES, self.nbytes)
+        return _blocks.get((self._token, index), lambda: self._fetch(start, end))
+
+    def _fetch(self, start: int, end: int) -> bytes:
         path, found = self.path, self._found
 
         def fetch() -> bytes:
@@ -387,6 +418,23 @@ class RemoteSource:
             return path.ask(f"reading bytes {start} to {end}", fetch)
         except FileNotFoundError:
             raise changed(self.name, "is not there any more") from None
+
+
+def _runs(ranges: Iterable[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
+    """Join ranges of a file that are near each other, as far as one request brings."""
+    run: tuple[int, int] | None = None
+    for start, end in ranges:
+        end = min(end, nbytes)
+        if start >= end:
+            continue
+        if run and start - run[1] <= _MAX_GAP and end - run[0] <= BLOCK_NBYTES:
+            run = run[0], max(run[1], end)
+            continue
+        if run:
+            yield run
+        run = start, end
+    if run:
+        yield run
 
 
 def changed(name: str, how: str) -> CheckpointError:
@@ -408,7 +456,7 @@ class _Blocks:
         with self._lock:
             found = self._found.get(key)
             if found is None or (found.done() and found.exception() is not None):
-                found = self._found[key] = _pool().submit(fetch)
+                found = self._found[key] = threads().submit(fetch)
             self._found.move_to_end(key)
             while len(self._found) > _KEPT_BLOCKS:
                 self._found.popitem(last=False)
@@ -424,7 +472,8 @@ _blocks = _Blocks()
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
+def threads() -> ThreadPoolExecutor:
+    """On which all waiting for servers is done."""
     from concurrent.futures import ThreadPoolExecutor
 
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="harness-remote")

@@ -13,11 +13,11 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from harness.checkpoint.paths import AnyPath
 from harness.errors import CheckpointError
@@ -31,6 +31,8 @@ INFLATION_FREE_NBYTES = 64 << 20
 MAX_OPEN_FILES = 128
 _INFLATE_STEP = 1 << 18
 _SETTLED_NS = 2_000_000_000
+_Item = TypeVar("_Item")
+_T = TypeVar("_T")
 
 
 class Source(Protocol):
@@ -168,22 +170,44 @@ def read_file(path: AnyPath) -> bytes:
         return read(source, 0, source.nbytes)
 
 
+def at_once(
+    folder: AnyPath, function: Callable[[_Item], _T], items: Sequence[_Item]
+) -> Iterator[_T]:
+    """Map over what is in a folder, in order; all at once where each costs a round trip.
+
+    `function` may open files, but not read them: reads wait for the same threads.
+    """
+    if isinstance(folder, Path):
+        return map(function, items)
+    from harness.checkpoint.remote import threads
+
+    _ = folder.transport  # found here, and passed on to what is in the folder
+    return threads().map(function, items)
+
+
 class Pool:
-    """Files of which only `MAX_OPEN_FILES` are open at a time: a checkpoint may have thousands."""
+    """Files of which only `MAX_OPEN_FILES` are open at a time: a checkpoint may have thousands.
+
+    What is behind a URL holds nothing open, and is opened once.
+    """
 
     def __init__(self) -> None:
         # What leaves the cache closes itself when the last read from it has ended.
-        self.opened = lru_cache(maxsize=MAX_OPEN_FILES)(open_source)
+        self.opened = lru_cache(maxsize=MAX_OPEN_FILES)(FileSource)
 
-    def open(self, path: AnyPath) -> PooledSource:
+    def open(self, path: AnyPath) -> PooledSource | RemoteSource:
         """Open a file that is closed and opened again as need be; raises CheckpointError."""
-        return PooledSource(self, path)
+        if isinstance(path, Path):
+            return PooledSource(self, path)
+        from harness.checkpoint.remote import RemoteSource
+
+        return RemoteSource(path)
 
 
 class PooledSource:
     """A whole file of a pool."""
 
-    def __init__(self, pool: Pool, path: AnyPath) -> None:
+    def __init__(self, pool: Pool, path: Path) -> None:
         self.name = str(path)
         self._pool = pool
         self.path = path
@@ -208,6 +232,10 @@ class PooledSource:
                 hint="wait until the checkpoint is written, and run again",
             )
         return found
+
+    def ahead(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
+        """Nothing is to be done before ranges are read: they are near."""
+        return nullcontext()
 
     def close(self) -> None:
         """Close the files of the whole pool."""
@@ -388,9 +416,7 @@ def is_local(source: Source) -> bool:
     """Whether to look at the bytes costs no round trip."""
     while isinstance(source, RangeSource):
         source = source.base
-    if isinstance(source, PooledSource):
-        return isinstance(source.path, Path)
-    return isinstance(source, (FileSource, InflatedSource))
+    return isinstance(source, (FileSource, PooledSource, InflatedSource))
 
 
 def _check_expansion(name: str, compressed_nbytes: int, nbytes: int) -> None:

@@ -278,7 +278,7 @@ _files = Pool()  # a tensor may lie in more files than may be open
 
 
 @lru_cache(maxsize=4096)
-def _opened(name: str, version: Version) -> PooledSource:
+def _opened(name: str, version: Version) -> PooledSource | RemoteSource:
     """Open a file or URL as the leader has it; raises CheckpointError where it is another one."""
     path = to_path(name)
     source = _files.open(path)

@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import save
 
 from harness import api
-from harness.checkpoint import open_checkpoint, remote
+from harness.checkpoint import open_checkpoint, remote, sources
 from harness.checkpoint.paths import to_path
 from harness.checkpoint.remote import RemotePath, redacted, without_secrets
 from harness.errors import CheckpointError, GoldenError, UsageError
 from harness.golden import read_golden
 from tests.conftest import Run
 
+from .dcp_writer import halves, write_dcp
 from .web import Answer, Fault, Web, serving
 
 Harness = Callable[..., Run]
@@ -168,6 +169,44 @@ def test_opening_leaves_the_values_where_they_are(
             # For the end of a zip archive, 64 KiB are searched.
             assert web.sent < 110_000 < len(data) / 8
             assert checkpoint.tensors["layer.7"].array().tolist() == [[7.0] * 64] * 64
+
+
+def test_a_folder_of_many_chunks_is_opened_by_their_ends_at_once_and_each_file_once(
+    tmp_path: Path, web: Web, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_OPEN_FILES", 2)
+    values = torch.randn(12, 128, 1024).unbind()
+    folder = write_dcp(tmp_path, {f"w{i}": halves(w, count=4) for i, w in enumerate(values)})
+    for file in folder.iterdir():
+        web.files[f"/m/{file.name}"] = file.read_bytes()
+        memory.pipe_file(f"/b/m/{file.name}", file.read_bytes())
+    web.delay = 0.01
+    on, filesystem = [], RemotePath._filesystem
+
+    def found_on(path: RemotePath) -> Any:
+        on.append(threading.current_thread())
+        return filesystem(path)
+
+    monkeypatch.setattr(RemotePath, "_filesystem", found_on)
+    with open_checkpoint(f"{web.url}/m/") as checkpoint:
+        assert set(on) == {threading.main_thread()}  # one session, not one for each thread
+        assert web.sent < sum(map(len, web.files.values())) / 4
+        assert web.most_at_once >= 8
+        found = api.fingerprint(checkpoint).root.hex()
+    looks = [path for path, wanted in web.asked if wanted == "bytes=0-0" and "distcp" in path]
+    assert sorted(looks) == sorted(2 * [path for path in web.files if "distcp" in path])
+    assert found == root(folder) == root("memory://b/m")
+    with pytest.raises(CheckpointError, match="one file of a torch") as caught:
+        open_checkpoint(f"{web.url}/m/__2_0.distcp")
+    assert caught.value.hint == f"give the whole folder: {web.url}/m/"
+    with pytest.raises(CheckpointError, match="no such file") as caught:
+        open_checkpoint(f"{web.url}/m")
+    assert caught.value.hint == "check the URL: that of a folder ends with a slash"
+    del web.files["/m/__2_0.distcp"]
+    with pytest.raises(
+        CheckpointError, match=r"/m/__2_0.distcp: missing, but \.metadata places 12"
+    ):
+        open_checkpoint(f"{web.url}/m/")
 
 
 def test_ranges_are_fetched_in_parallel(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
