@@ -71,34 +71,34 @@ class WebFiles:
         session = await self._filesystem.set_session()
         address = self._filesystem.encode_url(url)
         async with session.get(address, headers=headers, **settings) as answer:
-            nbytes, count = _promised(answer, without_secrets(url), start, end)
+            nbytes, first, count = _promised(answer, without_secrets(url), start, end)
             data = await answer.content.readexactly(count)
             tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-            return Stat(is_dir=False, nbytes=nbytes, tag=tag), data[: end - start]
+            return Stat(is_dir=False, nbytes=nbytes, tag=tag), data[start - first : end - first]
 
 
-def _promised(answer: ClientResponse, name: str, start: int, end: int) -> tuple[int, int]:
-    """The size of the whole file, and how many bytes of it the answer brings."""
+def _promised(answer: ClientResponse, name: str, start: int, end: int) -> tuple[int, int, int]:
+    """The size of the whole file, and which bytes of it the answer brings: from where, how many."""
     if answer.status in (404, 410):
         raise FileNotFoundError(name)
     found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
     if answer.status == 416 and found is not None:
-        return int(found[3]), 0  # it ends before, as an empty file does
+        return int(found[3]), start, 0  # it ends before, as an empty file does
     if answer.status >= 400:
         answer.raise_for_status()
     if answer.headers.get("Content-Encoding", "identity") != "identity":
         raise _unfit(name, "compresses what it sends")
     if answer.status != 206:
         length, limit = answer.content_length, remote.BLOCK_NBYTES
-        if answer.status == 200 and start == 0 and length is not None and length <= limit:
-            return length, length
+        if answer.status == 200 and length is not None and length <= limit:
+            return length, 0, length
         raise _unfit(name, f"answers a request for {end - start} bytes with the whole file")
     if found is None or found[1] is None:
         raise _unfit(name, "does not say which bytes it sends, of how many")
     first, last, nbytes = int(found[1]), int(found[2]), int(found[3])
     if first != start or last + 1 != min(end, nbytes):
         raise _unfit(name, f"sends bytes {first} to {last + 1} in place of {start} to {end}")
-    return nbytes, last + 1 - first
+    return nbytes, first, last + 1 - first
 
 
 def _unfit(name: str, why: str) -> CheckpointError:

@@ -21,9 +21,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote
+from weakref import WeakSet
 
 from harness.checkpoint.sources import FileSource, Source, Version, check_range
 from harness.errors import CheckpointError, HarnessError, UsageError
@@ -31,10 +32,11 @@ from harness.errors import CheckpointError, HarnessError, UsageError
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-# What one request asks for, and what is kept: small enough that the structure of a file costs
-# little, large enough that the bytes of its tensors come in few requests.
+# What one request asks for: small enough that the structure of a file costs little, large enough
+# that the bytes of its tensors come in few requests.
 BLOCK_NBYTES = 1 << 20
-_KEPT_BLOCKS = 32
+_LEAST_BLOCK_NBYTES = 1 << 14
+_KEPT_NBYTES = 32 << 20
 _THREADS = 16
 # What lies between two ranges is fetched with them where that takes less time than a request.
 _MAX_GAP = 1 << 16
@@ -341,7 +343,8 @@ class RemoteSource:
         self.version = Version(found.nbytes, found.tag and f"tag {found.tag}")
         self.path = path
         self._found = found
-        self._token = object()
+        self.token = object()
+        _blocks.sources.add(self)
         self._lock = threading.Lock()
         self._ahead: list[tuple[int, bytes]] = []
 
@@ -371,15 +374,12 @@ class RemoteSource:
         step = _THREADS * BLOCK_NBYTES
         for start in range(0, len(buffer), step):
             part = buffer[start : start + step]
-            first = (offset + start) // BLOCK_NBYTES
-            last = (offset + start + len(part) - 1) // BLOCK_NBYTES
-            asked = [self._block(index) for index in range(first, last + 1)]
-            position = offset + start - first * BLOCK_NBYTES
-            for answer in asked:
-                piece = memoryview(answer.result())[position : position + len(part)]
+            position = offset + start
+            for first, answer in list(self._asked(position, position + len(part))):
+                piece = memoryview(answer.result())[position - first :][: len(part)]
                 part[: len(piece)] = piece
                 part = part[len(piece) :]
-                position = 0
+                position += len(piece)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Copy a part into an unlinked temporary file, and map that."""
@@ -396,14 +396,28 @@ class RemoteSource:
         return None
 
     def close(self) -> None:
-        _blocks.drop(self._token)
+        _blocks.drop(self)
         if self._mirror is not None:
             self._mirror.close()
 
-    def _block(self, index: int) -> Future[bytes]:
-        start = index * BLOCK_NBYTES
-        end = min(start + BLOCK_NBYTES, self.nbytes)
-        return _blocks.get((self._token, index), lambda: self._fetch(start, end))
+    def _asked(self, start: int, end: int) -> Iterator[tuple[int, Future[bytes]]]:
+        """Ask for what holds a range, in order, each with where it starts.
+
+        Blocks are kept, for what else is in them. Where they are small, those of which nothing is
+        left are asked for together and not kept.
+        """
+        block = _blocks.block_nbytes()
+        full = end if end == self.nbytes else end - end % block
+        while start < end:
+            first = start - start % block
+            if block < BLOCK_NBYTES and first == start < full:
+                last = min(first + BLOCK_NBYTES, full)
+                yield first, threads().submit(self._fetch, first, last)
+            else:
+                last = min(first + block, self.nbytes)
+                fetch = partial(self._fetch, first, last)
+                yield first, _blocks.get(_Span(self.token, first, last), fetch)
+            start = last
 
     def _fetch(self, start: int, end: int) -> bytes:
         path, found = self.path, self._found
@@ -445,27 +459,56 @@ def changed(name: str, how: str) -> CheckpointError:
     )
 
 
+class _Span(NamedTuple):
+    """A block of a source; `token` stands for that, and does not keep it alive."""
+
+    token: object
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
 class _Blocks:
-    """The blocks last read, of all sources: what several threads ask for is fetched once."""
+    """The blocks last read, of all sources: what several threads ask for is fetched once.
+
+    The tensors of a sharded checkpoint are read one after the other, each from all of its files. So
+    that the rest of a block is still there when the next one is, blocks are the smaller, the more
+    files are open: a few of each are kept.
+    """
 
     def __init__(self) -> None:
+        self.sources: WeakSet[RemoteSource] = WeakSet()
         self._lock = threading.Lock()
-        self._found: OrderedDict[tuple[object, int], Future[bytes]] = OrderedDict()
+        self._found: OrderedDict[_Span, Future[bytes]] = OrderedDict()
+        self._nbytes = 0
 
-    def get(self, key: tuple[object, int], fetch: Callable[[], bytes]) -> Future[bytes]:
+    def block_nbytes(self) -> int:
+        nbytes = BLOCK_NBYTES
+        while nbytes > _LEAST_BLOCK_NBYTES and 4 * len(self.sources) * nbytes > _KEPT_NBYTES:
+            nbytes //= 2
+        return nbytes
+
+    def get(self, span: _Span, fetch: Callable[[], bytes]) -> Future[bytes]:
         with self._lock:
-            found = self._found.get(key)
+            found = self._found.get(span)
+            if found is None:
+                self._nbytes += span.nbytes
             if found is None or (found.done() and found.exception() is not None):
-                found = self._found[key] = threads().submit(fetch)
-            self._found.move_to_end(key)
-            while len(self._found) > _KEPT_BLOCKS:
-                self._found.popitem(last=False)
+                found = self._found[span] = threads().submit(fetch)
+            self._found.move_to_end(span)
+            while self._nbytes > _KEPT_NBYTES:
+                self._nbytes -= self._found.popitem(last=False)[0].nbytes
             return found
 
-    def drop(self, token: object) -> None:
+    def drop(self, source: RemoteSource) -> None:
         with self._lock:
-            for key in [key for key in self._found if key[0] is token]:
-                self._found.pop(key).cancel()
+            self.sources.discard(source)
+            for span in [span for span in self._found if span.token is source.token]:
+                self._nbytes -= span.nbytes
+                self._found.pop(span).cancel()
 
 
 _blocks = _Blocks()

@@ -209,6 +209,31 @@ def test_a_folder_of_many_chunks_is_opened_by_their_ends_at_once_and_each_file_o
         open_checkpoint(f"{web.url}/m/")
 
 
+def test_tensors_that_lie_in_many_files_are_fetched_once(tmp_path: Path, web: Web) -> None:
+    values = {}
+    for number in range(6):
+        values[f"{number}.weight"] = halves(torch.randn(40, 1 << 13), count=40)
+        values[f"{number}.bias"] = halves(torch.randn(40), count=40)
+    folder = write_dcp(tmp_path, values)
+    for file in folder.iterdir():
+        web.files[f"/m/{file.name}"] = file.read_bytes()
+    with open_checkpoint(f"{web.url}/m/") as checkpoint:
+        web.sent = 0
+        assert api.fingerprint(checkpoint).root.hex() == root(folder)
+    assert web.sent < 1.1 * sum(map(len, web.files.values()))
+
+
+def test_a_small_file_is_read_from_a_server_that_ignores_ranges_in_any_blocks(
+    tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_KEPT_NBYTES", 1 << 14)
+    monkeypatch.setattr(remote, "_LEAST_BLOCK_NBYTES", 1 << 10)
+    data = web.files["/w.st"] = CONTAINERS["safetensors"]["w.safetensors"]
+    (tmp_path / "w.st").write_bytes(data)
+    web.fault = lambda number, answer: Answer(200, {}, data)
+    assert root(f"{web.url}/w.st") == root(tmp_path / "w.st")
+
+
 def test_ranges_are_fetched_in_parallel(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "BLOCK_NBYTES", 1 << 16)
     web.files["/w.st"] = save({"w": torch.zeros(1 << 18)})
@@ -237,7 +262,7 @@ def test_what_is_kept_of_all_files_together_is_bounded(memory: Any) -> None:
     sources = [remote.RemoteSource(RemotePath("memory://big")) for _ in range(2)]
     for source in sources:
         source.read_into(0, memoryview(bytearray(source.nbytes)))
-    assert len(remote._blocks._found) <= remote._KEPT_BLOCKS
+    assert sum(span.nbytes for span in remote._blocks._found) <= remote._KEPT_NBYTES
     for source in sources:
         source.close()
     assert not remote._blocks._found
