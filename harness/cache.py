@@ -11,6 +11,7 @@ unless it is asked for. One SQLite file, which several processes may use at once
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from harness.checkpoint.paths import is_file
 from harness.checkpoint.tensors import Tensor
 from harness.errors import UsageError
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 _SCHEMA = """CREATE TABLE IF NOT EXISTS digests
     (place BLOB PRIMARY KEY, digest BLOB NOT NULL, used INTEGER NOT NULL) WITHOUT ROWID"""
+# SQLite keeps values of any type and length in a column.
+_SELECT = """SELECT digest FROM digests
+    WHERE place = ? AND typeof(digest) = 'blob' AND length(digest) = 32"""
 _FORGET_AFTER_DAYS = 90
 _WAIT_SECONDS = 30.0
 
@@ -51,9 +56,8 @@ class DigestCache:
         found = {}
         with self._database() as database:
             for key, place in now.items():
-                row = database.execute("SELECT digest FROM digests WHERE place = ?", (place,))
-                for (digest,) in row:
-                    found[key] = bytes(digest)
+                for (digest,) in database.execute(_SELECT, (place,)):
+                    found[key] = digest
             today = _today()
             database.executemany(
                 "UPDATE digests SET used = ? WHERE place = ? AND used < ?",
@@ -85,9 +89,14 @@ class DigestCache:
                 with connection:
                     yield connection
         except (sqlite3.Error, OSError) as error:
+            remedy = (
+                f"remove it (rm {shlex.quote(str(self.path))})"
+                if is_file(self.path)
+                else "set XDG_CACHE_HOME to a folder that can be written"
+            )
             raise UsageError(
                 f"{self.path}: the cache cannot be used: {error}",
-                hint=f"remove it (rm {self.path}), or leave out --cache",
+                hint=f"{remedy}, or leave out --cache",
             ) from error
 
 

@@ -261,9 +261,12 @@ def _refuse_contradiction(pair: Pair, actual: Fingerprint) -> None:
     """Equal bytes have equal digests, unless they were read at two times."""
     ours, theirs = pair.expected, pair.actual
     if ours.dtype == theirs.dtype and None not in (ours.digest, theirs.digest):
+        hint = "something writes to it while it is read: try again when that is done"
+        if actual.num_cached:
+            hint = f"the cache is wrong, so leave out --cache; or {hint}"
         raise CheckpointError(
             f"{actual.name}: the values of {theirs.key!r} are as expected, but their digest not",
-            hint="something writes to it while it is read: try again when that is done",
+            hint=hint,
         )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from harness import api, cache
 from harness.checkpoint import open_checkpoint, sources
 from harness.checkpoint.sources import FileSource
 from harness.compare import Comparison
-from harness.errors import UsageError
+from harness.errors import CheckpointError, UsageError
 
 
 @pytest.fixture
@@ -141,6 +143,49 @@ def test_a_damaged_cache_is_a_clear_error(sharded: Path) -> None:
     with pytest.raises(UsageError, match="cannot be used") as caught:
         verify(sharded)
     assert caught.value.hint == "remove it (rm cache.sqlite), or leave out --cache"
+    spaced = Path("my cache.sqlite")
+    spaced.write_text("no database" * 100)
+    with pytest.raises(UsageError) as caught:
+        cache.DigestCache(spaced).keep([], {})
+    assert caught.value.hint == "remove it (rm 'my cache.sqlite'), or leave out --cache"
+
+
+def test_a_cache_that_cannot_be_made_is_a_clear_error(sharded: Path) -> None:
+    Path("file").touch()
+    for path in (Path("file/cache.sqlite"), Path("golden")):
+        with pytest.raises(UsageError, match="cannot be used") as caught:
+            cache.DigestCache(path).keep([], {})
+        hint = "set XDG_CACHE_HOME to a folder that can be written, or leave out --cache"
+        assert caught.value.hint == hint
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("digest", ["text", b"short", 7])
+def test_what_is_no_digest_in_the_cache_is_read_again(sharded: Path, digest: object) -> None:
+    verify(sharded)
+    spoil(digest)
+    comparison = verify(sharded)
+    assert (comparison.num_identical, comparison.notes) == (6, ())
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_wrong_digest_in_the_cache_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = Path("small.safetensors")
+    save_file({"w": np.ones(3, "f4")}, small)
+    api.record(small, "golden/model.safetensors")
+    verify(small)
+    spoil(bytes(32))
+    with pytest.raises(CheckpointError, match="as expected, but their digest not") as caught:
+        verify(small)
+    assert str(caught.value.hint).startswith("the cache is wrong, so leave out --cache; or")
+
+
+def spoil(digest: object) -> None:
+    with closing(sqlite3.connect("cache.sqlite")) as database, database:
+        database.execute("UPDATE digests SET digest = ?", (digest,))
 
 
 @pytest.mark.usefixtures("settled")
