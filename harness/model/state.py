@@ -46,12 +46,24 @@ def as_checkpoint(tensors: Mapping[str, torch.Tensor], name: str) -> Checkpoint:
     """Wrap live tensors; tied ones are aliases. Nothing is copied but strided ones of devices."""
     storages: dict[int, Storage] = {}
 
-    def wrapped() -> Iterator[Tensor]:
-        for key, tensor in tensors.items():
-            yield _wrap(format_key((key,)), tensor, storages)
+    def each() -> Iterator[Tensor]:
+        for name, tensor in tensors.items():
+            key = format_key((name,))
+            try:
+                wrapped = _wrap(key, tensor, storages)
+            except (RuntimeError, ValueError, NotImplementedError) as error:  # as its class has it
+                kind = type(tensor).__name__
+                raise ModelError(
+                    f"{key}: the values of a {kind} cannot be read where they are: "
+                    f"{str(error).partition(chr(10))[0][:200]}",
+                    hint="give FSDP a device_mesh, so that its sharded state dict holds DTensors"
+                    if kind == "ShardedTensor"
+                    else "fingerprint the checkpoint that it is saved to",
+                ) from error
+            yield wrapped
 
     return Checkpoint(
-        name=name, container="live model", section="", tensors=tensor_table(name, wrapped())
+        name=name, container="live model", section="", tensors=tensor_table(name, each())
     )
 
 

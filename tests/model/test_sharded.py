@@ -280,6 +280,8 @@ def errors_of(ranks: list[Rank]) -> list[Any]:
 
 def refused() -> Any:
     """What a rank hears of states that are no one state."""
+    from torch.distributed._shard.sharded_tensor import Shard as Piece
+    from torch.distributed._shard.sharded_tensor import ShardedTensor
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -289,12 +291,14 @@ def refused() -> Any:
     mesh = init_device_mesh("cpu", (2,))
     square = init_device_mesh("cpu", (2, 1))
     local = torch.ones(4, 4)
+    piece = Piece.from_tensor_and_offsets(local, [4 * rank, 0], rank)
     states: list[Mapping[str, torch.Tensor]] = [
         {"sum": DTensor.from_local(local, mesh, [Partial()])},
         {f"w{rank}": DTensor.from_local(local, mesh, [Shard(0)])},
         {"w": DTensor.from_local(local.to(torch.float16 if rank else torch.float32), mesh)},
         {"w": DTensor.from_local(local, mesh, [Shard(0)]), "meta": torch.ones(2, device="meta")},
         {"holes": DTensor.from_local(local, square, [_StridedShard(0, split_factor=2), Shard(0)])},
+        {"fsdp1": ShardedTensor._init_from_local_shards([piece], (8, 4))},
     ]
     found = []
     for state in states:
@@ -311,12 +315,13 @@ def refused() -> Any:
 def test_what_is_no_one_state_is_refused_on_all_ranks_alike(tmp_path: Path) -> None:
     one, other = errors_of(run_ranks(2, refused, folder=tmp_path))
     assert one == other
-    partial, keys, dtypes, meta, holes = one
+    partial, keys, dtypes, meta, holes, fsdp1 = one
     assert partial.startswith("rank 0: sum: is a partial sum on every rank")
     assert keys == "w0: rank 0 has a DTensor, float32 [8, 4], rank 1 nothing"
     assert dtypes.startswith("w: rank 0 has a DTensor, float32 [4, 4], rank 1 a DTensor, float16")
     assert meta.startswith("rank 0: meta: still on the meta device")
     assert holes == "holes: the pieces on 2 ranks leave holes or overlap"
+    assert fsdp1.startswith("fsdp1: the values of a ShardedTensor cannot be read where they are")
 
 
 def alone(folder: Path) -> Any:
