@@ -21,7 +21,7 @@ import torch.distributed as dist
 from harness import __version__
 from harness.checkpoint.remote import redacted
 from harness.errors import TeamError, UsageError
-from harness.model.team import ARRIVAL, TorchTeam
+from harness.model.team import ARRIVAL, TorchTeam, watched
 from harness.ranks import working_as
 
 
@@ -47,7 +47,8 @@ def run_on_ranks(command: Callable[[], int], arguments: Sequence[str]) -> int:
 @contextmanager
 def _joined() -> Iterator[TorchTeam]:
     try:
-        dist.init_process_group("gloo", timeout=ARRIVAL)
+        with watched():
+            dist.init_process_group("gloo", timeout=ARRIVAL)
     except (RuntimeError, ValueError) as error:  # not all came; the environment makes no sense
         raise TeamError(
             f"the {os.environ['WORLD_SIZE']} ranks cannot meet at "

@@ -36,7 +36,7 @@ from harness.checkpoint.tensors import (
 )
 from harness.errors import HarnessError, ModelError, TeamError
 from harness.model.state import as_checkpoint
-from harness.model.team import ARRIVAL, PATIENCE, TorchTeam, died, name_of, unexpected
+from harness.model.team import ARRIVAL, PATIENCE, TorchTeam, died, name_of, unexpected, watched
 from harness.ranks import working_as
 from harness.streaming import CHUNK_NBYTES, buffers
 
@@ -109,12 +109,13 @@ def _group_of(state: Mapping[str, torch.Tensor]) -> Iterator[dist.ProcessGroup]:
 def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
     is_all = len(ranks) == dist.get_world_size()
     try:
-        group: dist.ProcessGroup = dist.new_group(
-            None if is_all else [*ranks],
-            backend="gloo",
-            timeout=ARRIVAL,
-            use_local_synchronization=not is_all,
-        )
+        with watched():
+            group: dist.ProcessGroup = dist.new_group(
+                None if is_all else [*ranks],
+                backend="gloo",
+                timeout=ARRIVAL,
+                use_local_synchronization=not is_all,
+            )
     except RuntimeError as error:
         raise TeamError(
             f"the ranks {[*ranks]}, which hold the model, did not all come within {ARRIVAL}",

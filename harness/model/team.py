@@ -14,10 +14,12 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import socket
+import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -36,9 +38,11 @@ from harness.streaming import num_cores, parallel, together
 _Result = TypeVar("_Result")
 
 # All ranks must come within this time; they may then wait for each other as long as it takes: that
-# one has died is noticed by its connections.
+# one has died is noticed by its connections, that its machine is gone by their silence.
 ARRIVAL = timedelta(minutes=5)
 PATIENCE = timedelta(days=30)
+SILENCE_SECONDS = 60
+_PROBES = 6
 _LAST_WORD = timedelta(seconds=10)
 _MAX_BATCH = 64
 
@@ -158,6 +162,35 @@ def died(group: dist.ProcessGroup, rank: int) -> TeamError:
         f"rank {name} of {dist.get_world_size()} has died",
         hint=f"see what rank {name} printed last, and whether it ran out of memory",
     )
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Have the kernel end the connections made inside once the other machine is silent.
+
+    A process that dies closes its own. A machine that loses power or its network does not, and
+    gloo, which has no heartbeat, would wait for it. Ranks that are slow or stopped are not silent.
+    """
+    before = _sockets()
+    yield
+    for descriptor in _sockets() - before:
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_SECONDS // 2)
+            interval = SILENCE_SECONDS // 2 // _PROBES
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+
+
+def _sockets() -> set[int]:
+    """The descriptors of this process that are sockets; none where the system does not tell."""
+    found = set()
+    with suppress(OSError):
+        for entry in Path("/dev/fd").iterdir():
+            with suppress(OSError):  # that of the listing itself is closed by now
+                if stat.S_ISSOCK(os.fstat(int(entry.name)).st_mode):
+                    found.add(int(entry.name))
+    return found
 
 
 def num_cores_of_rank() -> int:

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import resource
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -290,3 +291,30 @@ def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert num_cores_of_rank() == 9
     assert num_cores() >= 1
+
+
+def connections() -> Any:
+    """How long the connections of a rank may be silent, and whether an older one was touched."""
+    from harness.model import launched, sharded
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        own = socket.create_connection(server.getsockname())
+        before = team._sockets()
+        with launched._joined():
+            joined = team._sockets() - before
+            sharded._new_group(range(3))
+            found = [socket.socket(fileno=os.dup(number)) for number in team._sockets() - before]
+            idle = {one.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) for one in found}
+            kept = {one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for one in found}
+        return (
+            len(found) > len(joined),
+            idle,
+            kept,
+            own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        )
+
+
+def test_a_machine_that_falls_silent_is_noticed_by_the_kernel(tmp_path: Path) -> None:
+    ranks = run_ranks(3, connections, folder=tmp_path / "run")
+    idle = team.SILENCE_SECONDS // 2
+    assert [rank.value for rank in ranks] == [(True, {idle}, {1}, 0)] * 3, ranks
