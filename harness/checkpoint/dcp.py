@@ -39,6 +39,10 @@ _MAX_COST_NBYTES = 1 << 30
 _MAX_DEPTH = 128
 _MAX_GAP = 64
 _ITEMS_AHEAD = 256
+_NO_TORCH_SAVE = (
+    "copy the folder again; if it was saved with serialization_format=SAFETENSORS, which torch "
+    "cannot load either, save it by the HuggingFaceStorageWriter"
+)
 _COPY_AGAIN = "the folder is damaged: copy it again, or save the checkpoint again"
 
 
@@ -202,7 +206,8 @@ def _place(name: str, index: Any, info: Any) -> _Place:
             name, f"places {key!r} in {file[:200]!r}, which is no file inside the folder"
         )
     if start < 0 or nbytes <= 0:
-        raise _damaged(name, f"places {key!r} at {nbytes} bytes from byte {start} of {file!r}")
+        why = f"places {key!r} at {nbytes} bytes from byte {start} of {file!r}"
+        raise CheckpointError(f"{name}: {why}", hint=_NO_TORCH_SAVE)
     return _Place(key=key, offset=offset, file=file, start=start, nbytes=nbytes)
 
 
@@ -224,10 +229,10 @@ def _check_plan(name: str, plan: _Plan) -> None:
     plan.places.sort(key=lambda place: (place.file, place.start))
     for first, second in pairwise(plan.places):
         if first.file == second.file and first.start + first.nbytes > second.start:
-            raise _damaged(
-                name,
-                f"places two items in the same bytes: {first.key!r} in {first}, and "
+            raise CheckpointError(
+                f"{name}: places two items in the same bytes: {first.key!r} in {first}, and "
                 f"{second.key!r} in {second}",
+                hint=_NO_TORCH_SAVE,
             )
 
 

@@ -535,6 +535,22 @@ def test_each_kind_of_damage_is_named(tmp_path: Path, name: str) -> None:
     assert caught.value.hint
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("empty", [False, True])
+def test_what_torch_saved_as_safetensors_is_told_what_to_save_instead(
+    tmp_path: Path, empty: bool
+) -> None:
+    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+    state = {"a": torch.ones(3), "b": torch.ones(0 if empty else 2)}
+    writer = FileSystemWriter(tmp_path, serialization_format=SerializationFormat.SAFETENSORS)
+    save(state, storage_writer=writer, no_dist=True)
+    with pytest.raises(CheckpointError, match=r"\.metadata: places ") as caught:
+        open_checkpoint(tmp_path)
+    assert "save it by the HuggingFaceStorageWriter" in str(caught.value.hint)
+
+
 def test_a_metadata_that_is_none_is_refused(tmp_path: Path) -> None:
     folder = write_dcp(tmp_path / "dcp", {"w": halves(W)})
     whole = (folder / ".metadata").read_bytes()
