@@ -25,8 +25,9 @@ Location: TypeAlias = "str | Path | RemotePath"
 METADATA = ".metadata"
 DISTCP = ".distcp"
 
-# Anything else with a colon in it is a file's name, or a drive of Windows.
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# Anything else with a colon in it is a file's name, or a drive of Windows. A chain of protocols
+# (`simplecache::s3://…`) is a URL, too, though one that is refused.
+_URL = re.compile(r"((?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def to_path(location: Location) -> AnyPath:

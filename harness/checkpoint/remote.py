@@ -176,7 +176,7 @@ class RemotePath:
     @cached_property
     def transport(self) -> Transport:
         """How to ask; raises UsageError where the protocol's package is not installed."""
-        if "::" in self.url:
+        if "::" in self.url and not self.is_web:  # there, it is of an address: http://[::1]/
             raise UsageError(f"{self}: is a chain of protocols", hint="give a URL of one protocol")
         if self.is_web:
             # Its own session, since fsspec takes a whole file for the range that it asked for.
@@ -188,9 +188,9 @@ class RemotePath:
     def _filesystem(self) -> Any:
         package = _PACKAGES.get(self.scheme)
         try:
-            from fsspec.core import url_to_fs
+            from fsspec.core import filesystem, url_to_fs
 
-            return url_to_fs(self.url)[0]
+            return filesystem(self.scheme) if self.is_web else url_to_fs(self.url)[0]
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("fsspec"):
                 raise UsageError(

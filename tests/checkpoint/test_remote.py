@@ -323,6 +323,10 @@ def test_a_failure_that_stays_is_one_clear_error_in_bounded_time(web: Web, fault
 def test_a_server_that_is_not_there_is_one_clear_error(web: Web) -> None:
     with pytest.raises(CheckpointError, match=r"failed 4 times: .*connect"):
         open_checkpoint("http://127.0.0.1:9/w.pt")
+    with pytest.raises(
+        CheckpointError, match=r"^http://\[::1\]:9/w.pt: .*failed 4 times: .*connect"
+    ):
+        open_checkpoint("http://[::1]:9/w.pt")
 
 
 def test_a_silent_server_is_given_up(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,6 +498,7 @@ def test_the_count_of_a_legacy_storage_is_checked_when_it_is_read(memory: Any) -
         ("gs://bucket/w.pt", "gcsfs, which is not installed", "pip install gcsfs"),
         ("nope://bucket/w.pt", "no protocol nope://", "https://"),
         ("zip://w.pt::memory://a.zip", "chain", "one protocol"),
+        (f"simplecache::https://h/w.pt?{SECRET}", "^simplecache::https://h/w.pt: is a c", "one pr"),
         ("file://elsewhere/w.pt", "elsewhere", "file:///elsewhere/w.pt"),
     ],
 )
