@@ -181,6 +181,17 @@ def test_an_update_from_something_live_forgets_the_file(net: Net, file: Path) ->
     assert api.verify(net, read_golden(golden.path)).verdict == "identical"
 
 
+def test_a_state_dict_whose_parts_would_be_left_out_is_refused() -> None:
+    one = torch.ones(2)
+    with pytest.raises(UsageError, match="holds tensors below 'model', which would") as caught:
+        api.fingerprint({"step": one, "model": {"w": one}})
+    assert "give one part of it" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="holds tensors below 'state'"):
+        api.fingerprint({"state": {0: {"exp_avg": one}}, "param_groups": [{"lr": 0.1}]})
+    extra = {"w": one, "layer._extra_state": {"amax": one}, "epoch": 3, "hyper": {"lr": 0.1}}
+    assert list(api.fingerprint(extra).tensors) == ["w"]
+
+
 @pytest.mark.parametrize("subject", [{}, {"step": 1}, [1], 7])
 def test_what_holds_no_tensors_is_refused(subject: object, here: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no tensors|nothing that can be") as caught:

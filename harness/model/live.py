@@ -1,7 +1,8 @@
 """What is in memory and not in a file, as the verbs of `harness.api` take it.
 
 In: a module, or a state dict, and a verb. Out: what the verb makes of a `Checkpoint` that reads
-their tensors where they are. Refused (UsageError): everything else, and a mapping without tensors.
+their tensors where they are. Refused (UsageError): everything else, and a mapping that holds no
+tensors, or some only in what is nested in it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,13 @@ def _tensors_of(live: Live) -> tuple[dict[str, torch.Tensor], str]:
         state, name = live.state_dict(), f"the live {type(live).__name__}"
     elif isinstance(live, Mapping):
         state, name = dict(live), "the live state dict"
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor) and _has_tensors({key: value}):
+                raise UsageError(
+                    f"{name}: holds tensors below {key!r}, which would be left out",
+                    hint="give one part of it, or a flat state dict, as of an optimizer with "
+                    "StateDictOptions(flatten_optimizer_state_dict=True)",
+                )
     else:
         raise UsageError(
             f"a {type(live).__name__} is nothing that can be fingerprinted",
@@ -55,3 +63,13 @@ def _tensors_of(live: Live) -> tuple[dict[str, torch.Tensor], str]:
     if not tensors:
         raise UsageError(f"{name}: holds no tensors", hint="give the model's state_dict()")
     return tensors, name
+
+
+def _has_tensors(value: object) -> bool:
+    """Whether there are tensors in a value, other than in a module's extra state."""
+    if isinstance(value, Mapping):
+        inside = [v for k, v in value.items() if not str(k).endswith("_extra_state")]
+        return any(map(_has_tensors, inside))
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_tensors, value))
+    return isinstance(value, torch.Tensor)
