@@ -42,7 +42,16 @@ _Result = TypeVar("_Result")
 ARRIVAL = timedelta(minutes=5)
 PATIENCE = timedelta(days=30)
 SILENCE_SECONDS = 60
-_PROBES = 6
+_KEEPALIVE = {
+    getattr(socket, name): value
+    for name, value in {
+        "TCP_KEEPIDLE": SILENCE_SECONDS // 2,
+        "TCP_KEEPALIVE": SILENCE_SECONDS // 2,  # its name on macOS
+        "TCP_KEEPINTVL": SILENCE_SECONDS // 12,
+        "TCP_KEEPCNT": 6,
+    }.items()
+    if hasattr(socket, name)
+}
 _LAST_WORD = timedelta(seconds=10)
 _MAX_BATCH = 64
 
@@ -176,10 +185,8 @@ def watched() -> Iterator[None]:
     for descriptor in _sockets() - before:
         with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_SECONDS // 2)
-            interval = SILENCE_SECONDS // 2 // _PROBES
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+            for option, value in _KEEPALIVE.items():
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _sockets() -> set[int]:
