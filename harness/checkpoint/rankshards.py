@@ -53,10 +53,16 @@ def read_rank_shards(
     the loss of whole files at the end of the ranks shows in the shapes, not as an error.
     """
     pool = Pool()
-    sources = list(at_once(folder, pool.open, paths))
+    sources: list[Source] = []
     found: dict[str, list[Piece]] = {}
-    for path, source in zip(paths, sources, strict=True):
-        tensors, metadata = read_safetensors(path, source)
+
+    def opened(path: AnyPath) -> tuple[Source, list[Tensor], dict[str, str]]:
+        source = pool.open(path)
+        return source, *read_safetensors(path, source)
+
+    shards = at_once(folder, opened, paths)
+    for path, (source, tensors, metadata) in zip(paths, shards, strict=True):
+        sources.append(source)
         offsets = _saved_offsets(path, metadata.get(_SHARDING_INFO))
         for tensor in tensors:
             start = (0,) * len(tensor.shape) if offsets is None else offsets.get(tensor.key)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 BLOCK_NBYTES = 1 << 20
 _LEAST_BLOCK_NBYTES = 1 << 14
 _KEPT_NBYTES = 32 << 20
-_THREADS = 16
+THREADS = 16
 # What lies between two ranges is fetched with them where that takes less time than a request.
 _MAX_GAP = 1 << 16
 # One more attempt after each, unless the library behind the protocol was patient itself.
@@ -371,7 +371,7 @@ class RemoteSource:
                 buffer[:] = data[offset - start : offset - start + len(buffer)]
                 return
         # No more at a time than other threads leave of the pool.
-        step = _THREADS * BLOCK_NBYTES
+        step = THREADS * BLOCK_NBYTES
         for start in range(0, len(buffer), step):
             part = buffer[start : start + step]
             position = offset + start
@@ -519,7 +519,7 @@ def threads() -> ThreadPoolExecutor:
     """On which all waiting for servers is done."""
     from concurrent.futures import ThreadPoolExecutor
 
-    return ThreadPoolExecutor(_THREADS, thread_name_prefix="harness-remote")
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="harness-remote")
 
 
 class Mirror(FileSource):
@@ -539,8 +539,8 @@ class Mirror(FileSource):
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         blocks = range(offset // BLOCK_NBYTES, -(-(offset + nbytes) // BLOCK_NBYTES))
-        for start in range(0, len(blocks), _THREADS):
-            missing = [i for i in blocks[start : start + _THREADS] if i not in self._filled]
+        for start in range(0, len(blocks), THREADS):
+            missing = [i for i in blocks[start : start + THREADS] if i not in self._filled]
             if missing:
                 self._fill(missing[0] * BLOCK_NBYTES, (missing[-1] + 1) * BLOCK_NBYTES)
                 self._filled.update(missing)

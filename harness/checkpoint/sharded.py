@@ -13,6 +13,7 @@ from pathlib import Path
 
 from harness.checkpoint.paths import AnyPath, is_file
 from harness.checkpoint.safetensors import unique
+from harness.checkpoint.sources import at_once
 from harness.checkpoint.tensors import Checkpoint, Tensor, format_key
 from harness.errors import CheckpointError
 
@@ -48,16 +49,21 @@ def join_shards(
     path: AnyPath, table: Mapping[str, str], open_shard: Callable[[AnyPath], Checkpoint]
 ) -> tuple[list[Tensor], list[Checkpoint]]:
     """Open every shard once, and check index and shards against each other."""
+    folder = path.parent
+
+    def opened(shard: str) -> Checkpoint:
+        if not is_file(folder / shard):
+            raise CheckpointError(
+                f"{folder / shard}: missing, but {path.name} places "
+                f"{sum(1 for s in table.values() if s == shard)} tensors in it",
+                hint="download or copy the missing shard",
+            )
+        return open_shard(folder / shard)
+
+    names = sorted(set(table.values()))
     shards: dict[str, Checkpoint] = {}
     try:
-        for shard in sorted(set(table.values())):
-            if not is_file(path.parent / shard):
-                raise CheckpointError(
-                    f"{path.parent / shard}: missing, but {path.name} places "
-                    f"{sum(1 for s in table.values() if s == shard)} tensors in it",
-                    hint="download or copy the missing shard",
-                )
-            shards[shard] = open_shard(path.parent / shard)
+        shards.update(zip(names, at_once(folder, opened, names), strict=True))
         tensors = []
         for name, shard in table.items():
             key = format_key((name,))

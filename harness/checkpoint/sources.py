@@ -173,16 +173,18 @@ def read_file(path: AnyPath) -> bytes:
 def at_once(
     folder: AnyPath, function: Callable[[_Item], _T], items: Sequence[_Item]
 ) -> Iterator[_T]:
-    """Map over what is in a folder, in order; all at once where each costs a round trip.
-
-    `function` may open files, but not read them: reads wait for the same threads.
-    """
+    """Map over what is in a folder, in order; many at once where each costs round trips."""
     if isinstance(folder, Path):
-        return map(function, items)
-    from harness.checkpoint.remote import threads
+        yield from map(function, items)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    from harness.checkpoint.remote import THREADS
 
     _ = folder.transport  # found here, and passed on to what is in the folder
-    return threads().map(function, items)
+    # Threads of its own: those that fetch are waited for.
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="harness-open") as own:
+        yield from own.map(function, items)
 
 
 class Pool:

@@ -202,7 +202,7 @@ def _sockets() -> set[int]:
 
 def num_cores_of_rank() -> int:
     """The cores that one of the ranks on this machine may use, shared evenly among them."""
-    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, num_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class _Run:

@@ -209,6 +209,39 @@ def test_a_folder_of_many_chunks_is_opened_by_their_ends_at_once_and_each_file_o
         open_checkpoint(f"{web.url}/m/")
 
 
+def test_the_shards_of_an_index_are_opened_at_once(tmp_path: Path, web: Web) -> None:
+    table = {f"w{i}": f"model-{i}.safetensors" for i in range(20)}
+    for key, name in table.items():
+        web.files[f"/m/{name}"] = save({key: torch.randn(5)})
+    index = json.dumps({"weight_map": table}).encode()
+    web.files["/m/model.safetensors.index.json"] = index
+    for name, data in web.files.items():
+        (tmp_path / Path(name).name).write_bytes(data)
+    web.delay = 0.02
+    url = f"{web.url}/m/model.safetensors.index.json"
+    with open_checkpoint(url) as checkpoint:
+        assert len(checkpoint.tensors) == 20
+        assert web.most_at_once >= 8
+    assert root(url) == root(tmp_path / "model.safetensors.index.json")
+    del web.files["/m/model-7.safetensors"]
+    with pytest.raises(CheckpointError, match=r"/m/model-7.safetensors: missing, but"):
+        open_checkpoint(url)
+
+
+def test_the_shards_of_ranks_behind_a_url_have_the_root_of_those_here(
+    tmp_path: Path, memory: Any
+) -> None:
+    for rank in range(20):
+        offsets = json.dumps({"w": {"saved_offsets": [3 * rank, 0]}})
+        data = save({"w": torch.randn(3, 5)}, metadata={"DCP_SHARDING_INFO": offsets})
+        name = f"shard-{rank:05}-model-00001-of-00001.safetensors"
+        (tmp_path / name).write_bytes(data)
+        memory.pipe_file(f"/b/ranks/{name}", data)
+    with open_checkpoint("memory://b/ranks") as checkpoint:
+        assert checkpoint.tensors["w"].shape == (60, 5)
+    assert root("memory://b/ranks") == root(tmp_path)
+
+
 def test_tensors_that_lie_in_many_files_are_fetched_once(tmp_path: Path, web: Web) -> None:
     values = {}
     for number in range(6):
