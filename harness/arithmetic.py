@@ -147,10 +147,11 @@ class Matrix:
 def _wide_product(rows: Array, matrix: Array) -> Array:
     """The product of float64 rows (n, m) and matrix (m, k), as a sum over slices of m."""
     count, numel = rows.shape
-    if count <= 1:  # not by BLAS: its product of a vector depends on its threads
-        return np.asarray(np.einsum("bi,ij->bj", rows, matrix))
-    width = max(1, _MAX_PRODUCT // matrix.shape[1] // count)
-    width = width if numel % width == 0 else numel
-    slices = rows.reshape(count, -1, width).transpose(1, 0, 2)
-    products: Array = slices @ matrix.reshape(-1, width, matrix.shape[1])
-    return np.asarray(products.sum(axis=0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        if count <= 1:  # not by BLAS: its product of a vector depends on its threads
+            return np.asarray(np.einsum("bi,ij->bj", rows, matrix))
+        width = max(1, _MAX_PRODUCT // matrix.shape[1] // count)
+        width = width if numel % width == 0 else numel
+        slices = rows.reshape(count, -1, width).transpose(1, 0, 2)
+        products: Array = slices @ matrix.reshape(-1, width, matrix.shape[1])
+        return np.asarray(products.sum(axis=0))

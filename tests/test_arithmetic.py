@@ -119,6 +119,13 @@ def test_bits_do_not_depend_on_threads() -> None:
     assert results == [expected] * 4
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_products_beyond_float64_are_not_finite_and_warn_of_nothing(count: int) -> None:
+    rows = np.full((count, 8192), 1e308)
+    matrix = Matrix(np.random.RandomState(1).standard_normal((8192, 16)).astype("<f4"))
+    assert not np.isfinite(matrix.product(rows)).all()
+
+
 def test_values_that_are_not_finite_make_sums_that_are_not() -> None:
     """As allclose counts on, whose squares tell whether to look for them."""
     for bad in (math.nan, math.inf, -math.inf):
