@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Stage = Literal["file", "load", "reload", "outputs"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+# In float32 more is infinite, of which allclose makes NaN where a 0 is expected.
+_GREATEST = 3.4028234663852886e38
 
 
 def refuse_stage(name: str) -> None:
@@ -61,10 +63,10 @@ class Policy:
                     f"{name} takes a tuple of {entry}, not {given!r}", hint=f"{name}={example!r}"
                 )
         for glob, atol, rtol in [("", self.atol, self.rtol), *self.tolerances]:
-            if not (0 <= atol < float("inf") and 0 <= rtol < float("inf")):
+            if not (0 <= atol <= _GREATEST and 0 <= rtol <= _GREATEST):
                 where = f" for {glob}" if glob else ""
                 raise UsageError(
-                    f"a tolerance must be a finite number from 0 up, not atol {atol}, "
+                    f"a tolerance must be a finite number from 0 up (in float32), not atol {atol}, "
                     f"rtol {rtol}{where}",
                     hint="leave it out for 1e-5, or allow no difference at all: --exact",
                 )

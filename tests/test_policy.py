@@ -27,7 +27,7 @@ def test_of_several_tolerances_the_last_that_fits_wins(compared: Compared) -> No
     ]
 
 
-@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, 3.5e38])
 def test_a_tolerance_that_is_no_number_is_an_error(bad: float) -> None:
     for make in (
         lambda: Policy(atol=bad),
