@@ -13,7 +13,7 @@ equal; float8, which torch cannot compare, is compared in float32, and two dtype
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +27,8 @@ from harness.streaming import Chunk, buffers
 Array = np.ndarray[Any, np.dtype[Any]]
 Flags = Array | bool
 """Some elements of a pass: flags, or True for all of them and False for none."""
+Least = Mapping[bool, float]
+"""What is worse than the worst found so far: beyond the tolerance (True), or within it."""
 
 MAX_ELEMENTS = 5
 
@@ -60,7 +62,8 @@ class Values(Protocol):
 class Tally:
     """What one chunk adds to an exact difference.
 
-    `squares` are sums of squared differences over runs of `run_numel` elements.
+    `squares` are sums of squared differences over runs of `run_numel` elements. `worst` are beyond
+    the tolerance where any element is.
     """
 
     num_differing: int = 0
@@ -84,6 +87,7 @@ class Tally:
 # as many elements, 1.35 s at twice as many, 1.0 s here).
 _PASS_NUMEL = 524288
 _MIN_RUN_NUMEL = 64
+_MAX_RUN_NUMEL = 262144  # a chunk of the widest numbers, complex128
 MAX_STRIP = 64
 # Below this share of a limit a rounded difference is below the limit itself.
 _SURELY = 1 - 2.0**-20
@@ -96,9 +100,9 @@ _HUGE = {"float16": 65504.0, "bfloat16": 3.38e38}
 
 
 def run_numel(numel: int) -> int:
-    """Elements of a run: about `MAX_STRIP` runs make a tensor, none is longer than a pass."""
+    """Elements of a run: about `MAX_STRIP` make a tensor; passes and chunks end where runs do."""
     run = _MIN_RUN_NUMEL
-    while run < _PASS_NUMEL and run * MAX_STRIP < numel:
+    while run < _MAX_RUN_NUMEL and run * MAX_STRIP < numel:
         run *= 2
     return run
 
@@ -141,18 +145,18 @@ def _passes(expected: Values, actual: Values, chunk: Chunk) -> Iterator[_Pass]:
         yield _Pass(start, ours, theirs)
 
 
-def tally_nan(tensor: Values, chunk: Chunk, tolerance: Tolerance) -> Tally | None:
-    """Compare a chunk of two tensors that is the same in both; None unless it holds NaN.
+def tally_nonfinite(tensor: Values, chunk: Chunk, tolerance: Tolerance) -> Tally | None:
+    """Compare a chunk of two tensors that is the same in both; None where all of it is finite.
 
-    Of tensors that differ elsewhere NaN must be counted: to `torch.allclose` it is close to
-    nothing, not even to itself.
+    Of tensors that differ elsewhere NaN and infinities are counted: to `torch.allclose` NaN is
+    close to nothing, not even to itself.
     """
     if not tensor.dtype.is_floating:
         return None
     data = buffers.get("chunk", chunk.nbytes)
     tensor.read_into(chunk.start, data.data)
     with np.errstate(invalid="ignore"):  # signalling NaN
-        if not np.isnan(data.view(numpy_dtype(tensor.dtype))).any():
+        if np.isfinite(data.view(numpy_dtype(tensor.dtype))).all():
             return None
     return _tally_passes(tensor, tensor, _passes(tensor, tensor, chunk), tolerance)
 
@@ -162,10 +166,14 @@ def _tally_passes(
 ) -> Tally:
     kernel = _Kernel(expected.dtype, actual.dtype, tolerance, run_numel(expected.numel))
     tallies: list[Tally] = []
-    least = -math.inf
+    least = {True: -math.inf, False: -math.inf}
     for one in passes:
-        tallies.append(kernel.tally(one.expected, one.actual, one.first, least))
-        least = max(least, tallies[-1].least_worst)
+        tally = kernel.tally(one.expected, one.actual, one.first, least)
+        tallies.append(tally)
+        is_beyond = tally.num_beyond > 0
+        least[is_beyond] = max(least[is_beyond], tally.least_worst)
+        if is_beyond:
+            least[False] = math.inf  # none within the tolerance is among the worst any more
     return add_tallies(tallies)
 
 
@@ -194,7 +202,7 @@ class _Kernel:
         narrow = self.same_type and expected.name in ("float16", "bfloat16", "complex32")
         self.narrow = numpy_dtype(expected) if narrow else None
 
-    def tally(self, expected: Array, actual: Array, first: int, least: float) -> Tally:
+    def tally(self, expected: Array, actual: Array, first: int, least: Least) -> Tally:
         """Tally one pass; of its worst elements only those that are worse than `least`."""
         if not self.floating:
             return self._tally_exact(expected, actual, first, least)
@@ -293,10 +301,12 @@ class _Kernel:
         """Round as torch does, where the wide arithmetic is too near the limit to know."""
         beyond = buffers.get("beyond", error.size, "?")
         near: Any = slice(None)
+        same: Flags = False
         if self.is_complex:
             # torch rounds components, and rtol, which may be off by any factor.
             e = self._values(expected, self.expected, "expected")
             a = self._values(actual, self.actual, "actual")
+            same = _by_element(a == e, error.size)  # infinities, too
             error = self._magnitude(self._round(a - e))
             scaled = self._magnitude(self._round(e * self._round(self.rtol)))
         elif max_abs <= _HUGE[self.expected.name]:
@@ -304,7 +314,7 @@ class _Kernel:
         # The scalar atol is rounded to the dtype before it is added.
         difference, scaled = self._round(error[near]), self._round(scaled[near])
         close = difference <= self._round(scaled + self._round(self.atol))
-        beyond[near] = ~(close & np.isfinite(difference))
+        beyond[near] = ~(close & np.isfinite(difference) | same)
         return beyond
 
     def _near_limit(self, scaled: Array, needed: Array, beyond: Array) -> Array:
@@ -325,20 +335,33 @@ class _Kernel:
     def _round(self, values: Any) -> Any:
         return values.astype(self.narrow).astype("<f4")
 
-    def _tally_exact(self, expected: Array, actual: Array, first: int, least: float) -> Tally:
-        e, a = decode(expected, self.expected), decode(actual, self.actual)
-        differing = e != a
-        wide = "<c16" if self.is_complex else "<f8"
-        error = np.zeros(e.size)
+    def _tally_exact(self, expected: Array, actual: Array, first: int, least: Least) -> Tally:
+        nonfinite = (0, 0)
         with np.errstate(all="ignore"):
-            error[differing] = np.abs(a[differing].astype(wide) - e[differing].astype(wide))
-            if self.same_type:
-                # Neighbours beyond 2**53 are equal as float64, but they are not equal.
-                error[differing] = np.maximum(error[differing], 1.0)
-            squares = self._squares(error)
+            if self.expected.is_floating or self.actual.is_floating:
+                e = self._values(expected, self.expected, "scaled")
+                a = self._values(actual, self.actual, "error")
+                nonfinite = (_num_nonfinite(e), _num_nonfinite(a))
+                differing = ~_by_element(e == a, len(e))
+                error = self._magnitude(a - e)
+                error[np.isnan(error)] = np.inf
+            else:
+                e, a = decode(expected, self.expected), decode(actual, self.actual)
+                differing = e != a
+                error = np.zeros(e.size)
+                error[differing] = _distance(e[differing], a[differing])
+            squares = self._squares(np.where(np.isfinite(error), error, 0))
         needed = math.inf if differing.any() else 0.0  # no tolerance makes these equal
         tops = _tops(error)
-        return _tally(error, tops, differing, differing, needed, squares, first, least)
+        return _tally(error, tops, differing, differing, needed, squares, first, least, nonfinite)
+
+
+def _distance(e: Array, a: Array) -> Array:
+    """How far integers are apart, also those beyond 2**53, of which float64 loses the last bits."""
+    apart = np.abs(a.astype("<f8") - e.astype("<f8"))
+    ours, theirs = e.astype("<u8"), a.astype("<u8")  # modulo 2**64
+    exact = np.where(a > e, theirs - ours, ours - theirs)
+    return np.asarray(np.where(apart < 2.0**63, exact, apart))
 
 
 def roundings(dtype: DType) -> tuple[float, float]:
@@ -361,15 +384,15 @@ def _tally(
     min_atol: float,
     squares: Array,
     first: int,
-    least: float,
+    least: Least,
     num_nonfinite: tuple[int, int] = (0, 0),
 ) -> Tally:
     num_differing, num_beyond = _count(differing, error.size), _count(beyond, error.size)
     max_abs = float(tops.max())
     candidates = beyond if num_beyond else differing
     worst: tuple[tuple[float, int], ...] = ()
-    if num_differing and max_abs > least:
-        worst = _worst(error, tops, candidates, first, least)
+    if num_differing and max_abs > least[num_beyond > 0]:
+        worst = _worst(error, tops, candidates, first, least[num_beyond > 0])
     # The ends of all are known, and to find others costs a copy.
     ends = b"\1" if num_differing == error.size else np.asarray(differing).tobytes()
     return Tally(
@@ -443,7 +466,8 @@ def _worst(
 def add_tallies(tallies: Sequence[Tally]) -> Tally:
     """Join the tallies of several chunks."""
     changed = [tally for tally in tallies if tally.num_differing]
-    worst = sorted((w for t in changed for w in t.worst), key=lambda item: (-item[0], item[1]))
+    of_interest = [tally for tally in changed if tally.num_beyond] or changed
+    worst = sorted((w for t in of_interest for w in t.worst), key=lambda item: (-item[0], item[1]))
     return Tally(
         num_differing=sum(t.num_differing for t in tallies),
         num_beyond=sum(t.num_beyond for t in tallies),

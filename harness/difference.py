@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ from harness.allclose import (
     roundings,
     run_numel,
     tally_chunk,
-    tally_nan,
+    tally_nonfinite,
 )
 from harness.arithmetic import total_squares
 from harness.checkpoint.tensors import numpy_dtype
@@ -81,16 +82,39 @@ class Difference:
     chance: float = 0.0
 
 
+def outward(ends: tuple[float, float]) -> tuple[float, float]:
+    """Round bounds to the two digits that a person reads, so that they still hold.
+
+    Equal ends are no bounds, but a number: it stays.
+    """
+    low, high = ends
+    if low == high:
+        return ends
+    return _rounded(low, 2, ROUND_FLOOR), _rounded(high, 2, ROUND_CEILING)
+
+
+def enough(min_atol: tuple[float, float]) -> tuple[float, float]:
+    """Round a least tolerance as `outward` does, and to three digits up where it is known."""
+    low, high = min_atol
+    return outward(min_atol) if low != high else (_rounded(high, 3, ROUND_CEILING),) * 2
+
+
+def _rounded(value: float, digits: int, rounding: str) -> float:
+    if not math.isfinite(value):
+        return value
+    return float(Context(prec=digits, rounding=rounding).create_decimal_from_float(value))
+
+
 def conclude(
     expected: Values, actual: Values, tallies: Sequence[Tally | None], tolerance: Tolerance
 ) -> Difference:
     """Join the tallies of all chunks into the exact difference of two tensors.
 
-    Chunks that are the same are read once more where others are not: they may hold NaN.
+    Chunks that are the same are read once more where others are not: they may hold NaN or infinity.
     """
     if any(tally is not None for tally in tallies):
         tallies = [
-            tally_nan(actual, chunk, tolerance) if tally is None else tally
+            tally_nonfinite(actual, chunk, tolerance) if tally is None else tally
             for chunk, tally in zip(chunks(expected.nbytes), tallies, strict=True)
         ]
     total = add_tallies([tally for tally in tallies if tally is not None])
@@ -221,7 +245,7 @@ def difference_from_sketch(
         num_nonfinite=nonfinite,
     )
     same_type = expected.dtype == actual.dtype
-    if not expected.dtype.is_floating or not actual.dtype.is_floating:
+    if not expected.dtype.is_floating or expected.dtype.kind != actual.dtype.kind:
         if same_type:
             return replace(blank, why=f"{expected.dtype} must be equal, and its digest differs")
         return _across_types(blank, expected, actual)
@@ -344,7 +368,8 @@ def _bounded(
     if proofs:
         return replace(found, why=f"proved by the sketch of {proofs:,} of {len(numels):,} blocks")
     if not any(blank.num_nonfinite) and allows and upper * (1 + relative) <= tolerance.atol:
-        return replace(found, verdict="close", why=f"no element is off by more than {upper:.1e}")
+        why = f"no element is off by more than {outward((lower, upper))[1]:.1e}"
+        return replace(found, verdict="close", why=why)
     return replace(
         found,
         verdict="undecided",

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from harness.allclose import MAX_ELEMENTS, Tally, Tolerance, element
+from harness.allclose import MAX_ELEMENTS, Tally, Tolerance, element, run_numel
 from harness.checkpoint.tensors import DTYPES
 from harness.difference import Difference, exact_difference
 from harness.fingerprint import TensorPrint
@@ -126,6 +126,9 @@ def test_complex32_is_decided_as_torch_does() -> None:
             expected, actual = at_the_limit(torch.complex32, scale, atol, rtol)
             ours, theirs = num_beyond(expected, actual, atol, rtol)
             assert ours == theirs, (atol, rtol, scale)
+    infinities = torch.full((3,), complex(-math.inf, 1.7)).to(torch.complex32)
+    found = compared(infinities, torch.cat([infinities[:2], expected[:1]]))
+    assert (found.num_differing, found.num_beyond) == (1, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -241,6 +244,34 @@ def test_integers_and_floats_are_equal_or_different() -> None:
     assert (found.verdict, found.num_beyond, found.max_abs[0]) == ("different", 1, 0.5)
     mixed = compared(x.to(torch.complex64), torch.tensor([1, 2, 4]))
     assert (mixed.verdict, mixed.num_beyond, mixed.max_abs[0]) == ("different", 1, 0.5)
+    # A type of floats that cannot hold the integer must not round it.
+    byte, float8 = torch.tensor([255], dtype=torch.uint8), torch.tensor([256.0])
+    assert compared(byte, float8.to(torch.float8_e5m2)).max_abs == (1.0, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_integers_and_complex32_are_compared_by_value() -> None:
+    x = torch.tensor([1, 2, 3])
+    assert compared(x, x.to(torch.complex32)).verdict == "close"
+    assert compared(x.to(torch.complex32), x + 1).max_abs == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf])
+def test_what_is_not_finite_is_no_integer(special: float) -> None:
+    found = compared(torch.tensor([special, 1.0, 2.0]), torch.tensor([1, 1, 3]))
+    assert (found.num_beyond, found.max_abs) == (2, (math.inf, math.inf))
+    assert found.rms == pytest.approx(math.sqrt(1 / 3))
+    assert found.num_nonfinite == (1, 0)
+    assert [e.index for e in found.elements] == [(0,), (2,)]
+
+
+def test_integers_are_as_far_apart_as_they_are() -> None:
+    """Where float64 has no such numbers, too."""
+    top, other = torch.tensor([2**63 - 1]), torch.tensor([2**63 + 6], dtype=torch.uint64)
+    assert compared(top, top - 7).max_abs == (7.0, 7.0)
+    assert compared(-top, 7 - top).max_abs == (7.0, 7.0)
+    assert compared(top, other).max_abs == compared(other, top).max_abs == (7.0, 7.0)
+    assert compared(-top, other).max_abs == (2.0**64, 2.0**64)
 
 
 def test_nan_at_the_same_place_is_close_to_nothing_but_the_same_bytes_are_identical() -> None:
@@ -330,6 +361,27 @@ def test_what_is_the_same_before_the_first_difference_is_looked_at_too(place: in
     assert found.num_beyond == 3
     assert found.num_nonfinite == (2, 2)
     assert {element.index for element in found.elements} == {(5,), (700_000,), (place,)}
+
+
+def test_the_elements_named_are_those_beyond_wherever_others_are_farther_off() -> None:
+    """Also in another pass, or chunk, where rtol allows all that differs."""
+    for numel in (600_000, 3_000_000):
+        expected = torch.zeros(numel)
+        expected[:100] = 1e6
+        actual = expected.clone()
+        actual[:100] += 1
+        actual[-1] = 1e-3
+        found = compared(expected, actual)
+        assert (found.num_beyond, found.num_differing) == (1, 101)
+        assert [e.index for e in found.elements] == [(numel - 1,)]
+        back = compared(expected.flip(0), actual.flip(0))
+        assert [e.index for e in back.elements] == [(0,)]
+
+
+def test_chunks_end_where_runs_do() -> None:
+    """Else the strip of a large tensor would be of other places than it says."""
+    for dtype in DTYPES.values():
+        assert CHUNK_NBYTES // dtype.itemsize % run_numel(10**12) == 0
 
 
 def test_rms_and_max_of_the_smallest_differences_do_not_vanish() -> None:

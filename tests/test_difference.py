@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness import api
-from harness.difference import Difference
+from harness.difference import Difference, enough, outward
 from harness.policy import Policy
 
 NUMEL = 50_000  # several blocks, the last one in part
@@ -257,6 +257,18 @@ def test_another_dtype_is_measured_by_the_same_blocks(tmp_path: Path) -> None:
     assert difference(tmp_path, x, x.bfloat16(), exact).verdict == "different"
 
 
+@pytest.mark.parametrize("block_nbytes", [32768, 1 << 20])
+def test_sketches_of_real_and_of_complex_numbers_tell_nothing_of_each_other(
+    tmp_path: Path, block_nbytes: int
+) -> None:
+    """They are of components, and allclose holds for the same values."""
+    x, policy = weights(numel=3000).abs(), Policy(check_dtype=False)
+    for one, other in [(x, x.to(torch.complex64)), (x.to(torch.complex64), x)]:
+        found = difference(tmp_path, one, other, policy, block_nbytes)
+        assert found.verdict == "undecided"
+        assert "cannot be compared" in found.why
+
+
 def test_a_difference_carries_the_stats_of_both_sides(tmp_path: Path) -> None:
     # Decided by a sketch, a recovered element, kept values, a digest; a reference; a checkpoint.
     x = weights()
@@ -313,3 +325,33 @@ def test_nan_in_chunks_that_are_the_same_is_close_to_nothing(
     assert finding.difference.num_nonfinite == (count, count)
     assert finding.difference.num_beyond == count
     assert math.isinf(finding.difference.min_atol[0]) == bool(count)
+
+
+def test_infinities_in_chunks_that_are_the_same_are_counted(tmp_path: Path) -> None:
+    x = torch.zeros(3_000_000)
+    x[:2] = math.inf
+    torch.save({"x": x}, tmp_path / "one.pt")
+    torch.save({"x": put(x, -1, 1.0)}, tmp_path / "other.pt")
+    [finding] = api.diff(tmp_path / "one.pt", tmp_path / "other.pt").findings
+    assert finding.difference is not None
+    assert finding.difference.num_nonfinite == (2, 2)
+    assert (finding.difference.num_beyond, finding.difference.max_abs) == (1, (1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("ends", "outwards", "suffices"),
+    [
+        ((1.2349, 5.6701), (1.2, 5.7), (1.2, 5.7)),
+        ((1.2001e-9, 1.0001e-5), (1.2e-9, 1.1e-5), (1.2e-9, 1.1e-5)),
+        ((0.0, 2.5), (0.0, 2.5), (0.0, 2.5)),
+        ((9.999, math.inf), (9.9, math.inf), (9.9, math.inf)),
+        ((1.2341, 1.2341), (1.2341, 1.2341), (1.24, 1.24)),
+        ((0.0, 0.0), (0.0, 0.0), (0.0, 0.0)),
+        ((math.inf, math.inf), (math.inf, math.inf), (math.inf, math.inf)),
+    ],
+)
+def test_what_is_rounded_for_a_person_still_holds(
+    ends: tuple[float, float], outwards: tuple[float, float], suffices: tuple[float, float]
+) -> None:
+    assert outward(ends) == outwards
+    assert enough(ends) == suffices
