@@ -19,7 +19,7 @@ import numpy as np
 
 from harness.allclose import Tolerance
 from harness.compare import FINDING_KINDS, Comparison, Finding, describe
-from harness.difference import Difference, Element
+from harness.difference import Difference, Element, enough, outward
 from harness.fingerprint import Fingerprint, TensorPrint
 from harness.report.folding import printable
 from harness.report.json import number
@@ -217,8 +217,8 @@ class Tables:
             is_exact=difference.is_exact,
             tolerance=self.tolerances.setdefault(difference.tolerance, len(self.tolerances)),
             numel=difference.numel,
-            max_abs=tuple(_short(end) for end in difference.max_abs),
-            min_atol=tuple(_short(end) for end in difference.min_atol),
+            max_abs=tuple(_short(end) for end in outward(difference.max_abs)),
+            min_atol=tuple(_short(end) for end in enough(difference.min_atol)),
             rms=_short(difference.rms),
             ratio=_short(_ratio(difference, expected or difference.stats[0])),
             num_differing=difference.num_differing,

@@ -282,20 +282,22 @@ def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[s
 
 
 def _differences(differences: Sequence[Difference]) -> Iterator[str]:
+    from harness.difference import enough, outward  # there is one
+
     worst = max(differences, key=lambda d: (d.max_abs[0], d.max_abs[1]))
     if len(differences) == 1:
         yield worst.why
     if worst.verdict == "different" and math.isinf(worst.max_abs[1]) and worst.max_abs[0] == 0.0:
         return  # nothing is known but that the digest differs
     endless = math.isinf(worst.max_abs[0])
-    size = "max |actual - expected| " + ("is no number" if endless else _interval(worst.max_abs))
+    size = "is no number" if endless else _interval(outward(worst.max_abs))
     rms = (
         ""
         if math.isnan(worst.rms) or endless
         else f", rms {'' if worst.is_exact else 'about '}{worst.rms:.1e}"
     )
     where = f", {worst.where}" if worst.where and len(differences) == 1 else ""
-    yield f"{'worst: ' if len(differences) > 1 else ''}{size}{rms}{where}"
+    yield f"{'worst: ' if len(differences) > 1 else ''}max |actual - expected| {size}{rms}{where}"
     if worst.verdict in ("different", "undecided") and not worst.tolerance.exact:
         least = (
             max(d.min_atol[0] for d in differences),
@@ -305,7 +307,7 @@ def _differences(differences: Sequence[Difference]) -> Iterator[str]:
             yield "would pass at no atol"
         else:
             now = f"(now {worst.tolerance.atol:g}, rtol {worst.tolerance.rtol:g})"
-            yield f"would pass at atol {_interval(least)} {now}"
+            yield f"would pass at atol {_interval(enough(least))} {now}"
     if len(differences) == 1 and worst.verdict != "close":
         yield from (_element(element) for element in worst.elements)
         if worst.num_beyond is not None and worst.num_beyond > len(worst.elements) > 0:

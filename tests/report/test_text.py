@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
+from harness import api
 from harness.compare import Finding
 from harness.report.fitting import cells
 from harness.report.text import PLAIN, Style, headline, render
@@ -155,3 +158,21 @@ def test_colour_stays_away_where_it_is_not_wanted(project: Path) -> None:
 def test_without_a_width_a_line_is_as_long_as_it_takes() -> None:
     found = comparison(*(missing(key) for key in LONG))
     assert len(render(found, PLAIN).split("\n")) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_the_atol_that_would_pass_does(tmp_path: Path, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    expected, actual = (
+        {k: torch.randn(9, generator=g).to(dtype) for k in "abcdefgh"} for _ in "12"
+    )
+    torch.save(expected, tmp_path / "one.pt")
+    torch.save(actual, tmp_path / "other.pt")
+    found = api.diff(tmp_path / "one.pt", tmp_path / "other.pt")
+    for finding in found.findings:
+        said = render(replace(found, findings=(finding,)))
+        match = re.search(r"would pass at atol (\S+) \(", said)
+        assert match is not None
+        e, a = expected[finding.key], actual[finding.key]
+        assert torch.allclose(a, e, atol=float(match[1]), rtol=1e-5)
+        assert not torch.allclose(a, e, atol=float(match[1]) * 0.98, rtol=1e-5)
