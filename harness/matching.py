@@ -108,12 +108,14 @@ def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> 
     options += [("--tolerance", glob, keys) for glob, _, _ in policy.tolerances]
     for option, glob, candidates in options:
         if not fits(glob, candidates):
-            raise UsageError(
-                f"{option} {glob}: fits no key of {expected.name}",
-                hint=f"a glob fits whole keys: '*{glob}*' would fit"
-                if fits(f"*{glob}*", candidates)
-                else _most_alike(glob, candidates),
-            )
+            escaped = glob.replace("[", "[[]")
+            if fits(f"*{glob}*", candidates):
+                hint = f"a glob fits whole keys: '*{glob}*' would fit"
+            elif fits(escaped, candidates):
+                hint = f"brackets in a glob stand for one of what is in them: '{escaped}' would fit"
+            else:
+                hint = _most_alike(glob, candidates)
+            raise UsageError(f"{option} {glob}: fits no key of {expected.name}", hint=hint)
 
 
 def _check_map(policy: Policy, expected: Fingerprint, theirs: Mapping[str, TensorPrint]) -> None:

@@ -77,12 +77,12 @@ class Policy:
 
         atol, rtol = self.atol, self.rtol
         for glob, its_atol, its_rtol in self.tolerances:
-            if fnmatchcase(key, glob):
+            if _fits(key, glob):
                 atol, rtol = its_atol, its_rtol
         return Tolerance(atol=atol, rtol=rtol, exact=self.exact)
 
     def ignores(self, key: str) -> bool:
-        return any(fnmatchcase(key, glob) for glob in self.ignore)
+        return any(_fits(key, glob) for glob in self.ignore)
 
     def renamed(self, key: str) -> str:
         """The name under which the checkpoint should have a golden's key."""
@@ -133,4 +133,9 @@ class Policy:
 
 
 def fits(glob: str, keys: Iterable[str]) -> bool:
-    return any(fnmatchcase(key, glob) for key in keys)
+    return any(_fits(key, glob) for key in keys)
+
+
+def _fits(key: str, glob: str) -> bool:
+    """Whether a glob fits a key; every key fits itself, also one with brackets."""
+    return key == glob or fnmatchcase(key, glob)

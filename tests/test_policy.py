@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from harness.errors import UsageError
 from harness.policy import Policy
@@ -61,3 +62,17 @@ def test_globs_of_another_stage_are_no_typing_errors() -> None:
     here = policy.at_stage({"a"}, {"b"})
     assert (here.ignore, here.tolerances) == (("a*",), (("a", 2, 2),))
     assert policy.at_stage({"a"}, {"c"}) == policy
+
+
+def test_a_key_with_brackets_fits_itself(compared: Compared) -> None:
+    """In a glob they stand for one of what is in them; the error says how to write them."""
+    key = '["exp[0]"]'
+    expected, actual = {"exp[0]": torch.ones(3)}, {"exp[0]": torch.ones(3) * 1.5}
+    assert compared(actual, expected=expected).verdict == "different"
+    assert compared(actual, Policy(ignore=(key,)), expected=expected).num_ignored == 1
+    loose = Policy(tolerances=((key, 1.0, 0.0),))
+    assert named(compared(actual, loose, expected=expected)) == [("close", key)]
+    with pytest.raises(UsageError) as caught:
+        compared(actual, Policy(ignore=("*exp[0]*",)), expected=expected)
+    assert (caught.value.hint or "").endswith("'*exp[[]0]*' would fit")
+    assert compared(actual, Policy(ignore=("*exp[[]0]*",)), expected=expected).num_ignored == 1
