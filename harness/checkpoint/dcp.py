@@ -28,7 +28,7 @@ from harness.checkpoint.torchfile import TorchFile, read_torch_zip
 from harness.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from harness.checkpoint.remote import RemoteSource
+    from harness.checkpoint.blocks import RemoteSource
     from harness.checkpoint.sources import PooledSource
 
 LIGHTNING = "meta.pt"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from harness.checkpoint import remote
+from harness.checkpoint import blocks
 from harness.checkpoint.remote import Stat, changed, without_secrets
 from harness.errors import CheckpointError
 
@@ -89,7 +89,7 @@ def _promised(answer: ClientResponse, name: str, start: int, end: int) -> tuple[
     if answer.headers.get("Content-Encoding", "identity") != "identity":
         raise _unfit(name, "compresses what it sends")
     if answer.status != 206:
-        length, limit = answer.content_length, remote.BLOCK_NBYTES
+        length, limit = answer.content_length, blocks.BLOCK_NBYTES
         if answer.status == 200 and length is not None and length <= limit:
             return length, 0, length
         raise _unfit(name, f"answers a request for {end - start} bytes with the whole file")

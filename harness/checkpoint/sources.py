@@ -23,7 +23,7 @@ from harness.checkpoint.paths import AnyPath
 from harness.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from harness.checkpoint.remote import RemoteSource
+    from harness.checkpoint.blocks import RemoteSource
 
 # Trained weights deflate to 0.5-1 of their size, constant ones to 1/1000, as a bomb does.
 INFLATION_LIMIT = 100
@@ -159,7 +159,7 @@ def open_source(path: AnyPath) -> FileSource | RemoteSource:
     """Open a file as a source; raises CheckpointError."""
     if isinstance(path, Path):
         return FileSource(path)
-    from harness.checkpoint.remote import RemoteSource
+    from harness.checkpoint.blocks import RemoteSource
 
     return RemoteSource(path)
 
@@ -179,7 +179,7 @@ def at_once(
         return
     from concurrent.futures import ThreadPoolExecutor
 
-    from harness.checkpoint.remote import THREADS
+    from harness.checkpoint.blocks import THREADS
 
     _ = folder.transport  # found here, and passed on to what is in the folder
     # Threads of its own: those that fetch are waited for.
@@ -201,7 +201,7 @@ class Pool:
         """Open a file that is closed and opened again as need be; raises CheckpointError."""
         if isinstance(path, Path):
             return PooledSource(self, path)
-        from harness.checkpoint.remote import RemoteSource
+        from harness.checkpoint.blocks import RemoteSource
 
         return RemoteSource(path)
 

@@ -29,8 +29,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from harness.checkpoint.blocks import RemoteSource
 from harness.checkpoint.paths import to_path
-from harness.checkpoint.remote import RemoteSource
 from harness.checkpoint.sources import FileSource, Pool, PooledSource, RangeSource, Version
 from harness.errors import CheckpointError, HarnessError, TeamError
 from harness.streaming import num_cores, parallel, together

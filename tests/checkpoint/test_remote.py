@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from harness import api
-from harness.checkpoint import open_checkpoint, remote, sources
+from harness.checkpoint import blocks, open_checkpoint, remote, sources
 from harness.checkpoint.paths import to_path
 from harness.checkpoint.remote import RemotePath, redacted, without_secrets
 from harness.errors import CheckpointError, GoldenError, UsageError
@@ -106,7 +106,7 @@ def test_the_same_weights_have_the_same_root_wherever_they_are(
     container: str,
     block_nbytes: int,
 ) -> None:
-    monkeypatch.setattr(remote, "BLOCK_NBYTES", block_nbytes)
+    monkeypatch.setattr(blocks, "BLOCK_NBYTES", block_nbytes)
     for name, data in CONTAINERS[container].items():
         (tmp_path / name).write_bytes(data)
         web.files[f"/m/{name}"] = data
@@ -147,18 +147,18 @@ def test_opening_takes_few_requests_and_verifying_fetches_every_byte_once(
         web.asked.clear()
     comparison = api.verify(f"{web.url}/n.nemo", shipped_golden)
     assert comparison.ok
-    blocks = [(first, last) for first, last in ranges(web) if last - first > 1]
+    fetched = [(first, last) for first, last in ranges(web) if last - first > 1]
     assert len(web.asked) <= 5
     # One block to see that it is no golden, then the whole file in ranges that do not overlap.
-    blocks.remove((0, remote.BLOCK_NBYTES))
-    assert blocks == [(0, remote.BLOCK_NBYTES), (remote.BLOCK_NBYTES, len(content))]
+    fetched.remove((0, blocks.BLOCK_NBYTES))
+    assert fetched == [(0, blocks.BLOCK_NBYTES), (blocks.BLOCK_NBYTES, len(content))]
 
 
 def test_opening_leaves_the_values_where_they_are(
     web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the headers of a zip's entries nor the counts of a legacy file's are asked for."""
-    monkeypatch.setattr(remote, "BLOCK_NBYTES", 4096)
+    monkeypatch.setattr(blocks, "BLOCK_NBYTES", 4096)
     state = {f"layer.{n}": torch.full((64, 64), float(n)) for n in range(60)}
     monkeypatch.setattr("harness.checkpoint.torchfile._WINDOW_NBYTES", 4096)
     for zipped in (True, False):
@@ -259,8 +259,8 @@ def test_tensors_that_lie_in_many_files_are_fetched_once(tmp_path: Path, web: We
 def test_a_small_file_is_read_from_a_server_that_ignores_ranges_in_any_blocks(
     tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_KEPT_NBYTES", 1 << 14)
-    monkeypatch.setattr(remote, "_LEAST_BLOCK_NBYTES", 1 << 10)
+    monkeypatch.setattr(blocks, "_KEPT_NBYTES", 1 << 14)
+    monkeypatch.setattr(blocks, "_LEAST_BLOCK_NBYTES", 1 << 10)
     data = web.files["/w.st"] = CONTAINERS["safetensors"]["w.safetensors"]
     (tmp_path / "w.st").write_bytes(data)
     web.fault = lambda number, answer: Answer(200, {}, data)
@@ -268,7 +268,7 @@ def test_a_small_file_is_read_from_a_server_that_ignores_ranges_in_any_blocks(
 
 
 def test_ranges_are_fetched_in_parallel(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "BLOCK_NBYTES", 1 << 16)
+    monkeypatch.setattr(blocks, "BLOCK_NBYTES", 1 << 16)
     web.files["/w.st"] = save({"w": torch.zeros(1 << 18)})
     web.delay = 0.1
     root(f"{web.url}/w.st")
@@ -277,7 +277,7 @@ def test_ranges_are_fetched_in_parallel(web: Web, monkeypatch: pytest.MonkeyPatc
 
 def test_threads_that_want_the_same_block_share_one_request(web: Web) -> None:
     web.files["/w"] = bytes(5000)
-    source = remote.RemoteSource(RemotePath(f"{web.url}/w"))
+    source = blocks.RemoteSource(RemotePath(f"{web.url}/w"))
     web.delay = 0.05
     web.asked.clear()
     buffers = [bytearray(100) for _ in range(8)]
@@ -291,14 +291,14 @@ def test_threads_that_want_the_same_block_share_one_request(web: Web) -> None:
 
 
 def test_what_is_kept_of_all_files_together_is_bounded(memory: Any) -> None:
-    memory.pipe_file("/big", bytes(40 * remote.BLOCK_NBYTES))
-    sources = [remote.RemoteSource(RemotePath("memory://big")) for _ in range(2)]
+    memory.pipe_file("/big", bytes(40 * blocks.BLOCK_NBYTES))
+    sources = [blocks.RemoteSource(RemotePath("memory://big")) for _ in range(2)]
     for source in sources:
         source.read_into(0, memoryview(bytearray(source.nbytes)))
-    assert sum(span.nbytes for span in remote._blocks._found) <= remote._KEPT_NBYTES
+    assert sum(span.nbytes for span in blocks._blocks._found) <= blocks._KEPT_NBYTES
     for source in sources:
         source.close()
-    assert not remote._blocks._found
+    assert not blocks._blocks._found
 
 
 # What goes wrong
@@ -483,7 +483,7 @@ def test_what_is_no_answer_to_a_range_is_refused(web: Web, change: Any, match: s
 def test_a_file_that_changes_while_it_is_read_is_an_error(
     web: Web, memory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "BLOCK_NBYTES", 1000)
+    monkeypatch.setattr(blocks, "BLOCK_NBYTES", 1000)
     old, new = save({"w": torch.zeros(9000)}), save({"w": torch.ones(9000)})
     for other, match in [(new, "ETag"), (new[:-4000], "size"), (None, "not there any more")]:
         web.files["/w.st"] = old
