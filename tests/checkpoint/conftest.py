@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 
-from harness.checkpoint import Checkpoint, open_checkpoint
+from harness import api
+from harness.checkpoint import Checkpoint, open_checkpoint, remote
+
+from .web import Web, serving
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -50,3 +55,29 @@ def assert_reads() -> Assert:
         return checkpoint
 
     return check
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    monkeypatch.setattr(remote, "RETRY_DELAYS", (0.01, 0.01, 0.01))
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    filesystem.pseudo_dirs[:] = [""]
+    yield filesystem
+    filesystem.store.clear()
+
+
+def root(path: str | Path) -> str:
+    return api.fingerprint(path).root.hex()
+
+
+def torch_file(state: Any, *, zipped: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
