@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 import pytest
 
 from harness.errors import GoldenError, HarnessError, NotRecorded, UsageError
-from harness.pytest_tally import EVENTS, SUFFIX, Event, Folder, Tally, Verb, golden_name
+from harness.pytest_tally import SUFFIX, Event, Folder, Tally, Verb, events_of, golden_name, node_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,20 +55,23 @@ class PolicyKeywords(TypedDict, total=False):
 class _Settings:
     """What the command line and the configuration say.
 
-    `written` are the goldens that this process has written, and the tests that did it.
+    `options` are those by which pytest finds the goldens; `written` are those that this process
+    has written, and the tests that did it.
     """
 
     mode: str
     reason: str
     root: Path
     folder: Folder
+    options: tuple[str, ...]
     written: dict[str, str] = field(default_factory=dict)
 
     def command(self, node: str, mode: str) -> str:
         """The command that runs one test again, in another mode."""
         path, sign, test = node.partition("::")
         here = os.path.relpath(self.root / path, self.folder.invoked)
-        command = shlex.join(["pytest", f"{here}{sign}{test}", f"--golden-mode={mode}"])
+        options = [*self.options, f"--golden-mode={mode}"]
+        command = shlex.join(["pytest", f"{here}{sign}{test}", *options])
         return f'{command} --golden-reason "why"' if mode == "update" else command
 
 
@@ -104,9 +107,22 @@ def pytest_configure(config: pytest.Config) -> None:
         path=config.rootpath / config.getini("golden_dir"), invoked=config.invocation_params.dir
     )
     config.stash[_SETTINGS] = _Settings(
-        mode=mode, reason=reason, root=config.rootpath, folder=folder
+        mode=mode,
+        reason=reason,
+        root=config.rootpath,
+        folder=folder,
+        options=tuple(_finding_options(config)),
     )
     config.pluginmanager.register(Tally(config, folder), "checkpoint_harness_tally")
+
+
+def _finding_options(config: pytest.Config) -> Iterator[str]:
+    for option, name in (("-c", "inifilename"), ("--rootdir", "rootdir")):
+        if (value := config.getoption(name, None)) is not None:
+            yield from (option, str(value))
+    for setting in config.getoption("override_ini", None) or ():
+        if setting.startswith("golden_dir="):
+            yield from ("-o", setting)
 
 
 @pytest.fixture
@@ -118,8 +134,8 @@ def checkpoint_golden(request: pytest.FixtureRequest) -> CheckpointGolden:
     """
     return CheckpointGolden(
         _settings=request.config.stash[_SETTINGS],
-        _node=request.node.nodeid,
-        _events=request.node.stash.setdefault(EVENTS, []),
+        _node=node_of(request.node),
+        _events=events_of(request.node),
     )
 
 

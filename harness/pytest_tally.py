@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -42,6 +42,17 @@ class Event(NamedTuple):
 
 
 EVENTS = pytest.StashKey[list[Event]]()
+
+
+def events_of(item: pytest.Item) -> list[Event]:
+    """The list for what an attempt at a test does; what one before it failed at counts no more."""
+    item.stash[EVENTS] = [event for event in item.stash.get(EVENTS, []) if event.verb != "failed"]
+    return item.stash[EVENTS]
+
+
+def node_of(item: pytest.Item) -> str:
+    """The id of a test, without the group that `--dist loadgroup` of pytest-xdist adds to it."""
+    return item.nodeid if item.parent is None else f"{item.parent.nodeid}::{item.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +108,7 @@ class Tally:
         # Where tests run.
         self._num_collected = 0  # before any is deselected
         # Where reports come together.
-        self._events: dict[str, list[tuple[str, Event]]] = defaultdict(list)
-        self._asking: set[str] = set()
+        self._told: dict[str, list[Event]] = {}  # by test
         self._passed: set[str] = set()
         self._finished: set[str] = set()
         self._skipped: set[str] = set()
@@ -115,6 +125,7 @@ class Tally:
         if events is not None or FIXTURE in getattr(item, "fixturenames", ()):
             # Plain data: reports may go to another process.
             vars(report)[FIXTURE] = {
+                "node": node_of(item),
                 "events": [tuple(event) for event in events or ()],
                 "num_collected": self._num_collected,
             }
@@ -127,12 +138,11 @@ class Tally:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         told = vars(report).get(FIXTURE)
         if told is not None:
-            self._asking.add(report.nodeid)
-            for event in told["events"]:
-                self._events[event[0]].append((report.nodeid, Event(*event)))
+            # Each report of a test, and of another attempt at it, tells all that the last one did.
+            self._told[told["node"]] = [Event(*event) for event in told["events"]]
             self._num_expected = told["num_collected"]
-        if report.when == "call" and report.passed:
-            self._passed.add(report.nodeid)
+            if report.when == "call" and report.passed:
+                self._passed.add(told["node"])
         if report.when == "teardown":
             self._finished.add(report.nodeid)
 
@@ -141,12 +151,12 @@ class Tally:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if not self._asking:
+        if not self._told:
             return
         unused, num_unknown = self._unaccounted()
         verbs = [
             next(verb for verb in _VERBS if any(event.verb == verb for _, event in events))
-            for events in self._events.values()
+            for events in self._events().values()
         ]
         counts: dict[str, int] = {verb: verbs.count(verb) for verb in reversed(_VERBS)}
         counts |= {"unused": len(unused), "unknown": num_unknown}
@@ -166,10 +176,18 @@ class Tally:
                 "    next: give one of them another name, or run them again to see which fails"
             )
 
+    def _events(self) -> Mapping[str, list[tuple[str, Event]]]:
+        """What was done to each golden, and by which test."""
+        found = defaultdict(list)
+        for node, events in self._told.items():
+            for event in events:
+                found[event.golden].append((node, event))
+        return found
+
     def _disagreements(self) -> dict[str, list[str]]:
         """Goldens that were written in this run, where not all tests passed against the same."""
         found = {}
-        for golden, events in self._events.items():
+        for golden, events in self._events().items():
             passed = [(node, event) for node, event in events if event.verb != "failed"]
             written = any(event.verb != "verified" for _, event in passed)
             if written and len({event.root for _, event in passed}) > 1:
@@ -184,12 +202,13 @@ class Tally:
             return [], 0
         if len(self._finished) != self._num_expected:  # deselected, or stopped before
             return [], 0
-        unfinished = self._skipped | (self._asking - self._passed)
+        unfinished = self._skipped | (self._told.keys() - self._passed)
+        used = self._events()
         unused, num_unknown = [], 0
         for path in sorted(self._folder.path.rglob(f"*{SUFFIX}")):
             golden = path.relative_to(self._folder.path).as_posix().removesuffix(SUFFIX)
             given = "/" not in golden
-            if golden in self._events or not is_golden(path) or (given and _is_for_command(path)):
+            if golden in used or not is_golden(path) or (given and _is_for_command(path)):
                 continue
             # Which names a test would have given, nobody knows.
             if any(given or _may_own(node, golden) for node in unfinished):

@@ -773,6 +773,61 @@ def test_it_runs_without_a_terminal_and_from_a_folder(
     assert summary(run) == "1 updated"
 
 
+def test_the_groups_of_xdist_are_no_part_of_a_name(project: Project) -> None:
+    project.tests(ONE_TEST)
+    project.run("--golden-mode=create")
+    # What --dist loadgroup does, with one release of pytest or another.
+    project.pytester.makeconftest(
+        """
+        def pytest_collection_modifyitems(items):
+            for item in items:
+                item._id = item._nodeid = f"{item.nodeid}@group"
+        """
+    )
+    assert summary(project.run()) == "1 verified"
+    project.save(2.0)
+    assert shlex.split(command(project.run()))[1] == "test_it.py::test_net"
+    project.tests("def test_net(checkpoint_golden):\n    assert False")
+    assert summary(project.run()) == "1 unknown (of tests that were skipped or failed)"
+
+
+def test_of_a_test_that_is_run_again_the_last_attempt_counts(project: Project) -> None:
+    project.tests(ONE_TEST)
+    project.run("--golden-mode=create")
+    # What pytest-rerunfailures does; between the attempts the file is mended.
+    project.pytester.makeconftest(
+        """
+        import shutil
+        from _pytest.runner import runtestprotocol
+
+        def pytest_runtest_protocol(item, nextitem):
+            for attempt in range(2):
+                item._initrequest()
+                for report in runtestprotocol(item, nextitem=nextitem, log=False):
+                    if report.failed and attempt == 0:
+                        report.outcome = "rerun"
+                    item.ihook.pytest_runtest_logreport(report=report)
+                shutil.copy("good.safetensors", "net.safetensors")
+            return True
+        """
+    )
+    project.save(1.0, "good.safetensors")
+    project.save(2.0)
+    run = project.run()
+    assert run.ret == pytest.ExitCode.OK
+    assert summary(run) == "1 verified"
+
+
+def test_the_next_step_finds_the_goldens_where_the_run_did(project: Project) -> None:
+    project.tests(ONE_TEST)
+    (project.path / "other settings").mkdir()
+    settings = project.path / "other settings" / "pytest.ini"
+    settings.write_text("[pytest]\n")
+    given = ["-c", str(settings), "--rootdir", str(project.path), "-o", "golden_dir=some where"]
+    project.follow(command(project.run(*given))).assert_outcomes(passed=1)
+    assert (project.path / "some where/test_it/test_net.safetensors").exists()
+
+
 def test_it_says_nothing_in_the_junit_report_but_the_failure(project: Project) -> None:
     project.tests(ONE_TEST)
     project.run("--golden-mode=create", "--junitxml=report.xml")
