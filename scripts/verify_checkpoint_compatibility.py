@@ -18,15 +18,17 @@ import click
 
 from harness.checkpoint import open_checkpoint
 from harness.compare import Comparison, Finding, compare
-from harness.errors import HarnessError
+from harness.errors import HarnessError, ModelError
 from harness.fingerprint import fingerprint
 from harness.measuring import AgainstCheckpoint
 from harness.model.files import Loader
 from harness.model.state import state_of
+from harness.model.targets import registered, user_code
 from harness.nest import load_config
 from harness.policy import Policy
 
 LINE = "=" * 60
+LOCAL = "harness.nest:EncDecDenoiseMaskedTokenPredModel"
 KINDS_OF_VALUES = ("dtype", "different", "undecided", "alias")
 
 
@@ -37,7 +39,13 @@ def heading(title: str, line: str = LINE) -> None:
 def load(path: Path, config: dict[str, Any] | None, *, seed: int) -> Any:
     heading(f"Loading LOCAL model from checkpoint: {path}")
     with open_checkpoint(path) as checkpoint:
-        model = Loader(checkpoint, target=None, config=config).load(path, seed=seed)
+        if checkpoint.config is None and config is None:
+            raise ModelError(
+                f"{path}: says nothing of the model's configuration",
+                hint="give that as well: --config nest_fast-conformer.yaml",
+            )
+        target = registered(checkpoint.config) or LOCAL
+        model = Loader(checkpoint, target=target, config=config).load(path, seed=seed)
     click.echo(f"✓ Successfully loaded {path.suffix} checkpoint")
     counts = [parameter.numel() for parameter in model.parameters()]
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -49,7 +57,8 @@ def load(path: Path, config: dict[str, Any] | None, *, seed: int) -> Any:
 def round_trip(model: Any, path: Path, config: dict[str, Any] | None) -> Comparison:
     heading("Testing save and reload round-trip")
     saved = path.with_suffix(".test.nemo")
-    model.save_to(saved)
+    with user_code(f"{saved}: saving the model", "see that something can be written there"):
+        model.save_to(saved)
     click.echo(f"✓ Model saved to {saved}\n")
     reloaded = load(saved, config, seed=2)
     heading("Comparing state dicts: Original Model vs Reloaded Model")

@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from omegaconf import OmegaConf
 
 from harness.nest import RECIPE
 from tests.conftest import REPOSITORY
@@ -165,3 +167,29 @@ def test_a_save_that_changes_the_model_fails_and_names_the_keys(
     assert result.exit_code == 1
     assert "Value mismatches: 1\n    ✗ encoder.layers.1.norm_out.bias: 64 of 64" in result.output
     assert "✗ FAILURE: Save and reload round-trip changes the model" in result.output
+
+
+@pytest.mark.parametrize("checkpoint", ["nest_tiny.nemo"], indirect=True)
+def test_a_place_that_cannot_be_written_fails_and_says_so(checkpoint: Path) -> None:
+    checkpoint.with_suffix(".test.nemo").mkdir()
+    result = run("--ckpt_path", checkpoint, "--test_save_load")
+    assert result.exit_code == 1
+    assert "nest_tiny.test.nemo: saving the model failed: IsADirectoryError" in result.output
+    assert "✗ FAILURE: Save and reload round-trip does not work" in result.output
+
+
+@pytest.mark.parametrize("checkpoint", ["nest_tiny.ckpt"], indirect=True)
+def test_a_checkpoint_without_a_class_is_the_local_model_s(checkpoint: Path, config: Path) -> None:
+    saved = torch.load(checkpoint, weights_only=False)
+    plain = OmegaConf.to_container(OmegaConf.create(saved["hyper_parameters"]["cfg"]))
+    assert isinstance(plain, dict)
+    del plain["target"]
+    torch.save({**saved, "hyper_parameters": {"cfg": plain}}, checkpoint)
+    result = run("--ckpt_path", checkpoint, "--test_save_load")
+    assert "✓ SUCCESS: Save and reload round-trip works correctly!" in result.output
+    # Weights alone say nothing of the model that they are of.
+    torch.save(saved["state_dict"], checkpoint)
+    result = run("--ckpt_path", checkpoint)
+    assert result.exit_code == 1
+    assert "What to do: give that as well: --config" in result.output
+    assert run("--ckpt_path", checkpoint, "--config", config).exit_code == 0

@@ -34,6 +34,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from harness.errors import ModelError
 from harness.nest.archive import read_nemo, write_nemo
 from harness.nest.config import (
+    NEMO_TARGET,
     DecoderConfig,
     LossConfig,
     ModelConfig,
@@ -184,6 +185,8 @@ class EncDecDenoiseMaskedTokenPredModel(pl.LightningModule):
         super().__init__()
         plain = resolve(cfg)
         config = ModelConfig.read(plain)
+        # as NeMo: a .ckpt says by it which class it is of
+        plain = {**plain, "target": plain.get("target") or NEMO_TARGET}
         # plain containers: such a .ckpt loads with weights_only=True and no allow-list
         self.save_hyperparameters({"cfg": plain}, logger=False)
         self.config = config

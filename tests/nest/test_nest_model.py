@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from harness import api
 from harness.errors import ModelError
+from harness.model.files import trainer_of
 from harness.nest import AudioBatch, EncDecDenoiseMaskedTokenPredModel
 from harness.nest.config import OptimConfig
 from harness.nest.model import NoamAnnealing
@@ -401,6 +403,15 @@ def test_our_ckpt_reloads_by_itself_and_plainly(
     more = trainer(tmp_path, 3)
     more.fit(again, loader(batch, 3), ckpt_path=path, weights_only=True)
     assert more.global_step == 3
+
+
+def test_our_ckpt_says_its_class_though_the_recipe_does_not(
+    trainable: dict[str, Any], tmp_path: Path
+) -> None:
+    del trainable["target"]
+    path = tmp_path / "model.ckpt"
+    trainer_of(EncDecDenoiseMaskedTokenPredModel(trainable)).save_checkpoint(path)
+    assert {stage.verdict for stage in api.roundtrip(path)} == {"identical"}
 
 
 def test_a_ckpt_that_does_not_fit_is_refused(trainable: dict[str, Any], ckpt_path: Path) -> None:
