@@ -147,6 +147,13 @@ class GoldenCheckpoint(pl.Callback):
         self._pending: list[tuple[str, Future[VerifiedSave]]] = []
         self._last_step, self._num_steps = -1, 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to processes that a strategy spawns: of Trainers, each has its own."""
+        return {name: value for name, value in vars(self).items() if name != "_watched"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state, _watched=WeakSet())
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stand in the way of the Trainer's saves, for as long as it lives."""
         if trainer in self._watched:
@@ -163,6 +170,12 @@ class GoldenCheckpoint(pl.Callback):
                 f'GoldenCheckpoint(stages="{self._stages}") with AsyncCheckpointIO: a model that '
                 "is built in the writing thread would draw from the training's random numbers",
                 hint='give stages="file", or save without AsyncCheckpointIO',
+            )
+        if self._stages != "file" and self._live is None and "<locals>" in _target(pl_module):
+            raise UsageError(
+                f'GoldenCheckpoint(stages="{self._stages}"): {_target(pl_module)} is a class of a '
+                "function, and cannot be built anew",
+                hint='give live=LiveOptions(target="package.module:ClassOrFactory")',
             )
         self._watched.add(trainer)
         # Lightning offers no other place that sees all saves, on all ranks.
@@ -309,20 +322,23 @@ def _asynchronous(trainer: pl.Trainer) -> Any | None:
 
 def _held(trainer: pl.Trainer) -> _Held:
     module, step = trainer.lightning_module, trainer.global_step
-    kind = type(module)
     return _Held(
-        name=f"{kind.__name__} in memory at step {step}",
+        name=f"{type(module).__name__} in memory at step {step}",
         weights=_copied(module.state_dict()),
         frozen=frozenset(
             format_key((key,))
             for key, parameter in module.named_parameters(remove_duplicate=False)
             if not parameter.requires_grad
         ),
-        target=f"{kind.__module__}:{kind.__qualname__}",
+        target=_target(module),
         global_step=step,
         # AsyncCheckpointIO clones each tensor for itself.
         keeps_ties=_asynchronous(trainer) is None,
     )
+
+
+def _target(module: pl.LightningModule) -> str:
+    return f"{type(module).__module__}:{type(module).__qualname__}"
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -65,6 +66,12 @@ def test_a_healthy_run_passes_and_says_what_it_verified(tmp_path: Path) -> None:
         (SAVED.format(step),) for step in (1, 2, 2)
     ]
     assert all(save.error is None for save in callback.saves)
+
+
+def test_it_goes_with_the_trainer_to_processes_that_are_spawned(tmp_path: Path) -> None:
+    callback = pickle.loads(pickle.dumps(GoldenCheckpoint(every=2)))
+    trainer(tmp_path, callback, saving(tmp_path), steps=3).fit(Tuned())
+    assert names(callback) == ["step=1.ckpt", "step=3.ckpt"]
 
 
 def test_several_fits_of_one_trainer_verify_each_save_once(tmp_path: Path) -> None:
@@ -495,3 +502,14 @@ def test_strategies_that_write_shards_are_refused(tmp_path: Path) -> None:
     run._accelerator_connector.strategy = FSDPStrategy()  # needs a GPU to be asked for
     with pytest.raises(UsageError, match="FSDPStrategy writes shards"):
         GoldenCheckpoint().setup(run, Tuned(), "fit")
+
+
+def test_a_class_that_cannot_be_built_anew_is_refused_before_the_training(tmp_path: Path) -> None:
+    class Local(Tuned):
+        pass
+
+    callback = GoldenCheckpoint(stages="load")
+    with pytest.raises(UsageError, match=r"<locals>\.Local is a class of a function") as refused:
+        trainer(tmp_path, callback, saving(tmp_path)).fit(Local())
+    assert "live=LiveOptions(target=" in (refused.value.hint or "")
+    assert not list(tmp_path.glob("*.ckpt"))
