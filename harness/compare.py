@@ -88,7 +88,8 @@ class Departure:
 class Comparison:
     """The outcome of one stage: what was compared, and every finding, worst first.
 
-    `are_strangers` says that the two sides have no key in common.
+    `are_strangers` says that the two sides have no key in common, `is_of_reload` that the
+    actual side of outputs is what the reloaded model computes.
     """
 
     expected: Fingerprint
@@ -102,6 +103,12 @@ class Comparison:
     departure: Departure | None = None
     notes: tuple[str, ...] = ()
     are_strangers: bool = False
+    is_of_reload: bool = False
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a golden can hold what was found: the file, the outputs, and no fault of code."""
+        return self.stage not in ("load", "reload") and not self.is_of_reload
 
     @property
     def verdict(self) -> Verdict:

@@ -107,7 +107,7 @@ class Verification:
             if self.updating:
                 updated = self._update(checkpoint, recorded)
                 # What a golden cannot hold is still there: it holds the file, not the code.
-                if any(not s.ok for s in stages if s.stage in ("load", "reload")):
+                if any(not s.ok for s in stages if not s.can_be_recorded):
                     stages.clear()
                     self._verify(checkpoint, api.read_golden(golden), stages)
             else:

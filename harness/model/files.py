@@ -24,6 +24,7 @@ import numpy as np
 import omegaconf
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from torch import nn
 
 from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
@@ -91,10 +92,15 @@ def quiet() -> Iterator[None]:
 
 
 class Saved(NamedTuple):
-    """A saved checkpoint, and why the state of its training could not be restored, if so."""
+    """A saved checkpoint, and what became of the state of its training.
+
+    `refusal` says why the optimizers did not take it, `unbuilt` why there are none to take it, as
+    where configure_optimizers() asks for the data of the training.
+    """
 
     path: Path
-    refusal: str | None
+    refusal: str | None = None
+    unbuilt: str | None = None
 
 
 class Loader:
@@ -150,7 +156,16 @@ class Loader:
         _refuse_arguments(self._make, keywords, self.target)
         module = _a_module(self._make(**keywords), self.target)
         with open_checkpoint(path) as checkpoint:
-            module.load_state_dict(tensors_of(checkpoint), strict=True)
+            state = tensors_of(checkpoint)
+        for key, value in module.state_dict().items():
+            if key.endswith("_extra_state") and key not in state and not torch.is_tensor(value):
+                raise ModelError(
+                    f"{path}: {key} of {self.target} is a {type(value).__name__}, and only tensors "
+                    "are read of a file",
+                    hint="give it as a tensor in get_extra_state(), or --model a function that "
+                    "returns a model without it",
+                )
+        module.load_state_dict(state, strict=True)
         return module
 
     def _load_lightning(self, path: Path) -> nn.Module:
@@ -180,7 +195,7 @@ class Loader:
             return self._save(module, folder, stem, original)
 
     def _save(self, module: nn.Module, folder: Path, stem: str, original: Path) -> Saved:
-        refusal = None
+        refusal = unbuilt = None
         if self.container == "nemo" and hasattr(module, "save_to"):
             path = folder / f"{stem}.nemo"
             save_to: Any = module.save_to
@@ -188,8 +203,11 @@ class Loader:
         elif self.container == "Lightning checkpoint" and isinstance(module, pl.LightningModule):
             path = folder / f"{stem}.ckpt"
             trainer = trainer_of(module)
-            refusal = self._restore_training(trainer, original)
-            trainer.save_checkpoint(path)
+            try:
+                refusal, unbuilt = self._restore_training(trainer, original)
+                trainer.save_checkpoint(path)
+            finally:
+                module.trainer = None  # with one that does not run, `log` in its forward fails
         elif "safetensors" in self.container:
             from safetensors.torch import save_model
 
@@ -198,25 +216,33 @@ class Loader:
         else:
             path = folder / f"{stem}.pt"
             torch.save(module.state_dict(), path)
-        return Saved(path, refusal)
+        return Saved(path, refusal, unbuilt)
 
-    def _restore_training(self, trainer: pl.Trainer, original: Path) -> str | None:
+    def _restore_training(
+        self, trainer: pl.Trainer, original: Path
+    ) -> tuple[str | None, str | None]:
         """Give the trainer the optimizers and schedulers of a full checkpoint, as `fit` would.
 
-        Returns why the optimizers refuse it, if they do.
+        Returns why the optimizers refuse it, if they do, and why there are none, if so.
         """
         if not _has_optimizers(original):
-            return None
+            return None, None
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(original, map_location="cpu", weights_only=not self._trust)
-        trainer.strategy.setup_optimizers(trainer)
+        try:
+            with user_code("configure_optimizers()", "it needs a training"):
+                trainer.strategy.setup_optimizers(trainer)
+        except ModelError as error:
+            return None, str(error)
         try:
             trainer.strategy.load_optimizer_state_dict(state)
         except (ValueError, KeyError, RuntimeError) as error:
-            return f"refused by the optimizer: {error}"
-        for config, saved in zip(trainer.lr_scheduler_configs, state["lr_schedulers"], strict=True):
+            return f"refused by the optimizer: {error}", None
+        # As many as there are, as Lightning does: a callback may have brought its own.
+        pairs = zip(trainer.lr_scheduler_configs, state["lr_schedulers"], strict=False)
+        for config, saved in pairs:
             config.scheduler.load_state_dict(saved)
-        return None
+        return None, None
 
 
 def _has_optimizers(path: Path) -> bool:
@@ -228,8 +254,8 @@ def _has_optimizers(path: Path) -> bool:
 
 
 def compare_training_state(original: Path, saved: Saved) -> list[Finding] | None:
-    """Compare the optimizers' state in two checkpoints; None where the original holds none."""
-    if not _has_optimizers(original):
+    """Compare the optimizers' state in two checkpoints; None where there is nothing to compare."""
+    if saved.unbuilt is not None or not _has_optimizers(original):
         return None
     if saved.refusal is not None or not _has_optimizers(saved.path):
         lost = saved.refusal or "lost by the save"
@@ -285,6 +311,8 @@ def trainer_of(module: pl.LightningModule) -> pl.Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        # What a job's scheduler or launcher says is of other processes, and may be refused.
+        plugins=[LightningEnvironment()],
     )
     trainer.strategy.connect(module)
     module.trainer = trainer

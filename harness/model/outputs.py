@@ -9,8 +9,10 @@ deterministic algorithms; all of that is put back afterwards.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import Counter
+import threading
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,15 +39,19 @@ _ROOT = "(model)"
 def inputs_of(module: nn.Module, file: Path | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The fixed inputs, as positional and keyword arguments of the model.
 
-    From `file` (safetensors: keyword arguments by name), else the model's `golden_inputs()`, else
-    Lightning's `example_input_array`. Raises ModelError where there are none.
+    From `file` (safetensors: keyword arguments by name), else the model's `golden_inputs()`, which
+    may draw them, else Lightning's `example_input_array`. A copy: models write into their inputs.
+    Raises ModelError where there are none.
     """
     if file is not None:
         with open_checkpoint(file) as checkpoint:
             return (), dict(tensors_of(checkpoint))
     own: Any = getattr(module, "golden_inputs", None)
-    with user_code(f"{type(module).__name__}.golden_inputs()", "mend it, or pass --inputs FILE"):
-        found = own() if callable(own) else getattr(module, "example_input_array", None)
+    doing, hint = f"{type(module).__name__}.golden_inputs()", "mend it, or pass --inputs FILE"
+    with user_code(doing, hint), seeded(_SEED), torch.no_grad():
+        if own is None:
+            own = getattr(module, "example_input_array", None)
+        found = copy.deepcopy(own() if callable(own) else own)
     if found is None:
         raise ModelError(
             f"{type(module).__name__}: has no inputs to compute outputs from",
@@ -71,6 +77,8 @@ def outputs_of(
         stack.enter_context(_quiet_mode(module))
         stack.enter_context(seeded(_SEED))
         for path, child in module.named_modules():
+            if isinstance(child, torch.jit.ScriptModule):  # takes no hooks
+                continue
             stack.callback(
                 child.register_forward_pre_hook(recorder.before(path), with_kwargs=True).remove
             )
@@ -80,7 +88,11 @@ def outputs_of(
         hint = "run the same forward in a Python shell for its traceback"
         running = f"running {type(module).__name__} on its inputs"
         with user_code(running, hint), torch.no_grad():
-            module(*positional, **keyword)
+            if isinstance(module, torch.jit.ScriptModule):
+                recorder.before("")(module, positional, keyword)
+                recorder.after("")(module, positional, module(*positional, **keyword))
+            else:
+                module(*positional, **keyword)
     return Fingerprint(
         name="outputs",
         container="live outputs",
@@ -97,14 +109,14 @@ class _Recorder:
         self.prints: dict[str, TensorPrint] = {}
         self._first: dict[bytes, str] = {}
         self._calls: Counter[str] = Counter()
-        self._running: list[str] = []
+        self._running: dict[int, list[str]] = defaultdict(list)  # by thread
 
     def before(self, path: str) -> Any:
         def hook(_: nn.Module, positional: Any, keyword: Any) -> None:
             self._calls[path] += 1
             count = self._calls[path]
             label = (path or _ROOT) + (f"@{count}" if count > 1 else "")
-            self._running.append(label)
+            self._running[threading.get_ident()].append(label)
             for index, value in enumerate(positional):
                 self._record(f"{label}:in.{index}", value)
             for name, value in keyword.items():
@@ -114,7 +126,7 @@ class _Recorder:
 
     def after(self, path: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            self._record(f"{self._running.pop()}:out", output)
+            self._record(f"{self._running[threading.get_ident()].pop()}:out", output)
 
         return hook
 
@@ -140,7 +152,7 @@ class _Recorder:
 def flatten(key: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Name the tensors in nested outputs: fields, keys and indices joined by dots."""
     if isinstance(value, torch.Tensor):
-        yield key, value
+        yield from _strided(key, value)
     elif isinstance(value, Mapping):
         for name, child in value.items():
             yield from flatten(f"{key}.{name}", child)
@@ -155,16 +167,37 @@ def flatten(key: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from flatten(f"{key}.{field.name}", getattr(value, field.name))
 
 
+def _strided(key: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of other layouts by those that they are made of."""
+    if tensor.is_nested:
+        yield from flatten(key, tensor.unbind())
+    elif tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        yield from ((f"{key}.indices", tensor.indices()), (f"{key}.values", tensor.values()))
+    elif tensor.layout == torch.sparse_csr:
+        yield from (
+            (f"{key}.rows", tensor.crow_indices()),
+            (f"{key}.columns", tensor.col_indices()),
+        )
+        yield f"{key}.values", tensor.values()
+    else:
+        yield key, tensor.int_repr() if tensor.is_quantized else tensor
+
+
 @contextmanager
 def _quiet_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode and deterministic algorithms, put back afterwards, module by module."""
+    """Eval mode and deterministic algorithms, put back afterwards, module by module.
+
+    What is compiled runs as it is written: fused, submodules have no outputs of their own.
+    """
     modes = [(child, child.training) for child in module.modules()]
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         module.eval()
         torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         for child, training in modes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from harness.model.state import as_checkpoint, state_of, transient_buffers
 from harness.model.targets import resolve
 from harness.nest.config import load_config
 from harness.policy import STAGES, Policy
+from harness.sketch import MatrixDType
 
 _FIRST_SEED, _SECOND_SEED = 1, 2
 
@@ -149,10 +150,11 @@ def live_stages(
             folder, stem = Path(stack.enter_context(tempfile.TemporaryDirectory())), "saved"
         saved = loader.save(module, folder, stem, original=path)
         again = loader.load(saved.path, seed=_SECOND_SEED)
-        yield stages.compare_reload(module, again, saved)
+        reload = stages.compare_reload(module, again, saved)
+        yield reload
         if last == "reload":
             return
-        yield _compare_outputs(module, again, expected, policy, options)
+        yield _compare_outputs(module, again, expected, policy, options, is_same=reload.ok)
 
 
 class _Live:
@@ -185,16 +187,23 @@ class _Live:
                     for f in found.findings
                 ),
             )
-        return _with(found, self._changed_gradients(module))
+        before = () if self.expected.live is None else self.expected.live.parameters
+        return _with(found, _changed_gradients(before, module))
 
     def compare_reload(self, module: nn.Module, again: nn.Module, saved: Saved) -> Comparison:
         """The state after saving and loading again, the optimizer's, the hyperparameters."""
         found = self._compare_state(again, "reload")
         training = compare_training_state(self.path, saved)
         order = self._changed_order(module) if training is not None else []
+        notes = found.notes
+        if saved.unbuilt is not None:
+            notes = (*notes, f"the optimizers' state was not compared: {saved.unbuilt}")
+        found = replace(found, notes=notes)
         with open_checkpoint(saved.path) as written:
             lost = _lost_hyperparameters(self.checkpoint.config, written.config)
-        return _with(found, [*(training or []), *order, *lost])
+        # What the load did to them is told there.
+        gradients = _changed_gradients(_parameters(module), again)
+        return _with(found, [*gradients, *(training or []), *order, *lost])
 
     def _print(self, module: nn.Module) -> Fingerprint:
         state, _ = self._state(module)
@@ -221,17 +230,6 @@ class _Live:
         policy = self.policy.at_live_stage(expected.tensors, found.tensors, self.checkpoint.tensors)
         return compare(expected, found, policy, measure, stage=stage)
 
-    def _changed_gradients(self, module: nn.Module) -> list[Finding]:
-        if self.expected.live is None:
-            return []
-        now = dict(_parameters(module))
-        words = {True: "trainable", False: "frozen"}
-        return [
-            Finding(kind="requires_grad", key=name, expected=words[grad], actual=words[now[name]])
-            for name, grad in self.expected.live.parameters
-            if name in now and now[name] != grad
-        ]
-
     def _changed_order(self, module: nn.Module) -> list[Finding]:
         """Optimizer state goes by index: another order of parameters gives it to others."""
         if self.expected.live is None:
@@ -250,11 +248,27 @@ class _Live:
         ]
 
 
-def _parameters(module: nn.Module) -> tuple[tuple[str, bool], ...]:
-    return tuple((format_key((n,)), p.requires_grad) for n, p in module.named_parameters())
+def _parameters(module: nn.Module, *, every_name: bool = False) -> tuple[tuple[str, bool], ...]:
+    """Parameters in order, tied ones by their first name or by every one; and if trainable."""
+    named = module.named_parameters(remove_duplicate=not every_name)
+    return tuple((format_key((name,)), parameter.requires_grad) for name, parameter in named)
 
 
-def _with(comparison: Comparison, findings: list[Finding]) -> Comparison:
+def _changed_gradients(
+    before: tuple[tuple[str, bool], ...], module: nn.Module
+) -> Iterator[Finding]:
+    """Parameters that are frozen, thawed, or no longer parameters but buffers."""
+    now = dict(_parameters(module, every_name=True))
+    state = {format_key((name,)) for name in module.state_dict()}
+    words = {True: "trainable", False: "frozen", None: "a buffer"}
+    for name, grad in before:
+        if now.get(name) != grad and (name in now or name in state):
+            yield Finding(
+                kind="requires_grad", key=name, expected=words[grad], actual=words[now.get(name)]
+            )
+
+
+def _with(comparison: Comparison, findings: Iterable[Finding]) -> Comparison:
     joined = [*comparison.findings, *findings]
     joined.sort(key=lambda finding: FINDING_KINDS.index(finding.kind))
     return replace(comparison, findings=tuple(joined))
@@ -273,7 +287,8 @@ def _lost_hyperparameters(
             actual=repr(theirs[key]) if key in theirs else "nothing",
         )
         for key, value in ours.items()
-        if key not in theirs or theirs[key] != value
+        # NaN is no other than itself
+        if key not in theirs or (theirs[key] != value and repr(theirs[key]) != repr(value))
     ]
 
 
@@ -289,6 +304,10 @@ _NO_OUTPUTS = (
     "no golden of outputs: the model is compared with itself after a reload "
     "(harness record --outputs makes one)"
 )
+_DRAWN = (
+    "the reloaded model was built under another seed and computes something else: is something in "
+    "it drawn at random, and in no file?"
+)
 
 
 def _compare_outputs(
@@ -297,32 +316,51 @@ def _compare_outputs(
     expected: Expected,
     policy: Policy,
     options: LiveOptions,
+    *,
+    is_same: bool,
 ) -> Comparison:
-    """What the loaded model computes, against the golden; without one, against the reloaded's."""
-    recorded = expected.live.outputs if expected.live is not None else None
-    matrix = recorded.matrix if recorded is not None else "float32"
-    found = outputs_of(module, inputs_of(module, options.inputs), matrix)
-    if recorded is None:
-        if expected.live is not None:
-            raise NotRecorded(
-                f"{expected.weights.name}: was recorded without outputs",
-                hint="the same command with --update-golden records them",
-            )
-        recorded, found = found, outputs_of(again, inputs_of(again, options.inputs))
-        names = "the loaded model", "the reloaded model"
-        notes: tuple[str, ...] = (_NO_OUTPUTS,)
-    else:
-        notes = ()
-        names = expected.weights.name, f"the loaded {type(module).__name__}"
-    recorded, found = replace(recorded, name=names[0]), replace(found, name=names[1])
+    """What the loaded model computes, against the golden; without one, against the reloaded's.
+
+    Where the reloaded model's state `is_same`, it has to compute what the golden says, too.
+    """
+
+    def computed(model: nn.Module, matrix: MatrixDType) -> Fingerprint:
+        # Of one model: the other may have drawn others when it was built.
+        found = outputs_of(model, inputs_of(module, options.inputs), matrix)
+        return replace(
+            found, name=f"the {'re' if model is again else ''}loaded {type(model).__name__}"
+        )
+
+    if expected.live is None:
+        ours, theirs = (computed(model, "float32") for model in (module, again))
+        compared = _departing(ours, theirs, policy, options)
+        return _of_reload(compared, _NO_OUTPUTS, *([_DRAWN] if is_same and not compared.ok else []))
+    if expected.live.outputs is None:
+        raise NotRecorded(
+            f"{expected.weights.name}: was recorded without outputs",
+            hint="the same command with --update-golden records them",
+        )
+    recorded = replace(expected.live.outputs, name=expected.weights.name)
+    compared = _departing(recorded, computed(module, recorded.matrix), policy, options)
+    if not (compared.ok and is_same):
+        return compared
+    other = _departing(recorded, computed(again, recorded.matrix), policy, options)
+    return compared if other.ok else _of_reload(other, _DRAWN)
+
+
+def _of_reload(compared: Comparison, *notes: str) -> Comparison:
+    return replace(compared, is_of_reload=True, notes=(*compared.notes, *notes))
+
+
+def _departing(
+    ours: Fingerprint, theirs: Fingerprint, policy: Policy, options: LiveOptions
+) -> Comparison:
+    """Compare two runs of a model, and find where they part."""
     tolerances = Policy(
         atol=options.output_atol, rtol=options.output_rtol, exact=policy.exact, check_dtype=True
     )
-    compared = compare(
-        recorded, found, tolerances, BySketches(recorded.block_nbytes), stage="outputs"
-    )
-    notes = (*compared.notes, *notes)
-    return replace(compared, departure=first_departure(compared), notes=notes)
+    compared = compare(ours, theirs, tolerances, BySketches(ours.block_nbytes), stage="outputs")
+    return replace(compared, departure=first_departure(compared))
 
 
 def first_departure(comparison: Comparison) -> Departure | None:
@@ -348,11 +386,16 @@ def first_departure(comparison: Comparison) -> Departure | None:
 
 
 def _around(module: str, order: list[str]) -> str:
-    """The module that called another one: the nearest above it that has a place of its own."""
-    labels = {key.rpartition(":")[0] for key in order}
+    """The module that called another one: the nearest above it that has a place of its own.
+
+    Of several calls of that, the last that began before; what got no tensors tells when it ended.
+    """
+    labels = [key.rpartition(":")[0] for key in order]
+    before = labels[: labels.index(module)] if module in labels else labels
     path = module.partition("@")[0]
     while "." in path:
         path = path.rpartition(".")[0]
-        if path in labels:
-            return path
+        for label in (*reversed(before), *labels):
+            if label.partition("@")[0] == path:
+                return label
     return "(model)"

@@ -91,7 +91,11 @@ def _wrap(key: str, tensor: torch.Tensor, storages: dict[int, Storage]) -> Tenso
             hint="the load left it without values: is the key in the checkpoint?",
         )
     if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ModelError(f"{key}: live {tensor.layout} tensors cannot be fingerprinted")
+        kind = "quantized" if tensor.is_quantized else tensor.layout
+        raise ModelError(
+            f"{key}: live {kind} tensors cannot be fingerprinted",
+            hint="give the dense tensors that it is made of",
+        )
     if tensor.device.type != "cpu" and not tensor.is_contiguous():
         tensor = tensor.cpu()  # strided reads need all of it
     untyped = tensor.untyped_storage()

@@ -13,7 +13,7 @@ import sysconfig
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ REGISTRY: Mapping[str, str] = {
 def user_code(doing: str, hint: str, brief: Callable[[str], str] = str) -> Iterator[None]:
     """Turn whatever the code under test raises into a ModelError that says what was being done.
 
-    `sys.exit` too: its 0 would say that all is well, its 1 that a checkpoint differs.
+    `sys.exit` too: its 0 would say that all is well, its 1 that a checkpoint differs. What it
+    prints goes to stderr: stdout is for the report.
     """
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except HarnessError:
         raise
     except (Exception, SystemExit) as error:
@@ -81,7 +83,8 @@ def resolve(target: str) -> Callable[..., Any]:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        found: Any = importlib.import_module(module_name)
+        with redirect_stdout(sys.stderr):
+            found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # user code: anything may be raised
         missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(
             f"{error.name}."

@@ -56,7 +56,7 @@ class Outcome:
 
         It holds the file and the outputs, but not what the code makes of the file.
         """
-        return self.updated is not None and stage.stage not in ("load", "reload")
+        return self.updated is not None and stage.can_be_recorded
 
 
 @dataclass(frozen=True, kw_only=True)

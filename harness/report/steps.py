@@ -23,8 +23,9 @@ _MAX_MAPPED = 3  # more make a command that nobody reads
 
 def is_of_the_code(comparison: Comparison) -> bool:
     """Whether what fails is what the code makes of a file, which no update can accept."""
+    held = {"requires_grad"} if comparison.stage == "load" else set()
     kinds = {finding.kind for finding in comparison.findings if finding.fails}
-    return comparison.stage in ("load", "reload") and bool(kinds - {"requires_grad"})
+    return not comparison.can_be_recorded and bool(kinds - held)
 
 
 def ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]:

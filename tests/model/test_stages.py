@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -15,12 +18,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from harness import api
-from harness.compare import Comparison
+from harness.compare import Comparison, compare
 from harness.errors import ModelError, UsageError
 from harness.golden import Golden, read_golden
+from harness.measuring import BySketches
 from harness.model.files import Loader, quiet
-from harness.model.outputs import inputs_of, outputs_of
-from harness.model.stages import LiveOptions
+from harness.model.outputs import flatten, inputs_of, outputs_of
+from harness.model.stages import LiveOptions, first_departure, remembered
 from harness.policy import Policy
 from tests.conftest import Run
 from tests.model import variants
@@ -250,6 +254,53 @@ def test_a_changed_epsilon_is_named_in_somebody_elses_model(plain: Path) -> None
     assert found["outputs"].departure.agreeing == ("0",)
 
 
+@pytest.mark.parametrize("model", ["DrawnInputs", "BuiltWithInputs"])
+def test_inputs_that_a_model_draws_are_the_same_in_all_runs(plain: Path, model: str) -> None:
+    golden = record(plain, model)
+    torch.manual_seed(1234)
+    state = torch.get_rng_state()
+    found = [*api.verify_stages(plain, golden), *api.roundtrip(plain, live=remembered(golden))]
+    assert {stage.verdict for stage in found} == {"identical"}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_weight_that_no_file_holds_is_found_by_its_outputs_and_no_update_accepts_it(
+    plain: Path, harness: Callable[..., Run]
+) -> None:
+    golden = record(plain, "Drawn")
+    found = by_stage(api.verify_stages(plain, golden))
+    assert [found[stage].verdict for stage in ("file", "load", "reload")] == ["identical"] * 3
+    assert found["outputs"].actual.name == "the reloaded Drawn"
+    departure = found["outputs"].departure
+    assert departure is not None
+    assert departure.finding.key == "(model):out.last"
+    run = harness("verify", plain, "-g", golden.path, "--outputs")
+    assert run.code == 1
+    assert "note: the reloaded model was built under another seed" in run.out
+    assert "mend the code" in run.out
+    assert harness("verify", plain, "-g", golden.path, "--outputs", "--update-golden").code == 1
+
+
+def test_a_parameter_that_is_now_a_buffer_is_named(plain: Path) -> None:
+    found = verify_with(record(plain, "Plain"), plain, "Unlearning")
+    (finding,) = found["load"].findings
+    assert (finding.kind, finding.key) == ("requires_grad", "norm.weight")
+    assert (finding.expected, finding.actual) == ("trainable", "a buffer")
+    assert {found[stage].verdict for stage in ("reload", "outputs")} == {"identical"}
+
+
+def test_a_compiled_model_computes_what_it_computes_as_it_is_written(plain: Path) -> None:
+    found = verify_with(record(plain, "Plain"), plain, "Compiled")
+    assert {stage.verdict for stage in found.values()} == {"identical"}
+
+
+def test_extra_state_that_is_no_tensor_is_told_from_a_missing_key(tmp_path: Path) -> None:
+    path = tmp_path / "extra.pt"
+    torch.save(variants.ExtraState().state_dict(), path)
+    with pytest.raises(ModelError, match=r"_extra_state of .*:ExtraState is a dict, and only tens"):
+        list(api.roundtrip(path, live=LiveOptions(target=f"{HERE}:ExtraState")))
+
+
 def test_sharded_safetensors_load_into_a_factorys_module(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = variants.Plain().state_dict()
@@ -268,8 +319,12 @@ def test_sharded_safetensors_load_into_a_factorys_module(tmp_path: Path) -> None
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
     """A full Lightning checkpoint of a real training: optimizer, scheduler, DictConfig."""
+    return train(variants.Tied, tmp_path)
+
+
+def train(kind: type[variants.Tied], folder: Path) -> Path:
     torch.manual_seed(0)
-    model = variants.Tied(OmegaConf.create({"vocabulary": 11, "width": 6}))
+    model = kind(OmegaConf.create({"vocabulary": 11, "width": 6, "margin": float("nan")}))
     trainer = pl.Trainer(
         max_steps=2,
         accelerator="cpu",
@@ -279,8 +334,8 @@ def trained(tmp_path: Path) -> Path:
         enable_model_summary=False,
     )
     trainer.fit(model)
-    trainer.save_checkpoint(tmp_path / "trained.ckpt")
-    return tmp_path / "trained.ckpt"
+    trainer.save_checkpoint(folder / "trained.ckpt")
+    return folder / "trained.ckpt"
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -419,6 +474,51 @@ def test_without_a_model_the_error_asks_for_one(plain: Path) -> None:
     assert "--model" in (error.value.hint or "")
 
 
+def test_a_module_that_logs_in_its_forward_runs_after_a_save(trained: Path) -> None:
+    found = by_stage(api.roundtrip(trained, live=LiveOptions(target=f"{HERE}:Logs")))
+    assert found["outputs"].verdict == "identical"
+
+
+def test_optimizers_that_only_a_training_can_build_are_said_to_be_left_out(tmp_path: Path) -> None:
+    trained = train(variants.NeedsItsData, tmp_path)
+    live = LiveOptions(target=f"{HERE}:NeedsItsData")
+    found = by_stage(api.roundtrip(trained, live=live))
+    assert {stage.verdict for stage in found.values()} == {"identical"}
+    (note,) = found["reload"].notes
+    assert note.startswith("the optimizers' state was not compared: configure_optimizers() failed")
+    assert "variants.py:" in note
+
+
+def test_a_scheduler_that_a_callback_brought_is_no_fault_of_the_model(trained: Path) -> None:
+    saved = torch.load(trained, weights_only=False)
+    saved["lr_schedulers"].append({"swa_lrs": [0.1]})
+    torch.save(saved, trained)
+    live = LiveOptions(target=f"{HERE}:Tied")
+    assert {stage.verdict for stage in api.roundtrip(trained, live=live)} == {"identical"}
+
+
+def test_what_a_save_forgets_of_frozen_parameters_is_found_by_the_reload(
+    trained: Path, harness: Callable[..., Run]
+) -> None:
+    golden = record(trained, "Thaws")
+    found = by_stage(api.verify_stages(trained, golden))
+    assert found["load"].verdict == "identical"
+    assert [(f.kind, f.key, f.expected, f.actual) for f in found["reload"].findings] == [
+        ("requires_grad", name, "frozen", "trainable") for name in ("body.weight", "body.bias")
+    ]
+    run = harness("verify", trained, "-g", golden.path, "--reload")
+    assert "mend the code" in run.out
+
+
+def test_the_scheduler_of_a_cluster_has_no_say_in_a_save(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NTASKS": "4", "JOB_NAME": "train", "PROCID": "3", "LOCALID": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    live = LiveOptions(target=f"{HERE}:Tied")
+    assert {stage.verdict for stage in api.roundtrip(trained, live=live)} == {"identical"}
+
+
 # How the model is run
 
 
@@ -473,6 +573,109 @@ def test_a_call_that_raises_and_is_caught_does_not_shift_the_names() -> None:
     assert list(found) == ["(model):in.0", "fragile:in.0", "after:in.0", "after:out"]
 
 
+class Waits(torch.nn.Module):
+    """Gives what it got times a factor, when something has happened."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor, self.begun, self.may_end = factor, threading.Event(), threading.Event()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.begun.set()
+        assert self.may_end.wait(30)
+        return x * self.factor
+
+
+class Parallel(torch.nn.Module):
+    """Runs two submodules in threads: the one that begins first ends first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = Waits(2.0), Waits(3.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with ThreadPoolExecutor(2) as pool:
+            one = pool.submit(self.one, x)
+            assert self.one.begun.wait(30)
+            other = pool.submit(self.other, x)
+            assert self.other.begun.wait(30)
+            self.one.may_end.set()
+            made = one.result()
+            self.other.may_end.set()
+            return made + other.result()
+
+
+def test_modules_that_run_at_once_keep_their_names() -> None:
+    found = outputs_of(Parallel(), ((torch.ones(1),), {})).tensors
+    made = {key: tensor.values for key, tensor in found.items() if key.endswith("out")}
+    factors = {"one:out": 2.0, "other:out": 3.0, "(model):out": 5.0}
+    assert made == {key: np.float32(factor).tobytes() for key, factor in factors.items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_scripted_modules_are_run_but_not_looked_into() -> None:
+    scripted = torch.jit.script(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh()))
+    x = torch.linspace(-1, 1, 5)
+    assert list(outputs_of(scripted, ((x,), {})).tensors) == ["(model):in.0", "(model):out"]
+    around = torch.nn.Sequential(scripted, torch.nn.ReLU())
+    found = outputs_of(around, ((x,), {})).tensors
+    assert list(found) == ["(model):in.0", "1:in.0", "1:out", "(model):out"]
+
+
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype|deprecated)")
+def test_tensors_of_other_layouts_are_recorded_by_their_parts() -> None:
+    x = torch.eye(2)
+    made = {
+        "coo": x.to_sparse(),
+        "csr": x.to_sparse_csr(),
+        "nested": torch.nested.nested_tensor([x[0], x[1, :1]]),
+        "quantized": torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+    }
+    assert [f"{key} {list(part.shape)} {part.dtype}" for key, part in flatten("out", made)] == [
+        "out.coo.indices [2, 2] torch.int64",
+        "out.coo.values [2] torch.float32",
+        "out.csr.rows [3] torch.int64",
+        "out.csr.columns [2] torch.int64",
+        "out.csr.values [2] torch.float32",
+        "out.nested.0 [2] torch.float32",
+        "out.nested.1 [1] torch.float32",
+        "out.quantized [2, 2] torch.uint8",
+    ]
+
+
+class Twice(torch.nn.Module):
+    """Its first call gives its submodule what it got, its second call something else."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.inner, self.factor, self.calls = torch.nn.ReLU(), factor, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        y: torch.Tensor = self.inner(x if self.calls == 1 else x * self.factor)
+        return y
+
+
+class Siamese(torch.nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.tower = Twice(factor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.tower(x) + self.tower(x + 1)
+        return y
+
+
+def test_of_several_calls_the_one_that_departs_is_named() -> None:
+    x = torch.linspace(1, 2, 5)
+    before, after = (outputs_of(Siamese(factor), ((x,), {})) for factor in (2.0, 3.0))
+    compared = compare(before, after, Policy(), BySketches(before.block_nbytes), stage="outputs")
+    departure = first_departure(compared)
+    assert departure is not None
+    assert (departure.finding.key, departure.culprit) == ("tower.inner@2:in.0", "tower@2")
+    assert departure.agreeing == ("0",)
+
+
 def test_inputs_come_from_the_model_or_from_a_file(tmp_path: Path) -> None:
     save_file({"tokens": torch.zeros(1, 2, dtype=torch.int64)}, tmp_path / "inputs.safetensors")
     model = variants.Plain()
@@ -485,6 +688,15 @@ def test_inputs_come_from_the_model_or_from_a_file(tmp_path: Path) -> None:
 
 
 # The command line
+
+
+def test_what_a_model_prints_is_no_part_of_the_report(
+    plain: Path, harness: Callable[..., Run]
+) -> None:
+    golden = record(plain, "Prints")
+    run = harness("verify", plain, "-g", golden.path, "--outputs", "--format", "json")
+    assert run.json["exit_code"] == 0
+    assert "a model speaks" in run.err
 
 
 def test_the_command_line_reports_a_line_per_stage(

@@ -132,6 +132,69 @@ class Breaks(Plain):
         return dict(json.loads("no JSON"))
 
 
+class DrawnInputs(Plain):
+    """Draws its inputs, anew at each call."""
+
+    def golden_inputs(self) -> tuple[Tensor]:
+        return (torch.randint(50, (2, 6)),)
+
+
+class BuiltWithInputs(Plain):
+    """Draws its inputs once, when it is built, and writes into them."""
+
+    golden_inputs = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.randint(25, (2, 6))
+
+    def forward(self, tokens: Tensor) -> dict[str, Any]:
+        return super().forward(tokens.mul_(2))
+
+
+class Drawn(Plain):
+    """Has a weight that is no parameter and no buffer, so that no file ever holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.randn(16)
+
+    def forward(self, tokens: Tensor) -> dict[str, Any]:
+        made = super().forward(tokens)
+        return {**made, "last": made["last"] + self.shift}
+
+
+class Unlearning(Plain):
+    """A parameter that was is a buffer of the same name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = self.norm.weight.data
+        del self.norm.weight
+        self.norm.register_buffer("weight", weight)
+
+
+class Compiled(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[1].compile(backend="eager")
+        self.forward = torch.compile(super().forward, backend="eager")  # type: ignore[method-assign]
+
+
+class Prints(Plain):
+    def forward(self, tokens: Tensor) -> dict[str, Any]:
+        print("a model speaks")  # noqa: T201
+        return super().forward(tokens)
+
+
+class ExtraState(Plain):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"scale": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
 class OtherScale(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -173,6 +236,33 @@ class Tied(pl.LightningModule):
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.hparams["cfg"].vocabulary, (8, 4), generator=generator)
         return DataLoader(TensorDataset(tokens), batch_size=4)
+
+
+class Logs(Tied):
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = super().forward(tokens)
+        if self._trainer is not None:
+            self.log("mean", logits.mean())
+        return logits
+
+
+class NeedsItsData(Tied):
+    """Plans its rates for as many steps as its data has."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters())
+        steps = int(self.trainer.estimated_stepping_batches)
+        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)]
+
+
+class Thaws(Tied):
+    """Freezes what the checkpoint says, which its save forgets to say."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.body.requires_grad_(checkpoint.get("thawed", False))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["thawed"] = True
 
 
 class CameApart(Tied):
