@@ -57,7 +57,14 @@ def test_indices_in_brackets_fold() -> None:
     assert fold(keys) == [('state[{0…2}]["exp_avg"]', keys)]
 
 
-key_parts = st.sampled_from(["a", "b", "0", "1", "2", "10"])
+def test_numbers_that_are_spelled_otherwise_do_not_fold() -> None:
+    for keys in (["a.01.b", "a.02.b"], ["a.٣.b", "a.4.b"], ["a.\0.b", "a.1.b"]):
+        assert [members for _, members in fold(keys)] == [[key] for key in keys]
+    endless = [f"a.{'9' * 5000}.b", f"a.{'8' * 5000}.b"]
+    assert len(fold(endless)) == 2
+
+
+key_parts = st.sampled_from(["a", "b", "0", "1", "2", "10", "01", "٣"])
 plain_keys = st.lists(key_parts, min_size=1, max_size=4).map(".".join)
 
 

@@ -13,7 +13,8 @@ from math import prod
 
 from harness.errors import HarnessError
 
-_NUMBER = re.compile(r"(?<![^.\[])(\d+)(?![^.\]])")
+# As `str` spells one: a pattern of others (01, ٣) would stand for other keys.
+_NUMBER = re.compile(r"(?<![^.\[])(0|[1-9][0-9]{0,17})(?![^.\]])")
 
 
 def printable(key: str) -> str:
@@ -40,12 +41,12 @@ def fold(keys: Sequence[str], *, ellipsis: str = "…") -> list[tuple[str, list[
 
     A pattern is used only if it stands for exactly its keys: every combination is there.
     """
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
     for key in keys:
-        groups.setdefault(_NUMBER.sub("\0", key), []).append(key)
+        groups.setdefault(tuple(_NUMBER.split(key)[::2]), []).append(key)
     folded = []
-    for template, members in groups.items():
-        pattern = _pattern(template, members, ellipsis) if len(members) > 1 else None
+    for parts, members in groups.items():
+        pattern = _pattern(parts, members, ellipsis) if len(members) > 1 else None
         if pattern is None:
             folded += [(printable(key), [key]) for key in members]
         else:
@@ -53,12 +54,24 @@ def fold(keys: Sequence[str], *, ellipsis: str = "…") -> list[tuple[str, list[
     return folded
 
 
-def _pattern(template: str, keys: Sequence[str], ellipsis: str) -> str | None:
-    columns = list(zip(*(map(int, _NUMBER.findall(key)) for key in keys), strict=True))
+def in_order(keys: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether `others` fold into one pattern, in which each stands where its key does in theirs."""
+    if len(fold(others)) != 1:
+        return False
+    numbers, theirs = ([_numbers(key) for key in side] for side in (keys, others))
+    pairs = sorted(zip(numbers, theirs, strict=True))
+    return [theirs for _, theirs in pairs] == sorted(theirs)
+
+
+def _numbers(key: str) -> list[int]:
+    return [int(number) for number in _NUMBER.findall(key)]
+
+
+def _pattern(parts: Sequence[str], keys: Sequence[str], ellipsis: str) -> str | None:
+    columns = list(zip(*map(_numbers, keys), strict=True))
     sets = [sorted(set(column)) for column in columns]
     if prod(len(numbers) for numbers in sets) != len(set(keys)):
         return None
-    parts = template.split("\0")
     spelled = [
         str(numbers[0]) if len(numbers) == 1 else "{" + _ranges(numbers, ellipsis) + "}"
         for numbers in sets

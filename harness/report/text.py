@@ -7,18 +7,20 @@ and no wider than it says; or the sections that they are made of, for other repo
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.compare import FINDING_KINDS, Comparison, Departure, Finding, FindingKind
 from harness.report.fitting import fit
-from harness.report.folding import escaped, fold, printable
+from harness.report.folding import escaped, fold, in_order, printable
 
 if TYPE_CHECKING:
     from harness.difference import Difference, Element
 
 _MAX_GROUPS = 12
+_DIGITS = re.compile(r"\d+")
 SYMBOLS = {"identical": "✓", "close": "✓", "undecided": "?", "different": "✗"}
 _COLORS = {"identical": "32", "close": "32", "undecided": "33", "different": "31"}
 _HEADINGS: dict[FindingKind, str] = {
@@ -237,15 +239,24 @@ def _grouped(findings: Sequence[Finding], style: Style) -> Iterator[tuple[str, l
     order = {finding.key: index for index, finding in enumerate(findings)}
     groups = []
     for members in alike.values():
-        by_key = {finding.key: finding for finding in members}
         # What is said once above its tensors must stay together.
         together = order[members[0].key] if members[0].kind in ("dtype", "shape") else None
-        for pattern, keys in fold(list(by_key), ellipsis=style.ellipsis):
-            place = min(order[key] for key in keys)
-            rank = (place if together is None else together, place)
-            groups.append((rank, pattern, [by_key[key] for key in keys]))
+        for pattern, folded in _folded(members, style):
+            place = min(order[finding.key] for finding in folded)
+            groups.append(((place if together is None else together, place), pattern, folded))
     for _, pattern, members in sorted(groups, key=lambda group: group[0]):
         yield pattern, members
+
+
+def _folded(findings: Sequence[Finding], style: Style) -> Iterator[tuple[str, list[Finding]]]:
+    """Fold keys; not those of new names that stand in another order, which a pattern would hide."""
+    by_key = {finding.key: finding for finding in findings}
+    for pattern, keys in fold(list(by_key), ellipsis=style.ellipsis):
+        folded = [by_key[key] for key in keys]
+        if folded[0].kind == "renamed" and not in_order(keys, [f.actual or "" for f in folded]):
+            yield from ((printable(finding.key), [finding]) for finding in folded)
+        else:
+            yield pattern, folded
 
 
 def _many(members: Sequence[Finding]) -> str:
@@ -253,7 +264,7 @@ def _many(members: Sequence[Finding]) -> str:
 
 
 def _template(text: str | None) -> str | None:
-    return None if text is None else "".join("#" if c.isdigit() else c for c in text)
+    return None if text is None else _DIGITS.sub("#", text)
 
 
 def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[str]:
@@ -264,9 +275,7 @@ def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[s
     elif first.kind == "unexpected":
         yield f"    {pattern}  {first.actual}{many}"
     elif first.kind == "renamed":
-        actual = [member.actual or "" for member in members]
-        patterns = fold(actual, ellipsis=style.ellipsis)
-        now = patterns[0][0] if len(patterns) == 1 else printable(actual[0])
+        [(now, _)] = fold([member.actual or "" for member in members], ellipsis=style.ellipsis)
         yield f"    {pattern}{many}"
         yield f"      is now {now}"
     elif first.kind == "prefix":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,3 +177,38 @@ def test_the_atol_that_would_pass_does(tmp_path: Path, dtype: torch.dtype) -> No
         e, a = expected[finding.key], actual[finding.key]
         assert torch.allclose(a, e, atol=float(match[1]), rtol=1e-5)
         assert not torch.allclose(a, e, atol=float(match[1]) * 0.98, rtol=1e-5)
+
+
+def renamed_as(new: Callable[[int], str], count: int = 12) -> list[str]:
+    pairs = [(f"layers.{n}.weight", new(n)) for n in range(count)]
+    findings = (Finding(kind="renamed", key=a, expected=a, actual=b) for a, b in pairs)
+    heading = "  renamed: equal weights under another key"
+    return render(comparison(*findings)).partition(heading)[2].splitlines()[1:]
+
+
+@pytest.mark.parametrize(
+    ("new", "shown"),
+    [
+        (lambda n: f"blocks.{n}.weight", "blocks.{0..11}.weight"),
+        (lambda n: f"layers.{n + 1}.0.weight", "layers.{1..12}.0.weight"),
+    ],
+)
+def test_new_names_fold_where_they_stand_in_the_order_of_the_old(
+    new: Callable[[int], str], shown: str
+) -> None:
+    assert renamed_as(new) == [
+        "    layers.{0..11}.weight  (12 tensors)",
+        f"      is now {shown}",
+    ]
+
+
+def test_new_names_in_another_order_are_listed_one_by_one() -> None:
+    """A pattern would say that each layer kept its place."""
+    assert renamed_as(lambda n: f"blocks.{2 - n}.weight", 3) == [
+        "    layers.0.weight",
+        "      is now blocks.2.weight",
+        "    layers.1.weight",
+        "      is now blocks.1.weight",
+        "    layers.2.weight",
+        "      is now blocks.0.weight",
+    ]
