@@ -11,7 +11,6 @@ unless it is asked for. One SQLite file, which several processes may use at once
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -23,6 +22,7 @@ from blake3 import blake3
 from harness.checkpoint.paths import is_file
 from harness.checkpoint.tensors import Tensor
 from harness.errors import UsageError
+from harness.shell import quoted
 
 if TYPE_CHECKING:
     import sqlite3
@@ -90,7 +90,7 @@ class DigestCache:
                     yield connection
         except (sqlite3.Error, OSError) as error:
             remedy = (
-                f"remove it (rm {shlex.quote(str(self.path))})"
+                f"remove it (rm {quoted(str(self.path))})"
                 if is_file(self.path)
                 else "set XDG_CACHE_HOME to a folder that can be written"
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import io
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -35,6 +34,8 @@ from harness.options import (
     stage_options,
 )
 from harness.progress import progress_bar
+from harness.report.folding import escaped
+from harness.shell import quoted
 from harness.terminal import (
     asked_again,
     echo_error,
@@ -237,20 +238,21 @@ def record(
     if recorded.live is not None and recorded.live.outputs is not None:
         beside = f", with {len(recorded.live.outputs.tensors):,} inputs and outputs of submodules"
     section = f", section {found.section}" if found.section else ""
-    click.echo(
+    said = (
         f"recorded {recorded.path}: {len(found.tensors):,} tensors of {checkpoint} "
         f"({found.container}{section}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
     )
+    click.echo(escaped(said))
     # Without the checkpoint, verify repeats the stages that were recorded.
     there = recorded.live is not None and recorded.checkpoint is not None
-    given = "" if there else f" {shlex.quote(str(checkpoint))}"
+    given = "" if there else f" {quoted(str(checkpoint))}"
     click.echo(f"next: harness verify{given}{_golden_option(recorded.path, checkpoint)}")
 
 
 def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
     from harness.api import golden_path
 
-    return "" if golden == golden_path(checkpoint) else f" -g {shlex.quote(str(golden))}"
+    return "" if golden == golden_path(checkpoint) else f" -g {quoted(str(golden))}"
 
 
 @cli.command()
@@ -418,7 +420,7 @@ def show(file: AnyPath, as_json: bool, stats: bool, section: str | None, jobs: i
         if section is not None:
             raise UsageError(
                 f"--section does not go with {file}: a golden is of the one that was recorded",
-                hint=f"harness show {shlex.quote(str(file))}",
+                hint=f"harness show {quoted(str(file))}",
             )
         recorded = api.read_golden(file)
         found, history = recorded.fingerprint, recorded.history

@@ -16,7 +16,6 @@ import fcntl
 import glob
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -31,6 +30,7 @@ from harness.checkpoint.tensors import Tensor
 from harness.columns import Columns, columns_of, rows_of
 from harness.errors import CheckpointError, GoldenError
 from harness.fingerprint import Fingerprint
+from harness.shell import quoted
 from harness.sketch import NUM_PROJECTIONS, SEED
 from harness.streaming import CHUNK_NBYTES
 
@@ -190,7 +190,7 @@ def _put(path: RemotePath, data: bytes, *, overwrite: bool) -> None:
 def _is_recorded(path: AnyPath) -> GoldenError:
     return GoldenError(
         f"{path}: a golden is recorded there already",
-        hint=f"to replace it: harness verify CKPT -g {shlex.quote(str(path))} --update-golden",
+        hint=f"to replace it: harness verify CKPT -g {quoted(str(path))} --update-golden",
     )
 
 
@@ -383,15 +383,15 @@ def _refuse_no_file(path: AnyPath) -> None:
         inside = next((p for p in files if is_golden(p)), None)
         raise GoldenError(
             f"{path}: a folder, not a golden",
-            hint=f"-g {shlex.quote(str(inside or path / f'NAME{SUFFIX}'))}",
+            hint=f"-g {quoted(str(inside or path / f'NAME{SUFFIX}'))}",
         )
     if not path.is_file():
         close = close_golden(path)
         raise GoldenError(
             f"{path}: no golden there",
-            hint=f"did you mean -g {shlex.quote(str(close))}?"
+            hint=f"did you mean -g {quoted(str(close))}?"
             if close
-            else f"harness record CKPT -g {shlex.quote(str(path))}",
+            else f"harness record CKPT -g {quoted(str(path))}",
         )
 
 

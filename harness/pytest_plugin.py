@@ -13,7 +13,6 @@ in its own reports: no process waits for another, or shares anything with it but
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -24,6 +23,7 @@ import pytest
 
 from harness.errors import GoldenError, HarnessError, NotRecorded, UsageError
 from harness.pytest_tally import SUFFIX, Event, Folder, Tally, Verb, events_of, golden_name, node_of
+from harness.shell import command_line
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,7 +71,7 @@ class _Settings:
         path, sign, test = node.partition("::")
         here = os.path.relpath(self.root / path, self.folder.invoked)
         options = [*self.options, f"--golden-mode={mode}"]
-        command = shlex.join(["pytest", f"{here}{sign}{test}", *options])
+        command = command_line(["pytest", f"{here}{sign}{test}", *options])
         return f'{command} --golden-reason "why"' if mode == "update" else command
 
 

@@ -9,7 +9,6 @@ and URLs where live stages need a file.
 from __future__ import annotations
 
 import inspect
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -30,6 +29,7 @@ from harness.golden import (
     source_of,
 )
 from harness.policy import refuse_stage
+from harness.shell import command_line, quoted
 
 if TYPE_CHECKING:
     from harness.checkpoint.remote import RemotePath
@@ -79,7 +79,7 @@ def choose_golden(subject: Subject | None, golden: Location | None) -> AnyPath:
 
 def _typed(path: AnyPath | None) -> str:
     """A path as a shell takes it."""
-    return "CKPT" if path is None else shlex.quote(str(path))
+    return "CKPT" if path is None else quoted(str(path))
 
 
 def _no_golden(chosen: AnyPath, path: AnyPath | None, *, named: str = "") -> NoReturn:
@@ -148,7 +148,7 @@ def _is_taken(
         hint = "give yours another name: harness record"
     return GoldenError(
         f"{target}: a golden is recorded there already{what}",
-        hint=f"{hint} {_typed(path)} {shlex.join(options)}",
+        hint=f"{hint} {_typed(path)} {command_line(options)}",
     )
 
 

@@ -76,11 +76,12 @@ def finish(result: Result, form: str, reports: Sequence[Path]) -> int:
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         from harness.report.files import append_step_summary
+        from harness.report.folding import escaped
 
         try:
             append_step_summary(result, Path(summary))
         except HarnessError as error:  # no reason for a run to fail
-            click.echo(f"note: {error}", err=True)
+            click.echo(escaped(f"note: {error}"), err=True)
     return code
 
 

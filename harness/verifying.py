@@ -8,7 +8,6 @@ without goldens.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,6 +20,8 @@ from harness.errors import GoldenError, HarnessError, ModelError, NotRecorded, U
 from harness.options import NOT_ON_UPDATE, live_of, stage_of
 from harness.policy import STAGES, Policy
 from harness.progress import progress_bar
+from harness.report.folding import escaped
+from harness.shell import quoted
 from harness.terminal import asked_again, echo_stage, echo_steps, told
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def goldens_of(checkpoint: AnyPath | None, golden: AnyPath | None) -> Sequence[A
             f"no goldens in {GOLDEN_FOLDER}/ of the current folder",
             hint="record one: harness record CHECKPOINT"
             if above is None
-            else f"go to where they are: cd {shlex.quote(os.path.relpath(above))}",
+            else f"go to where they are: cd {quoted(os.path.relpath(above))}",
         )
     return found
 
@@ -69,7 +70,7 @@ def _is_left_out(path: Path) -> bool:
             return False
     except HarnessError:  # told when it is verified
         return False
-    click.echo(f"note: {path} {why}, and is left out", err=True)
+    click.echo(escaped(f"note: {path} {why}, and is left out"), err=True)
     return True
 
 
@@ -156,6 +157,7 @@ class Verification:
         """Accept what is there now; returns whether the golden changed."""
         from harness import api
         from harness.checkpoint.sources import read_file
+        from harness.report.table import told as told_entry
 
         stage = self._stage(checkpoint, recorded)
         before = read_file(recorded.path)
@@ -171,13 +173,13 @@ class Verification:
             )
         changed = read_file(recorded.path) != before
         if self.form == "text" and not changed:
-            click.echo(f"{recorded.path} is up to date, and was not touched")
+            click.echo(escaped(f"{recorded.path} is up to date, and was not touched"))
         elif self.form == "text":
             roots = (recorded.fingerprint.root.hex()[:16], updated.fingerprint.root.hex()[:16])
             said = "is as it was" if roots[0] == roots[1] else f"is now {roots[1]}"
-            click.echo(f"updated {recorded.path}: root {roots[0]} {said}")
+            click.echo(escaped(f"updated {recorded.path}: root {roots[0]} {said}"))
             for entry in updated.history:
-                click.echo(f"  replaced {entry.root[:16]}  {entry.reason or '(no reason given)'}")
+                click.echo(f"  replaced {told_entry(entry)}")
         return changed
 
     def _stage(self, checkpoint: AnyPath | None, golden: Golden) -> Any:
@@ -224,7 +226,7 @@ class Verification:
         if found is None or found.ok:
             return ()
         if checkpoint and found.are_strangers:
-            own, typed = api.golden_path(checkpoint), shlex.quote(str(checkpoint))
+            own, typed = api.golden_path(checkpoint), quoted(str(checkpoint))
             if not own.exists():
                 return (
                     f"if it is another model, give it a golden of its own:  harness record {typed}",

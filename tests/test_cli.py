@@ -171,6 +171,17 @@ def test_update_shows_the_difference_accepts_it_and_keeps_why(
     assert "replaced   8fa8681d0705c440  a test" in harness("show", recorded).out
 
 
+def test_a_reason_of_several_lines_stays_on_one(
+    recorded: Path, harness: Harness, data: Path
+) -> None:
+    reason = "retrained\n\nroot  0000\x1b[2J"
+    arguments = ("-g", recorded, "--update-golden", "--reason", reason)
+    run = harness("verify", data / "nest_tiny_perturbed_1e-3.nemo", *arguments)
+    for text in (run.out, harness("show", recorded).out):
+        [line] = [line for line in text.splitlines() if "replaced" in line]
+        assert line.endswith(r"retrained\n\nroot  0000\x1b[2J")
+
+
 def test_update_of_an_unchanged_golden_does_not_touch_it(recorded: Path, harness: Harness) -> None:
     before = recorded.stat()
     run = harness("verify", "--update-golden", "--reason", "nothing")

@@ -24,7 +24,7 @@ LIVE = ("harness/nest/", "harness/model/")
 # From the bottom up; a module may import from rows above its own, and from its own row. The
 # longest name that fits a module is its own.
 LAYERS = [
-    ["harness.errors"],
+    ["harness.errors", "harness.shell"],
     ["harness.ranks"],
     ["harness.checkpoint"],
     ["harness.cache", "harness.streaming"],

@@ -9,7 +9,6 @@ written but unlinked temporary files for what is compressed, and for parts of re
 from __future__ import annotations
 
 import re
-import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -26,6 +25,7 @@ from harness.checkpoint.sources import InflatedSource, Source, open_source, read
 from harness.checkpoint.tensors import Checkpoint, DType, Tensor, tensor_table
 from harness.checkpoint.torchfile import TorchFile, read_torch_legacy, read_torch_zip
 from harness.errors import CheckpointError, NoSection
+from harness.shell import quoted
 
 __all__ = ["Checkpoint", "DType", "Tensor", "open_checkpoint"]
 
@@ -352,7 +352,7 @@ def _did_you_mean(path: AnyPath) -> str:
         meant = (folder / stems[stem]).joinpath(*rest)
         if meant.exists():
             return f"did you mean {meant}?"
-    return f"see what is there: ls {shlex.quote(str(folder))}"
+    return f"see what is there: ls {quoted(str(folder))}"
 
 
 def _not_a_checkpoint(path: AnyPath, head: bytes) -> CheckpointError:

@@ -7,7 +7,6 @@ trees deeper than any model's.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from harness.checkpoint.rebuild import Composite
 from harness.checkpoint.tensors import Component, Tensor, format_key
 from harness.checkpoint.torchfile import TorchFile, is_module
 from harness.errors import CheckpointError, NoSection
+from harness.shell import quoted
 
 # Where training code puts the weights, the most specific first.
 KNOWN_SECTIONS = (
@@ -234,7 +234,7 @@ class _Tree:
             return "the file holds no tensors: is it the right one?"
         return (
             f"of its sections {', '.join(found[:8])}, or . for every tensor, take one: "
-            f"harness record {shlex.quote(self.name)} --section {shlex.quote(names[0])}"
+            f"harness record {quoted(self.name)} --section {quoted(names[0])}"
         )
 
 

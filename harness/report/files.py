@@ -6,12 +6,12 @@ one part of this folder that touches files.
 
 from __future__ import annotations
 
-import shlex
 from importlib import import_module
 from pathlib import Path
 
 from harness.errors import UsageError
 from harness.report.outcome import Result
+from harness.shell import quoted
 
 _NAME = "report.html"
 _RENDERERS = {".html": "html", ".md": "markdown", ".xml": "junit", ".json": "json"}
@@ -21,18 +21,18 @@ def check_report(path: Path) -> None:
     """Raise UsageError for a path that no report can be written to, before any work is done."""
     if path.is_dir():
         raise UsageError(
-            f"--report {path}: is a folder", hint=f"--report {shlex.quote(str(path / _NAME))}"
+            f"--report {path}: is a folder", hint=f"--report {quoted(str(path / _NAME))}"
         )
     if path.suffix not in _RENDERERS:
         named = path.with_suffix(".html") if path.name != "-" else _NAME
         raise UsageError(
             f"--report {path}: a report is one of {', '.join(_RENDERERS)}, by its suffix",
-            hint=f"--report {shlex.quote(str(named))}",
+            hint=f"--report {quoted(str(named))}",
         )
     if not path.parent.is_dir():
         raise UsageError(
             f"--report {path}: there is no folder {path.parent}",
-            hint=f"mkdir -p {shlex.quote(str(path.parent))}",
+            hint=f"mkdir -p {quoted(str(path.parent))}",
         )
 
 

@@ -6,12 +6,12 @@ of the command line (`as_options`), and as whole lines for the end of a report (
 
 from __future__ import annotations
 
-import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.compare import Comparison, Finding
+from harness.shell import command_line, quoted
 
 MEND_THE_CODE = (
     "the golden holds the file, not what the code makes of it: mend the code, "
@@ -74,7 +74,7 @@ def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
     lines = []
     for what, policy in ways_past(comparison):
         again = without(command, ["--strip-prefix"]) if "strip_prefix" in policy else command
-        options = shlex.join(as_options(policy))
+        options = command_line(as_options(policy))
         lines.append(f"to look past {what}:  {with_options(again, options)}")
     return lines
 
@@ -96,7 +96,7 @@ def without(command: Sequence[str], options: Sequence[str]) -> list[str]:
 def with_options(command: Sequence[str], options: str) -> str:
     """A command with more options, which are quoted already, as a shell takes it."""
     end = command.index("--") if "--" in command else len(command)
-    parts = [shlex.join(command[:end]), options, shlex.join(command[end:])]
+    parts = [command_line(command[:end]), options, command_line(command[end:])]
     return " ".join(part for part in parts if part)
 
 
@@ -119,7 +119,7 @@ def next_steps(
     if lines == [GET_IT_AGAIN]:
         return lines
     if comparison.verdict == "undecided" and comparison.stage == "file":
-        decide = with_options(command, f"--reference {shlex.quote(reference)}")
+        decide = with_options(command, f"--reference {quoted(reference)}")
         lines.insert(0, f"to decide exactly:  {decide}")
     accept = with_options(update, '--update-golden --reason "why"')
     return [*lines, f"if this is meant:  {accept}"]

@@ -7,7 +7,7 @@ from math import prod
 
 from harness.fingerprint import Fingerprint
 from harness.golden import Update
-from harness.report.folding import printable
+from harness.report.folding import escaped, printable
 from harness.stats import Stats
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -20,18 +20,22 @@ def render_table(
     return "\n".join([*_head(fingerprint, history), "", *_rows(fingerprint, stats)])
 
 
+def told(update: Update) -> str:
+    """An entry of the history on one line, whatever the reason holds."""
+    return f"{escaped(update.root[:16])}  {escaped(update.reason) or '(no reason given)'}"
+
+
 def _head(fingerprint: Fingerprint, history: tuple[Update, ...]) -> Iterator[str]:
     originals = [t for t in fingerprint.tensors.values() if t.alias_of is None]
     numel = sum(prod(tensor.shape) for tensor in originals)
-    section = f", section {fingerprint.section}" if fingerprint.section else ""
+    section = f", section {escaped(fingerprint.section)}" if fingerprint.section else ""
     yield f"root       {fingerprint.root.hex()}"
-    yield f"container  {fingerprint.container}{section}"
+    yield f"container  {escaped(fingerprint.container)}{section}"
     yield (
         f"tensors    {len(fingerprint.tensors):,}, {numel:,} numbers, "
         f"{_size(sum(tensor.nbytes for tensor in originals))}"
     )
-    for update in history:
-        yield f"replaced   {update.root[:16]}  {update.reason or '(no reason given)'}"
+    yield from (f"replaced   {told(update)}" for update in history)
 
 
 def _rows(fingerprint: Fingerprint, with_stats: bool) -> Iterator[str]:

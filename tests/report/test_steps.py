@@ -33,6 +33,12 @@ def test_a_prefix_to_strip_is_quoted_as_a_shell_needs_it() -> None:
     assert steps(found)[0] == "to look past the prefix:  harness verify x --strip-prefix 'a b;c.'"
 
 
+def test_a_name_in_a_command_never_reaches_the_terminal_as_it_is() -> None:
+    first, _ = renamed(("a", "b\x1bc\n\u202e"))
+    assert first.isprintable()
+    assert first.endswith(r"--map $'a=b\033c\012\342\200\256'")
+
+
 def test_other_dtypes_alone_lead_to_a_comparison_of_their_values() -> None:
     dtype = Finding(kind="dtype", key="a", expected="float32", actual="bfloat16")
     missing = Finding(kind="missing", key="b", expected="float32 [2]")
