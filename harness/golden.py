@@ -35,7 +35,7 @@ from harness.sketch import NUM_PROJECTIONS, SEED
 from harness.streaming import CHUNK_NBYTES
 
 if TYPE_CHECKING:
-    from harness.checkpoint.remote import RemotePath
+    pass
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -104,7 +104,10 @@ class Golden:
         """A file that the golden names, as a path from here."""
         if source is None or not isinstance(self.path, Path):
             return None
-        return Path(os.path.normpath(self.path.parent / source))
+        # A link may lead to another depth; without one, what was typed is what is shown.
+        real = self.path.resolve()
+        path = self.path if real == _spelled_out(self.path) else real
+        return Path(os.path.normpath(path.parent / source))
 
     @property
     def parts(self) -> dict[str, Fingerprint]:
@@ -131,12 +134,20 @@ def source_of(checkpoint: AnyPath, golden: AnyPath) -> str:
         return str(checkpoint)
     if not isinstance(golden, Path):
         return checkpoint.name
-    project = _project(golden)
-    inside = checkpoint.resolve().is_relative_to(project)
-    if not inside:
+    project, real = _project(golden), checkpoint.resolve()
+    # A link inside of the project keeps its name: where it leads to may be of this machine.
+    named = _spelled_out(checkpoint)
+    if not named.is_relative_to(project) or named.resolve() != real:
+        named = real
+    if not named.is_relative_to(project):
         return checkpoint.name
-    relative = os.path.relpath(checkpoint.resolve(), golden.resolve().parent)
+    relative = os.path.relpath(named, golden.resolve().parent)
     return PurePosixPath(*Path(relative).parts).as_posix()
+
+
+def _spelled_out(path: Path) -> Path:
+    """An absolute path without dots, and with the links that are in it."""
+    return Path(os.path.normpath(path.absolute()))
 
 
 def _project(golden: Path) -> Path:
@@ -162,13 +173,16 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
                 raise _is_recorded(path)
             refuse_other(path)
         if isinstance(path, Path):
+            path = path.resolve()  # a link stays one
             path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, data)
-        else:
+        try:
             _put(path, data, overwrite=overwrite)
+        except FileExistsError as error:  # written by somebody else in between
+            raise _is_recorded(golden.path) from error
     except OSError as error:
         raise GoldenError(
-            f"{path}: cannot be written: {error.strerror}", hint="check the folder's permissions"
+            f"{golden.path}: cannot be written: {error.strerror}",
+            hint="check the folder's permissions",
         ) from error
     return True
 
@@ -178,11 +192,12 @@ def _holds(path: AnyPath, data: bytes) -> bool:
         return source.nbytes == len(data) and bytes(source.view(0, len(data))) == data
 
 
-def _put(path: RemotePath, data: bytes, *, overwrite: bool) -> None:
+def _put(path: AnyPath, data: bytes, *, overwrite: bool) -> None:
+    """Write a whole file; raises FileExistsError where another process has been faster."""
+    if isinstance(path, Path):
+        return _place(path, data, overwrite=overwrite)
     try:
         path.write_bytes(data, overwrite=overwrite)
-    except FileExistsError as error:  # written by somebody else in between
-        raise _is_recorded(path) from error
     except CheckpointError as error:
         raise GoldenError(str(error), hint=error.hint) from error
 
@@ -205,12 +220,13 @@ def refuse_other(path: AnyPath) -> None:
         )
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file without a name, lock it, name it beside the target, rename it over the target.
+def _place(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """Write a file without a name, lock it, and name it.
 
-    A kill leaves the old golden or the new one, never a part. Between naming and renaming it leaves
-    the new one under both names, for no system call puts a file without a name over another: the
-    next write removes what no living writer holds locked.
+    A kill leaves the old golden or the new one, never a part. What overwrites is named beside the
+    target and renamed over it, for no system call puts a file without a name over another: a kill
+    in between leaves the new one under both names, and the next write removes what no living writer
+    holds locked.
     """
     beside = f".{path.name}."
     for left in path.parent.glob(f"{glob.escape(beside)}*.tmp"):
@@ -235,9 +251,23 @@ def _replace(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
         if nameless:
             # With a directory's descriptor Python calls linkat, which follows the link in /proc.
-            os.link(f"/proc/self/fd/{file.fileno()}", temporary.name, dst_dir_fd=folder)
-        temporary.replace(path)
+            name = temporary.name if overwrite else path.name
+            os.link(f"/proc/self/fd/{file.fileno()}", name, dst_dir_fd=folder)
+        if overwrite:
+            temporary.replace(path)
+        elif not nameless:
+            _rename_new(temporary, path)
         os.fsync(folder)
+
+
+def _rename_new(path: Path, target: Path) -> None:
+    """Give a file another name; raises FileExistsError where something has that."""
+    try:
+        target.hardlink_to(path)
+    except FileExistsError:
+        raise
+    except OSError:  # not every file system has links
+        path.replace(target)
 
 
 def _remove_unlocked(path: Path) -> None:

@@ -132,6 +132,41 @@ def test_the_source_is_relative_to_the_golden_inside_of_a_project_and_a_name_out
     assert source_of(tmp_path / "elsewhere" / "m.pt", golden) == "m.pt"
 
 
+def test_a_link_inside_of_the_project_keeps_its_name(tmp_path: Path) -> None:
+    disk = tmp_path / "disk" / "of" / "this" / "machine"
+    disk.mkdir(parents=True)
+    (disk / "m.pt").touch()
+    project = tmp_path / "project"
+    (project / ".git").mkdir(parents=True)
+    (project / "models").symlink_to(disk)
+    golden = project / "golden" / "m.safetensors"
+    assert source_of(project / "models" / "m.pt", golden) == "../models/m.pt"
+    up = project / "models" / ".." / "m.pt"  # beside of `machine`, and not of `models`
+    assert source_of(up, golden) == "m.pt"
+
+
+@pytest.mark.parametrize("link", ["folder", "file"])
+def test_a_golden_behind_a_link_finds_its_checkpoint_and_stays_there(
+    tmp_path: Path, data: Path, link: str
+) -> None:
+    project = tmp_path / "project"
+    there, here = project / "store" / "of" / "goldens", project / "golden"
+    there.mkdir(parents=True)
+    (project / ".git").mkdir()
+    (project / "m.nemo").symlink_to(data / "nest_tiny.nemo")
+    if link == "folder":
+        here.symlink_to(there)
+    else:
+        here.mkdir()
+        (here / "m.safetensors").symlink_to(there / "m.safetensors")
+    for overwrite in (False, True):
+        api.record(project / "m.nemo", here / "m.safetensors", overwrite=overwrite)
+        for path in (here / "m.safetensors", there / "m.safetensors"):
+            assert read_golden(path).checkpoint == project / "m.nemo"
+        assert not (there / "m.safetensors").is_symlink()
+        assert here.is_symlink() or (here / "m.safetensors").is_symlink()
+
+
 def test_an_identical_golden_is_not_touched(golden: Golden) -> None:
     before = golden.path.stat().st_mtime_ns
     assert write_golden(golden, overwrite=True) is False
@@ -332,6 +367,35 @@ def test_a_kill_at_any_moment_leaves_whole_goldens(golden: Golden) -> None:
             assert read_golden(path).fingerprint.root == golden.fingerprint.root
     write_golden(replace(golden, source="another"), overwrite=True)
     assert _files(golden.path.parent) == [golden.path.name]
+
+
+@pytest.mark.parametrize("can", ["nameless", "links", "neither"])
+def test_of_two_that_record_at_a_time_the_second_overwrites_nothing(
+    golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: str
+) -> None:
+    first = golden.path.read_bytes()
+    second = replace(golden, path=tmp_path / "new.safetensors", source="another")
+    fsync = os.fsync
+
+    def write_first(descriptor: int) -> None:
+        second.path.write_bytes(first)
+        fsync(descriptor)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    if can != "nameless":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    if can == "neither":  # then the last one wins, and a golden alone is written
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+        assert write_golden(second)
+    else:
+        monkeypatch.setattr(os, "fsync", write_first)
+        with pytest.raises(GoldenError, match="recorded there already"):
+            write_golden(second)
+        assert second.path.read_bytes() == first
+    assert _files(tmp_path).count("new.safetensors") == 1
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 KILLED_BEFORE_RENAMING = """
