@@ -6,6 +6,7 @@ In: the expected and the actual `Fingerprint`, and a `Policy`. Out: a frozen `Ma
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from harness.policy import Policy, fits
 
 # Inserted into keys by torch.compile, data parallelism and activation checkpointing.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+_NUMBER = re.compile(r"\d+")
+# Of very many equal tensors, some are looked at for the most alike name.
+_MAX_ALIKE = 64
 
 
 class Pair(NamedTuple):
@@ -248,19 +252,24 @@ def _wrappers(keys: Iterable[str]) -> str:
 def _find_renamed(
     missing: Mapping[str, TensorPrint], unexpected: Mapping[str, TensorPrint]
 ) -> list[tuple[str, str]]:
-    """Pair missing and unexpected keys of equal digest; among equals, the most alike names."""
-    by_digest: dict[bytes, list[str]] = defaultdict(list)
-    for key, tensor in unexpected.items():
-        if tensor.digest is not None:
-            by_digest[tensor.digest].append(key)
-    pairs = []
-    for key, tensor in missing.items():
-        candidates = by_digest.get(tensor.digest or b"", [])
-        if candidates:
-            best = max(candidates, key=lambda other: _likeness(key, other))
-            candidates.remove(best)
-            pairs.append((key, best))
-    return pairs
+    """Pair missing and unexpected keys of equal digest; among equals, the most alike names.
+
+    First those of the same numbers: the scales of all layers may be equal.
+    """
+    found: dict[str, str] = {}
+    for numbers in (_NUMBER.findall, lambda _: None):
+        taken = set(found.values())
+        alike: dict[tuple[bytes, str], list[str]] = defaultdict(list)
+        for key, tensor in unexpected.items():
+            if tensor.digest is not None and key not in taken:
+                alike[tensor.digest, str(numbers(key))].append(key)
+        for key, tensor in missing.items():
+            candidates = alike.get((tensor.digest or b"", str(numbers(key))))
+            if candidates and key not in found:
+                first = candidates[:_MAX_ALIKE]
+                found[key] = max(first, key=lambda other: _likeness(key, other))
+                candidates.remove(found[key])
+    return [(key, found[key]) for key in missing if key in found]
 
 
 def _likeness(one: str, other: str) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from string import ascii_lowercase
+
 import pytest
 import torch
 
+from harness import matching
 from harness.errors import GoldenMismatch, UsageError
 from harness.policy import Policy
 from tests.catalogue import (
@@ -57,6 +60,28 @@ def test_among_equal_tensors_the_most_alike_names_are_a_rename(compared: Compare
         ("renamed", "encoder.0.bias", "encoder.0.offset"),
         ("renamed", "encoder.1.bias", "encoder.1.offset"),
     ]
+
+
+def test_among_equal_tensors_those_of_the_same_numbers_are_a_rename(compared: Compared) -> None:
+    """Many containers sort their keys, so that 10 comes before 2."""
+    numbers = sorted(range(12), key=str)
+    old = {f"layers.{n}.norm.weight": torch.ones(8) for n in range(12)}
+    new = {f"blocks.{n}.ln.scale": torch.ones(8) for n in numbers}
+    found = compared(new, expected=old)
+    assert [f.actual_key for f in found.findings] == [f"blocks.{n}.ln.scale" for n in range(12)]
+
+
+def test_very_many_equal_tensors_are_not_all_compared_with_each_other(
+    compared: Compared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    likeness = matching._likeness
+    monkeypatch.setattr(matching, "_likeness", lambda *k: calls.append(k) or likeness(*k))
+    names = [f"{one}{other}" for one in ascii_lowercase for other in ascii_lowercase]
+    old, new = ({f"{side}.{name}": torch.ones(8) for name in names} for side in "ab")
+    found = compared(new, expected=old)
+    assert {f.kind for f in found.findings} == {"renamed"}
+    assert len(calls) < 70 * len(names)
 
 
 def test_one_new_key_is_the_new_name_of_one_old_key(compared: Compared) -> None:
