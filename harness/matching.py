@@ -138,6 +138,13 @@ def _check_map(policy: Policy, expected: Fingerprint, theirs: Mapping[str, Tenso
             raise UsageError(
                 f"{option}: the checkpoint has no key {new}", hint=_most_alike(new, list(theirs))
             )
+    used = {policy.map_of(key) for key in keys}
+    for old, new in policy.key_map:
+        if (old, new) not in used:
+            raise UsageError(
+                f"--map {old}={new}: has no effect behind others, which rename all that it fits",
+                hint="give it before them, or leave it out: of several that fit, the first counts",
+            )
     targets = Counter(policy.renamed(key) for key in keys)
     for key, count in targets.items():
         if count > 1:

@@ -86,12 +86,15 @@ class Policy:
 
     def renamed(self, key: str) -> str:
         """The name under which the checkpoint should have a golden's key."""
+        found = self.map_of(key)
+        return key if found is None else found[1] + key[len(found[0]) :]
+
+    def map_of(self, key: str) -> tuple[str, str] | None:
+        """The one of `key_map` that renames a golden's key: the first that fits."""
         for old, new in self.key_map:
-            if key == old:
-                return new
-            if old.endswith(".") and key.startswith(old):
-                return new + key[len(old) :]
-        return key
+            if key == old or (old.endswith(".") and key.startswith(old)):
+                return old, new
+        return None
 
     def at_stage(self, keys: Collection[str], elsewhere: Collection[str]) -> Policy:
         """Leave out the globs that fit none of a stage's `keys`, but some of another one's."""

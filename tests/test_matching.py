@@ -195,6 +195,32 @@ def test_a_map_renames_keys_and_prefixes_of_the_golden(compared: Compared) -> No
     )
 
 
+@pytest.mark.parametrize(
+    "key_map",
+    [
+        (("encoder.0.", "stem."), ("encoder.0.bias", "encoder.0.bias")),
+        (("encoder.0.bias", "stem.bias"), ("encoder.0.bias", "encoder.1.bias")),
+    ],
+)
+def test_a_map_behind_one_that_renames_all_that_it_fits_is_an_error(
+    compared: Compared, key_map: tuple[tuple[str, str], ...]
+) -> None:
+    actual = renamed_keys(lambda k: k.replace("encoder.0.", "stem.")) | {
+        "encoder.0.bias": torch.zeros(8)
+    }
+    with pytest.raises(UsageError, match="has no effect behind others") as caught:
+        compared(actual, Policy(key_map=key_map))
+    assert "first" in (caught.value.hint or "")
+
+
+def test_of_several_maps_the_first_that_fits_counts(compared: Compared) -> None:
+    actual = renamed_keys(
+        lambda k: k if k == "encoder.0.bias" else k.replace("encoder.0.", "stem.")
+    )
+    key_map = (("encoder.0.bias", "encoder.0.bias"), ("encoder.0.", "stem."))
+    assert compared(actual, Policy(key_map=key_map)).verdict == "identical"
+
+
 def test_a_stripped_prefix_is_no_finding(compared: Compared) -> None:
     actual = renamed_keys(lambda k: "module." + k)
     assert compared(actual, Policy(strip_prefix="module.")).verdict == "identical"
