@@ -182,7 +182,7 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
     except OSError as error:
         raise GoldenError(
             f"{golden.path}: cannot be written: {error.strerror}",
-            hint="check the folder's permissions",
+            hint="check the folder's permissions, and free space",
         ) from error
     return True
 

@@ -1,7 +1,8 @@
 """Reports as files, in the format that a file's suffix asks for.
 
-In: a `Result` and a path. Out: the file, written whole. Refused: suffixes of no known format. The
-one part of this folder that touches files.
+In: a `Result` and a path. Out: the file, written whole. Refused: suffixes of no known format, and
+files that are there and are no reports, such as an index of shards. The one part of this folder
+that touches files.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from harness.shell import quoted
 
 _NAME = "report.html"
 _RENDERERS = {".html": "html", ".md": "markdown", ".xml": "junit", ".json": "json"}
+# A report of any format begins with one of these.
+_STARTS = (
+    *("<!DOCTYPE html>", "## harness ", '{\n  "exit_code": '),
+    '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites name="harness ',
+)
 
 
 def check_report(path: Path) -> None:
@@ -23,8 +29,9 @@ def check_report(path: Path) -> None:
         raise UsageError(
             f"--report {path}: is a folder", hint=f"--report {quoted(str(path / _NAME))}"
         )
-    if path.suffix not in _RENDERERS:
-        named = path.with_suffix(".html") if path.name != "-" else _NAME
+    if path.suffix.lower() not in _RENDERERS:
+        is_stream = path.name == "-" or (path.exists() and not path.is_file())
+        named = _NAME if is_stream else path.with_suffix(".html")
         raise UsageError(
             f"--report {path}: a report is one of {', '.join(_RENDERERS)}, by its suffix",
             hint=f"--report {quoted(str(named))}",
@@ -34,11 +41,29 @@ def check_report(path: Path) -> None:
             f"--report {path}: there is no folder {path.parent}",
             hint=f"mkdir -p {quoted(str(path.parent))}",
         )
+    if path.is_file() and not _may_be_replaced(path):
+        other = path.with_name(f"report{path.suffix}")
+        raise UsageError(
+            f"--report {path}: is there, and is no report",
+            hint=f"give it another name: --report {quoted(str(other))}"
+            if path.name != other.name
+            else f"if it is not needed: rm {quoted(str(path))}",
+        )
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a file is a report, or empty, or cannot be read, which is told when it is written."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(max(map(len, _STARTS)))
+    except OSError:
+        return True
+    return not start or start.startswith(tuple(text.encode() for text in _STARTS))
 
 
 def write_report(result: Result, path: Path) -> None:
     """Write the report; raises UsageError where the file cannot be written."""
-    text: str = import_module(f"harness.report.{_RENDERERS[path.suffix]}").render(result)
+    text: str = import_module(f"harness.report.{_RENDERERS[path.suffix.lower()]}").render(result)
     _write(f"--report {path}", path, text, mode="w")
 
 
@@ -55,5 +80,6 @@ def _write(what: str, path: Path, text: str, *, mode: str) -> None:
             file.write(text)
     except OSError as error:
         raise UsageError(
-            f"{what}: cannot be written: {error.strerror}", hint="check the folder's permissions"
+            f"{what}: cannot be written: {error.strerror}",
+            hint="check permissions, and free space",
         ) from error

@@ -305,7 +305,7 @@ def _strip(values: Sequence[float]) -> tuple[Json, ...] | None:
         return None
     runs = np.array(values)
     top = float(runs[np.isfinite(runs)].max(initial=0.0))
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         tenths = np.nan_to_num(np.rint(10 * np.log10(top / runs)))
     signs = _SIGNS[np.clip(tenths, 0, len(_SIGNS) - 1).astype(int)]
     signs[runs == 0] = ord(_ZERO)

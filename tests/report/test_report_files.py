@@ -99,18 +99,45 @@ def test_reports_do_not_change_what_is_printed(project: Path, harness: Harness) 
         ("a folder", "is a folder", "--report 'a folder/report.html'"),
         ("", "is a folder", "--report report.html"),
         ("no folder/out.xml", "there is no folder no folder", "mkdir -p 'no folder'"),
+        ("/dev/null", "by its suffix", "--report report.html"),
+        ("README.md", "is there, and is no report", "give it another name: --report report.md"),
+        ("report.md", "is there, and is no report", "if it is not needed: rm report.md"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_told_before_any_work(
     project: Path, harness: Harness, path: str, message: str, hint: str
 ) -> None:
     Path("a folder").mkdir()
+    Path("README.md").write_text("# Mine\n")
+    Path("report.md").write_text("# Mine, too\n")
     for command in (["verify"], ["diff", "nest.nemo", "gone"], ["roundtrip", "gone"]):
         run = harness(*command, "--report", path, "--report", "out.xml")
         assert (run.code, run.out) == (2, "")
         assert message in run.err.splitlines()[0]
         assert run.err.splitlines()[1] == f"  next: {hint}"
     assert not Path("out.xml").exists()
+
+
+def test_an_index_of_shards_is_no_place_for_a_report(project: Path, harness: Harness) -> None:
+    index = project / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}, "weight_map": {"a": "model-1.safetensors"}}')
+    before = index.read_bytes()
+    run = harness("verify", index.name, "--report", index.name)
+    assert run.code == 2
+    assert "is there, and is no report" in run.err
+    assert index.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["out.html", "OUT.HTML", "out.Md", "out.XML", "out.JSON"])
+def test_a_report_replaces_another_whatever_the_case_of_its_suffix(
+    project: Path, harness: Harness, name: str
+) -> None:
+    Path(name).touch()
+    assert harness("verify", "--report", name).code == 0
+    first = Path(name).read_text()
+    assert first
+    assert harness(*CHANGED, "--report", name).code == 1
+    assert Path(name).read_text() != first
 
 
 def test_the_same_file_twice_is_no_mistake(project: Path, harness: Harness) -> None:
