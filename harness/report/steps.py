@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from harness.compare import Comparison, Finding
+from harness.errors import UsageError
+from harness.matching import match
 from harness.shell import command_line, quoted
 
 MEND_THE_CODE = (
@@ -31,8 +34,17 @@ def is_of_the_code(comparison: Comparison) -> bool:
 def ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield fields of a `Policy` that look past what was found, with what it is in a few words.
 
-    They stand in place of those fields of the policy that there was.
+    They stand in place of those fields of the policy that there was, and go with its others.
     """
+    for what, fields in _ways_past(comparison):
+        try:
+            match(comparison.expected, comparison.actual, replace(comparison.policy, **fields))
+        except UsageError:  # without its prefix a key may be another one, or not that of a --map
+            continue
+        yield what, fields
+
+
+def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if comparison.stage == "outputs":  # whose places no policy renames
         return
     failing = [finding for finding in comparison.findings if finding.fails]

@@ -6,22 +6,47 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from harness.compare import Finding
+from harness.compare import Comparison, Finding
 from harness.policy import Policy
 from harness.report.steps import next_steps, past_lines
 from tests.conftest import Harness, Run
-from tests.report.samples import comparison
+from tests.report.samples import comparison, side
+from tests.report_html.results import filled
 
 VERIFY = ["harness", "verify", "x"]
+ANY = Policy()
+
+
+def told(*findings: Finding, policy: Policy = ANY, **rest: Any) -> Comparison:
+    """A comparison of the tensors that are in its findings."""
+    ours, theirs = ["same"], ["same"]
+    for finding in findings:
+        if finding.kind == "prefix":
+            prefixed = theirs if finding.expected == "no prefix" else ours
+            for keys in (ours, theirs):
+                keys.append(
+                    f"{policy.strip_prefix if keys is theirs else ''}"
+                    f"{finding.key if keys is prefixed else ''}prefixed"
+                )
+            continue
+        ours += [finding.key] * (finding.kind != "unexpected")
+        theirs += [finding.actual_key or finding.key] * (finding.kind != "missing")
+    expected, actual = (
+        replace(side(name), tensors={key: filled(key, 1.0, 2) for key in keys})
+        for name, keys in (("golden", ours), ("file", theirs))
+    )
+    found = comparison(*findings, **rest)
+    return replace(found, expected=expected, actual=actual, policy=policy)
 
 
 def steps(*findings: Finding, stage: str = "file") -> list[str]:
-    return next_steps(comparison(*findings, stage=stage), VERIFY, VERIFY)
+    return next_steps(told(*findings, stage=stage), VERIFY, VERIFY)
 
 
 def renamed(*pairs: tuple[str, str]) -> list[str]:
@@ -110,7 +135,7 @@ def test_options_stand_before_what_is_no_option() -> None:
 
 def test_a_second_prefix_is_added_to_the_one_that_is_taken_off() -> None:
     prefix = Finding(kind="prefix", key="model.", expected="no prefix", actual="prefix 'model.'")
-    found = replace(comparison(prefix), policy=Policy(strip_prefix="module."))
+    found = told(prefix, policy=Policy(strip_prefix="module."))
     command = ["harness", "verify", "x", "--strip-prefix", "module."]
     assert past_lines(found, command) == [
         "to look past the prefix:  harness verify x --strip-prefix module.model."
@@ -159,6 +184,28 @@ def changed(
         return harness(*command)
 
     return run
+
+
+def with_one_that_has_none(key: str) -> str:
+    return "head.weight" if key == "head.bias" else f"model.{key}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "options"),
+    [
+        # Without the prefix two keys would be one.
+        (str, with_one_that_has_none, ()),
+        (with_one_that_has_none, str, ()),
+        # Without the prefix, the new name in the map is not there.
+        (str, lambda key: f"model.{key}", ("--map", "head.bias=model.head.bias")),
+    ],
+)
+def test_no_way_past_is_offered_that_would_be_refused(
+    changed: Callable[..., Run], harness: Harness, before: Keys, after: Keys, options: Any
+) -> None:
+    run = changed(*VERIFIED, *options, before=before, after=after)
+    assert "prefix: the same keys under another prefix" in run.out
+    assert "to look past" not in run.out
 
 
 def paste(harness: Harness, text: str, begins: str) -> Run:
