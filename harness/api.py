@@ -27,6 +27,7 @@ from harness.golden import (
     Update,
     is_golden,
     read_golden,
+    refuse_changed,
     source_of,
     write_golden,
 )
@@ -307,7 +308,8 @@ def update(
 
     What the golden remembers of the model, or what `stage` and `live` say, is recorded anew.
     Rows of unchanged tensors are copied, so that the file changes only where the weights did.
-    What is no path has no live stages (UsageError), and leaves the golden without a source.
+    What is no path has no live stages (UsageError), and leaves the golden without a source. Raises
+    GoldenError where another process has updated the golden since it was read.
     """
     golden = _read(subject, golden)
     old = golden.fingerprint
@@ -348,6 +350,7 @@ def update(
     if updated.fingerprint.root != old.root or updated.live is not golden.live:
         entry = Update(root=old.root.hex(), reason=reason)
         updated = replace(updated, history=(*golden.history, entry))
+    refuse_changed(golden, updated)
     write_golden(updated, overwrite=True)
     return updated
 

@@ -209,6 +209,20 @@ def _is_recorded(path: AnyPath) -> GoldenError:
     )
 
 
+def refuse_changed(before: Golden, after: Golden) -> None:
+    """Raise GoldenError where a golden is no longer what was read, and `after` would undo that."""
+    if not is_there(before.path):
+        return
+    there = read_golden(before.path)
+    known = [(golden.fingerprint.root, golden.history) for golden in (before, after)]
+    if (there.fingerprint.root, there.history) not in known:
+        raise GoldenError(
+            f"{before.path}: was updated by another process since it was read: its root was "
+            f"{before.fingerprint.root.hex()[:16]}, and is {there.fingerprint.root.hex()[:16]}",
+            hint=f"see what it holds now: harness show {quoted(str(before.path))}",
+        )
+
+
 def refuse_other(path: AnyPath) -> None:
     """Raise GoldenError for a file that is neither a golden, whole or damaged, nor empty."""
     with contextlib.closing(open_source(path)) as source:

@@ -66,6 +66,19 @@ def same(one: Golden, other: Golden) -> bool:
     return serialize(replace(one, path=other.path)) == serialize(other)
 
 
+def test_an_update_never_undoes_another_one(golden: Golden, data: Path) -> None:
+    changed = data / "nest_tiny_perturbed_1e-3.nemo"
+    first = api.update(changed, golden, reason="first")
+    api.update(changed, golden, reason="first")  # two that come to the same
+    for checkpoint, reason in ((changed, "second"), (data / "nest_tiny_renamed_key.nemo", "first")):
+        with pytest.raises(GoldenError, match="updated by another process since it was") as caught:
+            api.update(checkpoint, golden, reason=reason)
+        assert caught.value.hint == f"see what it holds now: harness show {golden.path}"
+    assert read_golden(golden.path).history == first.history
+    api.update(data / "nest_tiny.nemo", golden.path, reason="third")
+    assert [u.reason for u in read_golden(golden.path).history] == ["first", "third"]
+
+
 @pytest.mark.parametrize("values", ["small", "all", "none"])
 def test_what_is_written_is_read_back(tmp_path: Path, values: Any) -> None:
     recorded = api.record(everything(tmp_path), tmp_path / "g.safetensors", values=values)
