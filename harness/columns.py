@@ -6,6 +6,8 @@ are. Refused (ValueError): columns that do not fit the rows, values that do not 
     digest      U8  [N, 32]      stats  F64 [N, 9]     one row per tensor (stats: NaN where none)
     sketch      F64 [M, 16]      block_norm F64 [M]    one row per block, tensors in table order
     value/KEY   the tensor's own dtype and shape (U8 where safetensors lacks the dtype)
+    seal        U8  [32]         BLAKE3 of the description beside the columns, and of all above it
+                                 but the values, which make digests (not there in old files)
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ _NATIVE = frozenset(
         *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
     }
 )
+_SEALED = ("digest", "stats", "sketch", "block_norm")
 
 
 def columns_of(parts: Mapping[str, Fingerprint]) -> dict[str, Array]:
@@ -61,6 +64,14 @@ def columns_of(parts: Mapping[str, Fingerprint]) -> dict[str, Array]:
             if tensor.values is not None and tensor.alias_of is None:
                 columns[_value_name(prefix, tensor.key)] = _native(tensor)
     return columns
+
+
+def seal_of(description: str, columns: Mapping[str, Array]) -> bytes:
+    """What tells whether a bit of a golden has changed, which only digests and values tell else."""
+    hasher = blake3(description.encode())
+    for name in _SEALED:
+        hasher.update(columns[name].reshape(-1).view("|u1").data)
+    return hasher.digest()
 
 
 def _native(tensor: TensorPrint) -> Array:
@@ -92,7 +103,7 @@ def _value_name(prefix: str, key: str) -> str:
 
 
 def _mapped(column: Tensor) -> Array:
-    """A column of float64 as file pages: a sketch that decides nothing is never read."""
+    """A column of float64 as file pages, which are never copied."""
     if column.dtype.name != "float64":
         raise ValueError(f"{column.key} is {column.dtype}, not float64")
     return np.frombuffer(_bytes(column), "<f8").reshape(column.shape)
@@ -116,6 +127,14 @@ class Columns:
             raise ValueError("the columns have other widths")
         self._stats: list[list[float]] = stats.tolist()
         self._row = self._block = 0
+
+    def check_seal(self, description: str) -> None:
+        """Raise ValueError where a bit has changed since the file was written."""
+        if "seal" not in self._columns:
+            return  # of a version that wrote none
+        there = {name: np.frombuffer(_bytes(self._columns[name]), "|u1") for name in _SEALED}
+        if seal_of(description, there) != bytes(_bytes(self._columns["seal"])):
+            raise ValueError("its parts do not make its seal")
 
     def check_used_up(self) -> None:
         rows, blocks = {len(self._digests), len(self._stats)}, {len(self._sketch), len(self._norms)}

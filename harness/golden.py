@@ -27,7 +27,7 @@ from harness.checkpoint.paths import AnyPath, Location, is_url, to_path
 from harness.checkpoint.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.sources import open_source, read
 from harness.checkpoint.tensors import Tensor
-from harness.columns import Columns, columns_of, rows_of
+from harness.columns import Columns, columns_of, rows_of, seal_of
 from harness.errors import CheckpointError, GoldenError
 from harness.fingerprint import Fingerprint
 from harness.shell import quoted
@@ -295,8 +295,9 @@ def serialize(golden: Golden) -> bytes:
     from safetensors.numpy import save
 
     columns = columns_of(golden.parts)
-    metadata = json.dumps(_describe(golden), sort_keys=True, separators=(",", ":"))
-    return save(columns, metadata={"harness": metadata})
+    description = json.dumps(_describe(golden), sort_keys=True, separators=(",", ":"))
+    seal = np.frombuffer(seal_of(description, columns), "|u1")
+    return save({**columns, "seal": seal}, metadata={"harness": description})
 
 
 def _describe(golden: Golden) -> dict[str, Any]:
@@ -474,6 +475,7 @@ def _parse(path: AnyPath, columns: Mapping[str, Tensor], metadata: Mapping[str, 
                 hint=_RESTORE,
             )
         reader = Columns(columns)
+        reader.check_seal(metadata["harness"])
         fingerprint = Fingerprint(
             name=str(path),
             container=source["container"],

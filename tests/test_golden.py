@@ -230,6 +230,7 @@ def header_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def damage(path: Path, change: Any) -> None:
     columns, header = header_of(path)
+    columns.pop("seal")  # which would tell before all others
     change(columns, header)
     path.write_bytes(save(columns, metadata={"harness": json.dumps(header)}))
 
@@ -326,6 +327,47 @@ def test_a_mutated_golden_is_an_error_or_still_the_same(
     path.write_bytes(mutated)
     with contextlib.suppress(GoldenError):
         assert read_golden(path).fingerprint.root.hex().startswith("8fa8681d0705c440")
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A golden of sketches, values and statistics."""
+    path = tmp_path_factory.mktemp("sealed") / "golden.safetensors"
+    state = {f"layers.{n}.weight": torch.randn(90, 80) for n in range(3)}
+    api.record({**state, "bias": torch.randn(7)}, path)
+    return path
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_bit_that_changed_is_an_error_or_changes_nothing(
+    sealed: Path, draw: st.DataObject
+) -> None:
+    """Else a tensor could be told to differ that does not, and that would be called proved."""
+    original = sealed.read_bytes()
+    mutated = bytearray(original)
+    mutated[draw.draw(st.integers(0, len(original) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
+    path = sealed.with_name("mutated.safetensors")
+    path.write_bytes(mutated)
+    with contextlib.suppress(GoldenError):
+        assert serialize(read_golden(path)) == original
+
+
+@pytest.mark.parametrize("column", ["digest", "stats", "sketch", "block_norm"])
+def test_a_column_is_sealed(golden: Golden, column: str) -> None:
+    columns, header = header_of(golden.path)
+    columns[column].reshape(-1)[-1] += 1
+    golden.path.write_bytes(save(columns, metadata={"harness": json.dumps(header)}))
+    with pytest.raises(GoldenError, match="its parts do not make its seal"):
+        read_golden(golden.path)
+
+
+def test_a_golden_without_a_seal_gets_one_by_an_update(golden: Golden, data: Path) -> None:
+    damage(golden.path, lambda columns, header: None)
+    assert "seal" not in header_of(golden.path)[0]
+    api.update(data / "nest_tiny.nemo", golden.path)
+    assert read_golden(golden.path).history == ()
+    assert "seal" in header_of(golden.path)[0]
 
 
 def test_other_files_are_no_goldens(golden: Golden, data: Path, tmp_path: Path) -> None:
