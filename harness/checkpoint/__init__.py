@@ -79,7 +79,8 @@ def open_checkpoint(path: Location, *, section: str | None = None) -> Checkpoint
         )
     source = open_source(path)
     try:
-        if read(source, 0, min(_HEAD_NBYTES, source.nbytes)).lstrip()[:1] == b"{":
+        head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
+        if head.lstrip()[:1] == b"{" and not is_safetensors(head, source.nbytes):
             _no_section(path, section)
             return _sharded(path, source)
         return _open(path, source, section)
