@@ -7,6 +7,7 @@ trees deeper than any model's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -163,14 +164,14 @@ class _Tree:
         elif self._is_script(value):
             yield from self._script_children(value)
         elif isinstance(value, Record):
-            yield from ((_step(key), child) for key, child in value.pairs.items())
+            yield from _steps(value.pairs)
             yield from enumerate(value.items)
             if isinstance(value.state, (dict, list, tuple, Record)):
                 yield Component("state"), value.state
             if value.args:
                 yield Component("args"), value.args
         elif isinstance(value, dict):
-            yield from ((_step(key), child) for key, child in value.items())
+            yield from _steps(value)
         elif isinstance(value, (list, tuple)):
             yield from enumerate(value)
 
@@ -265,12 +266,18 @@ def _joined(path: Path, step: Any) -> Path:
     return (*path, step)
 
 
-def _step(key: Any) -> Any:
-    if isinstance(key, OpaqueKey) and isinstance(key.value, int):
-        return key.value
-    if isinstance(key, OpaqueKey):
-        return Component(f"key {type(key.value).__name__}")
-    return Component(str(key)) if isinstance(key, Global) else key
+def _steps(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """Keys as steps; of those that are no plain values, the second of a kind is `[key kind 2]`."""
+    counts: Counter[str] = Counter()
+    for key, child in values.items():
+        if isinstance(key, OpaqueKey) and not isinstance(key.value, int):
+            kind = f"key {type(key.value).__name__}"
+            counts[kind] += 1
+            yield Component(kind if counts[kind] == 1 else f"{kind} {counts[kind]}"), child
+        elif isinstance(key, OpaqueKey):
+            yield key.value, child
+        else:
+            yield Component(str(key)) if isinstance(key, Global) else key, child
 
 
 def _spelled(step: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,14 @@ def test_keys_with_dots_newlines_and_brackets_are_all_there(tmp_path: Path) -> N
             "a.b", "a\nb", '["a[0]"]', 'q"q', '[""]', " ", "ключ",
             "[7]", "[-1]", "[2.5]", "[True]", "[None]", "[(1, 'x')]", "[b'y']",
         ]  # fmt: skip
+
+
+def test_keys_that_are_no_plain_values_are_told_apart(tmp_path: Path, assert_reads: Assert) -> None:
+    value = {np.int64(n): torch.full((n,), 1.0) for n in (1, 2, 3)}
+    torch.save({"w": torch.ones(1), "bank": value}, tmp_path / "w.pt")
+    steps = ["key Record", "key Record 2", "key Record 3"]
+    expected = {f"bank[{step}]": child for step, child in zip(steps, value.values(), strict=True)}
+    assert_reads(tmp_path / "w.pt", {"w": torch.ones(1), **expected})
 
 
 def test_an_object_inside_of_itself_is_entered_once(tmp_path: Path) -> None:
