@@ -14,7 +14,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from harness.checkpoint.inert import Global, plain_key
+from harness.checkpoint.inert import Global, Record, plain_key
 from harness.checkpoint.machine import Constructors
 from harness.checkpoint.tensors import DTYPES, DType, Storage, Tensor
 
@@ -296,6 +296,11 @@ def _passed_through(value: Any, *rest: Any) -> Any:
     return value
 
 
+def _graph_module(body: Any, *rest: Any) -> Record:
+    """A module of torch.fx: its attributes, and code that is made again from text."""
+    return Record(Global("torch.fx.graph_module", "GraphModule"), state=body)
+
+
 CONSTRUCTORS: Constructors = {
     ("collections", "OrderedDict"): _mapping,
     ("collections", "defaultdict"): _mapping,
@@ -330,6 +335,7 @@ CONSTRUCTORS: Constructors = {
     ("torch.nested._internal.nested_tensor", "_rebuild_njt"): _rebuild_njt,
     ("torch.nn.parameter", "Parameter"): _rebuild_parameter,
     ("torch.nn.parameter", "Buffer"): _rebuild_parameter,
+    ("torch.fx.graph_module", "reduce_graph_module"): _graph_module,
     ("torch.serialization", "_get_layout"): _passed_through,
     ("torch.jit._pickle", "build_intlist"): _collection,
     ("torch.jit._pickle", "build_doublelist"): _collection,

@@ -190,7 +190,7 @@ class _Tree:
             if isinstance(key, str) and key not in transient:
                 yield _Dotted(key), buffer
         for key, module in state["_modules"].items():
-            if isinstance(key, str) and is_module(module):
+            if isinstance(key, str):  # one that pickles itself in its own way counts, too
                 yield _Dotted(key), module
 
     def _script_children(self, value: Record) -> Iterator[tuple[Any, Any]]:

@@ -7,6 +7,7 @@ import struct
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,31 @@ def test_a_whole_module_has_the_keys_of_its_state_dict(
     path = tmp_path / "w.pt"
     torch.save(Model(), path, _use_new_zipfile_serialization=zipped)
     assert_reads(path, torch.load(path, weights_only=False).state_dict())
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_whole_module_of_fx_has_the_keys_of_its_state_dict(
+    tmp_path: Path, assert_reads: Assert, nested: bool
+) -> None:
+    traced: torch.nn.Module = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), traced) if nested else traced
+    torch.save(model, tmp_path / "w.pt")
+    assert_reads(tmp_path / "w.pt", torch.load(tmp_path / "w.pt", weights_only=False).state_dict())
+
+
+class OwnState(torch.nn.Linear):
+    def __getstate__(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return {"weight": self.weight}, 1
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        raise AssertionError
+
+
+def test_a_module_that_pickles_itself_in_its_own_way_is_not_left_out(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), OwnState(2, 2))
+    torch.save(model, tmp_path / "w.pt")
+    with open_checkpoint(tmp_path / "w.pt") as checkpoint:
+        assert list(checkpoint.tensors) == ["0.weight", '1[state][0]["weight"]']
 
 
 @pytest.mark.parametrize("how", ["script", "trace"])
