@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections import ChainMap
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from harness.checkpoint.inert import Global, Record, plain_key
@@ -39,6 +39,7 @@ STORAGE_DTYPES = {
     "QUInt2x4Storage": "quint2x4",
     "UntypedStorage": "uint8",
 }
+_PER_BYTE = {"quint4x2": 2, "quint2x4": 4}
 _MAX_DIMENSIONS = 64
 _DTYPE_ALIASES = {
     "float": "float32",
@@ -155,7 +156,19 @@ def _rebuild_tensor_v3(
 def _rebuild_qtensor(
     ref: Any, offset: Any, size: Any, stride: Any, quantizer: Any, *rest: Any
 ) -> Composite:
-    parts: dict[str, Any] = {"int_repr": _view(ref, offset, size, stride, None, None)}
+    values = _view(ref, offset, size, stride, None, None)
+    parts: dict[str, Any] = {"int_repr": values}
+    per_byte = _PER_BYTE.get(values.dtype.name)
+    if per_byte:
+        if not values.is_contiguous or offset:
+            raise ValueError(f"a view of {values.dtype}, whose elements share bytes")
+        rows = values.shape[:-1]  # each of which starts a byte
+        parts["int_repr"] = replace(
+            values,
+            shape=(*rows, *(-(-n // per_byte) for n in values.shape[len(rows) :])),
+            strides=None,
+        )
+        parts["size"] = _integers(values.shape)
     match quantizer:
         case (Global(), float() as scale, int() as zero_point):
             parts["scale"] = _scalar(struct.pack("<d", scale), "float64")

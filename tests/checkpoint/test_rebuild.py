@@ -48,6 +48,27 @@ def test_quantized_tensors_are_integers_scales_and_zero_points(
     }
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "nbytes"), [("quint4x2", 9), ("quint2x4", 6)])
+def test_quantized_elements_that_share_bytes_are_read_as_those_bytes(
+    tmp_path: Path, name: str, nbytes: int
+) -> None:
+    scales, zero_points = torch.rand(3) + 0.1, torch.rand(3)
+    value = torch.quantize_per_channel(
+        torch.randn(3, 5), scales, zero_points, 0, getattr(torch, name)
+    )
+    torch.save({"w": value}, tmp_path / "w.pt")
+    storage = torch.load(tmp_path / "w.pt", weights_only=False)["w"].untyped_storage()
+    assert storage.nbytes() == nbytes
+    assert parts_of(tmp_path / "w.pt") == {
+        "w[int_repr]": bytes(storage),
+        "w[size]": bits(torch.tensor([3, 5])),
+        "w[scales]": bits(scales),
+        "w[zero_points]": bits(zero_points),
+        "w[axis]": bits(torch.tensor(0)),
+    }
+
+
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("layout", ["coo", "csr", "csc", "bsr", "bsc"])
 def test_sparse_tensors_are_indices_and_values(tmp_path: Path, layout: str) -> None:
