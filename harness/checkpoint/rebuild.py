@@ -12,7 +12,7 @@ import struct
 from collections import ChainMap
 from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from harness.checkpoint.inert import Global, Record, plain_key
 from harness.checkpoint.machine import Constructors
@@ -312,6 +312,18 @@ def _passed_through(value: Any, *rest: Any) -> Any:
 def _graph_module(body: Any, *rest: Any) -> Record:
     """A module of torch.fx: its attributes, and code that is made again from text."""
     return Record(Global("torch.fx.graph_module", "GraphModule"), state=body)
+
+
+def is_unknown_tensor(callee: Any) -> TypeGuard[Global]:
+    """Whether a record would be a tensor that no constructor here knows (of XLA, of a new torch).
+
+    It must not be taken for an object that holds no weights.
+    """
+    return (
+        isinstance(callee, Global)
+        and callee.module in ("torch._utils", "torch._tensor")
+        and callee.name.startswith("_rebuild")
+    )
 
 
 CONSTRUCTORS: Constructors = {

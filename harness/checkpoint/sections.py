@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from harness.checkpoint.inert import Global, OpaqueKey, Record
-from harness.checkpoint.rebuild import Composite
+from harness.checkpoint.rebuild import Composite, is_unknown_tensor
 from harness.checkpoint.tensors import Component, Tensor, format_key
 from harness.checkpoint.torchfile import TorchFile, is_module
 from harness.errors import CheckpointError, NoSection
@@ -138,6 +138,8 @@ class _Tree:
                         raise self._unbounded("hold more tensors than any model's", path)
                     yield _joined(path, step), child
                     continue
+                if isinstance(child, Record) and is_unknown_tensor(child.callee):
+                    raise self._unknown_tensor(child.callee, _joined(path, step))
                 if len(levels) > _MAX_DEPTH:
                     raise self._unbounded(f"are nested deeper than {_MAX_DEPTH} levels", path)
                 self._steps += 4  # to enter costs more than to look at
@@ -152,6 +154,12 @@ class _Tree:
         return CheckpointError(
             f"{self.name}: its objects {what}, at {format_key(path or ('the root',))[:200]}",
             hint="the file is malformed, or made to exhaust its reader: do not trust it",
+        )
+
+    def _unknown_tensor(self, function: Global, path: Path) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name}: tensor {format_key(path)[:200]} is made by {function}, which is unknown",
+            hint="load the file by torch, move its tensors to the CPU, and save it again",
         )
 
     def _children(self, value: Any) -> Iterator[tuple[Any, Any]]:

@@ -6,10 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from harness.checkpoint import open_checkpoint
+from harness.errors import CheckpointError
 
 from .conftest import bits, read_bits
 
@@ -100,6 +102,21 @@ def test_nested_tensors_hold_their_values(tmp_path: Path, layout: torch.layout) 
     assert values in found.values()
     assert all(key.startswith("w[") for key in found)
     assert bits(torch.tensor([0, 2, 6])) in found.values() or layout == torch.strided
+
+
+class OfXLA:
+    """What older versions of torch saved of a tensor of XLA, which has no storage."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        args = (np.ones(2, "float32"), torch.float32, "xla:0", False)
+        return torch._utils._rebuild_device_tensor_from_numpy, args
+
+
+def test_a_tensor_that_is_made_in_an_unknown_way_is_not_left_out(tmp_path: Path) -> None:
+    torch.save({"w": OfXLA(), "b": torch.ones(1)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"tensor w is made by .*_numpy") as caught:
+        open_checkpoint(tmp_path / "w.pt")
+    assert "CPU" in str(caught.value.hint)
 
 
 class Wrapper(torch.Tensor):
