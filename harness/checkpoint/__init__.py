@@ -160,7 +160,13 @@ def _torch_checkpoint(
         name=str(path),
         container=container,
         section=found,
-        tensors=_nonempty(path, tensor_table(str(path), tensors)),
+        tensors=_nonempty(
+            path,
+            tensor_table(str(path), tensors),
+            "TorchScript that is frozen keeps its weights as constants: give the file of before"
+            if file.container == "TorchScript"
+            else "is it the right file?",
+        ),
         sources=(source,),
         read_config=partial(_yaml, path, config_text)
         if config_text is not None
@@ -289,9 +295,11 @@ def _no_section(path: AnyPath, section: str | None) -> None:
         )
 
 
-def _nonempty(path: AnyPath, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _nonempty(
+    path: AnyPath, tensors: dict[str, Tensor], hint: str = "is it the right file?"
+) -> dict[str, Tensor]:
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors", hint="is it the right file?")
+        raise CheckpointError(f"{path}: holds no tensors", hint=hint)
     return tensors
 
 

@@ -26,6 +26,12 @@ from harness.errors import CheckpointError
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MAX_SMALL_NBYTES = 1 << 20
+# What else of torch is a zip archive, told by an entry that it has.
+_OTHER_ARCHIVES = {
+    "archive_format": "torch.export",
+    "serialized_exported_program.json": "torch.export",
+    ".data/extern_modules": "torch.package",
+}
 _WINDOW_NBYTES = 1 << 20
 
 
@@ -52,6 +58,12 @@ def read_torch_zip(source: Source, *, tally: Tally | None = None) -> TorchFile:
     entries = read_zip(source)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
+        inside = {name.partition("/")[2] or name for name in entries}
+        for mark in inside & _OTHER_ARCHIVES.keys():
+            raise CheckpointError(
+                f"{source.name}: an archive of {_OTHER_ARCHIVES[mark]}, not a checkpoint",
+                hint=f"load it by {_OTHER_ARCHIVES[mark]}, and save its state_dict by torch.save",
+            )
         found = ", ".join(sorted(entries)[:3]) or "nothing"
         raise CheckpointError(
             f"{source.name}: a zip archive, but not one of torch's: it has no data.pkl "

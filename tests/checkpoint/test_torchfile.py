@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.export
+import torch.package
 
 from harness.checkpoint import open_checkpoint
 from harness.errors import CheckpointError
@@ -127,6 +129,22 @@ def test_torchscript_has_the_keys_of_its_state_dict(
     assert found == {key: bits(value) for key, value in expected.items()}
     if how == "script":
         assert list(found) == list(expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_holds_no_state_dict_says_what_it_is(tmp_path: Path) -> None:
+    model, path = Model().eval(), tmp_path / "w"
+    torch.export.save(torch.export.export(model, (torch.ones(4, 3),)), path.with_suffix(".pt2"))
+    with torch.package.PackageExporter(path.with_suffix(".pkg")) as exporter:
+        exporter.save_pickle("model", "w.pkl", {"w": torch.ones(1)})
+    torch.jit.save(torch.jit.freeze(torch.jit.script(model)), path.with_suffix(".pt"))
+    for suffix, match in [
+        (".pt2", "archive of torch.export"),
+        (".pkg", "archive of torch.package"),
+        (".pt", "holds no tensors\nnext: TorchScript that is frozen"),
+    ]:
+        with pytest.raises(CheckpointError, match=match):
+            open_checkpoint(path.with_suffix(suffix))
 
 
 def test_a_big_endian_zip_reads_as_torch_loads_it(tmp_path: Path, assert_reads: Assert) -> None:
