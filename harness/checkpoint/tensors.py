@@ -218,8 +218,8 @@ class Tensor:
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with logical bytes from `start` (a multiple of the itemsize).
 
-        Memory: none beyond the buffer for contiguous tensors; strided ones are gathered from
-        mapped file pages, twice the buffer. Raises CheckpointError for meta tensors.
+        Memory: none beyond the buffer; strided tensors are gathered from mapped file pages. Raises
+        CheckpointError for meta tensors.
         """
         source = self.storage.source
         if source is None:
@@ -237,9 +237,7 @@ class Tensor:
                 buffer=source.view(self.storage.offset + self.offset * itemsize, span),
                 strides=[stride * itemsize for stride in self.strides or ()],
             )
-            first = start // itemsize
-            gathered = elements.flat[first : first + len(buffer) // itemsize]
-            buffer[:] = gathered.view("|u1").data
+            _gather(elements, start // itemsize, np.frombuffer(buffer, dtype=self.dtype.raw))
         if self.storage.big_endian or self.conjugate or self.negative:
             self._normalise(np.frombuffer(buffer, dtype="|u1"))
 
@@ -280,6 +278,28 @@ class Tensor:
             sign ^= 0x80
         if self.conjugate:
             sign[1::2] ^= 0x80
+
+
+def _gather(elements: Array, start: int, out: Array) -> None:
+    """Fill `out`, of one dimension, with the elements from `start` on in C order.
+
+    Whole rows at once: `elements.flat` goes one by one, and ends at 32 dimensions.
+    """
+    if elements.ndim == 1:
+        out[:] = elements[start : start + len(out)]
+        return
+    row_shape = elements.shape[1:]
+    row_numel = math.prod(row_shape)
+    row, skipped = divmod(start, row_numel)
+    if skipped:
+        count = min(row_numel - skipped, len(out))
+        _gather(elements[row], skipped, out[:count])
+        row, out = row + 1, out[count:]
+    rows, rest = divmod(len(out), row_numel)
+    whole = out[: len(out) - rest]
+    whole.reshape(rows, *row_shape)[...] = elements[row : row + rows]
+    if rest:
+        _gather(elements[row + rows], 0, out[len(whole) :])
 
 
 def decode(data: Array, dtype: DType) -> Array:

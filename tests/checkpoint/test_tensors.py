@@ -84,7 +84,7 @@ def layouts() -> dict[str, torch.Tensor]:
         "negative": pair.conj().imag,
         "real": pair.real,
         "conjugate_slice": pair.conj()[1::2],
-        "many_dimensions": torch.arange(4.0).reshape([1] * 30 + [2, 2]).transpose(30, 31),
+        "many_dimensions": torch.arange(4.0).reshape([1] * 60 + [2, 2]).transpose(60, 61),
     }
 
 
@@ -103,15 +103,22 @@ def test_a_strided_view_of_a_large_storage_reads_from_any_element(
     tmp_path: Path, name: str
 ) -> None:
     whole = torch.randn(64, 64).to(getattr(torch, name))
-    view = whole.t()[3:50:7, 5:60:2]
-    torch.save({"w": view}, tmp_path / "w.pt")
+    views = {
+        "matrix": whole.t()[3:50:7, 5:60:2],
+        "deep": whole.as_strided((3, 4, 2, 5), (9, 2, 0, 13)),
+        "long": whole[:, 0],
+    }
+    torch.save(views, tmp_path / "w.pt")
     with open_checkpoint(tmp_path / "w.pt") as checkpoint:
-        found = checkpoint.tensors["w"]
-        expected = view.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        for start in range(0, found.nbytes, 5 * found.dtype.itemsize):
-            buffer = bytearray(min(11 * found.dtype.itemsize, found.nbytes - start))
-            found.read_into(start, memoryview(buffer))
-            assert buffer == expected[start : start + len(buffer)]
+        for key, view in views.items():
+            found = checkpoint.tensors[key]
+            expected = view.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            for start in range(0, found.nbytes, 5 * found.dtype.itemsize):
+                for numel in (1, 11, 60):
+                    nbytes = min(numel * found.dtype.itemsize, found.nbytes - start)
+                    buffer = bytearray(nbytes)
+                    found.read_into(start, memoryview(buffer))
+                    assert buffer == expected[start : start + nbytes]
 
 
 @pytest.mark.parametrize("how", SAVES)
