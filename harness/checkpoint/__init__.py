@@ -320,8 +320,15 @@ def _yaml(path: AnyPath, text: bytes) -> Mapping[str, Any] | None:
             if len(getattr(event, "value", "")) > _MAX_YAML_SCALAR:
                 raise ValueError(f"it holds a text of more than {_MAX_YAML_SCALAR} characters")
         plain = plain_config(yaml.load(text, Loader=loader))
-    # The last three are what yaml's constructors raise for values that do not fit their tags.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+    # All but the first are what yaml's constructors raise for values that do not fit their tags.
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        OverflowError,
+    ) as error:
         raise CheckpointError(
             f"{path}: its model_config.yaml is no plain YAML: {str(error).partition(chr(10))[0]}",
             hint="get the archive again from where it came",

@@ -41,6 +41,8 @@ STORAGE_DTYPES = {
 }
 _PER_BYTE = {"quint4x2": 2, "quint2x4": 4}
 _MAX_DIMENSIONS = 64
+_INT64 = 1 << 63
+_MAX_CLASSES = 8
 _DTYPE_ALIASES = {
     "float": "float32",
     "double": "float64",
@@ -103,6 +105,8 @@ def _size(value: Any) -> tuple[int, ...]:
         raise ValueError(f"a size must be a tuple of integers, not {brief(value)}")
     if len(value) > _MAX_DIMENSIONS:
         raise ValueError(f"a size of {len(value)} dimensions")
+    if value and not (min(value) >= -_INT64 and max(value) < _INT64):
+        raise ValueError("a size beyond 64 bits")
     return value
 
 
@@ -111,6 +115,8 @@ def _view(
 ) -> Tensor:
     if not isinstance(ref, StorageRef) or type(offset) is not int:
         raise ValueError("a tensor needs a storage and an offset")
+    if abs(offset) >= _INT64:  # beyond torch's integers, and what Python prints
+        raise ValueError("an offset beyond 64 bits")
     flags = metadata if isinstance(metadata, dict) else {}
     return Tensor(
         key="",
@@ -266,7 +272,10 @@ def _rebuild_subclass(function: Any, kind: Any, args: Any, state: Any) -> Any:
         attributes = state[0]  # (__dict__, __slots__)
     if not isinstance(made, Composite) or not isinstance(attributes, dict):
         return made  # as_subclass: the same bytes under another class
-    return Composite(parts=ChainMap(attributes, made.parts))
+    below = made.parts.maps if isinstance(made.parts, ChainMap) else [made.parts]
+    if len(below) > _MAX_CLASSES:
+        raise ValueError("a tensor subclass of a subclass without end")
+    return Composite(parts=ChainMap(attributes, *below))
 
 
 def _rebuild_parameter(data: Any, *rest: Any) -> Any:

@@ -52,7 +52,7 @@ def read_safetensors(path: AnyPath, source: Source) -> tuple[list[Tensor], dict[
     for row in rows:
         if row.first != end or row.last < row.first:
             raise _invalid(
-                path, f"tensor {row.name!r} is at {row.first}:{row.last}, not from {end} on"
+                path, f"tensor {row.name[:200]!r} is at {row.first}:{row.last}, not from {end} on"
             )
         end = row.last
         storage = Storage(source=source, offset=start + row.first, nbytes=row.last - row.first)
@@ -61,7 +61,7 @@ def read_safetensors(path: AnyPath, source: Source) -> tuple[list[Tensor], dict[
         if tensor.nbytes != storage.nbytes:
             raise _invalid(
                 path,
-                f"tensor {row.name!r} (shape {list(row.shape)[:8]}, {row.dtype}) has "
+                f"tensor {row.name[:200]!r} (shape {list(row.shape)[:8]}, {row.dtype}) has "
                 f"{storage.nbytes} bytes, not {tensor.nbytes}",
             )
         tensors.append(tensor)
@@ -89,7 +89,7 @@ def _row(path: AnyPath, name: str, entry: Any) -> _Row:
     dtype = _BY_NAME.get(code)
     if dtype is None:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has the dtype {code[:200]}, which torch lacks",
+            f"{path}: tensor {name[:200]!r} has the dtype {code[:200]}, which torch lacks",
             hint="convert that tensor, or verify the rest from another file",
         )
     # In 64 bits, as the library multiplies: what overflows on the way to 0 is an error.
@@ -97,7 +97,7 @@ def _row(path: AnyPath, name: str, entry: Any) -> _Row:
     for size in shape:
         numel *= size
         if numel >= _USIZE:
-            raise _invalid(path, f"tensor {name!r} has an impossible shape")
+            raise _invalid(path, f"tensor {name[:200]!r} has an impossible shape")
     if dtype.name == "float4_e2m1fn_x2" and shape:
         shape[-1] //= 2  # torch counts the bytes, which hold two each
     return _Row(name, dtype, tuple(shape), first, last)

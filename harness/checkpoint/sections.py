@@ -241,9 +241,10 @@ class _Tree:
             return "its tensors are in no section: leave out --section"
         if not found:
             return "the file holds no tensors: is it the right one?"
+        short = next((name for name in names if len(name) <= 80), ".")
         return (
             f"of its sections {', '.join(found[:8])}, or . for every tensor, take one: "
-            f"harness record {quoted(self.name)} --section {quoted(names[0])}"
+            f"harness record {quoted(self.name)} --section {quoted(short)}"
         )
 
 
@@ -259,7 +260,7 @@ class _Level(NamedTuple):
 
 def _length(step: Any) -> int:
     text = step.name if isinstance(step, Component) else step
-    return 4 + len(text) if isinstance(text, (str, bytes)) else 16
+    return 4 + len(text if isinstance(text, str) else repr(text))
 
 
 class _Dotted(str):

@@ -54,7 +54,7 @@ def join_shards(
     def opened(shard: str) -> Checkpoint:
         if not is_file(folder / shard):
             raise CheckpointError(
-                f"{folder / shard}: missing, but {path.name} places "
+                f"{folder / shard[:200]}: missing, but {path.name} places "
                 f"{sum(1 for s in table.values() if s == shard)} tensors in it",
                 hint="download or copy the missing shard",
             )

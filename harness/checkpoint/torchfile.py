@@ -267,7 +267,8 @@ def _damaged(name: str, why: str) -> CheckpointError:
     return CheckpointError(f"{name}: {why}", hint="the file is damaged: copy or download it again")
 
 
-_CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:(?: {2}.*)?\n)*)", re.MULTILINE)
+# Possessive: to go back over a million lines would take a gigabyte.
+_CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:(?: {2}.*)?\n)*+)", re.MULTILINE)
 _NAMES = r"^ {{2}}__{}__ = \[(.*)\]"
 _QUOTED = re.compile(r'"([^"\\]*)"')
 _MAX_CODE_NBYTES = 4 << 20

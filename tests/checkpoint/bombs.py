@@ -195,6 +195,15 @@ def nested_subclasses(path: Path) -> None:
     write_torch_zip(path, rebuild + b"q\x00" + args + b"R")
 
 
+@bomb
+def subclasses_of_subclasses(path: Path) -> None:
+    rebuild = reference("torch._tensor", "_rebuild_from_type_v2")
+    again = rebuild + b"(" + reference("torch._utils", "_rebuild_parameter") + b"N("
+    wrapper = call(reference("torch._utils", "_rebuild_wrapper_subclass"))
+    depth = 5000
+    write_torch_zip(path, named(w=again * depth + wrapper + b"t}tR" * depth, v=tensor()))
+
+
 def _twice(index: int, kind: bytes) -> bytes:
     return b"(" + get(index) * 2 + kind
 
@@ -348,6 +357,28 @@ def one_module_name_above_many_tensors(path: Path) -> None:
     write_torch_zip(path, module(b"}", mapping((string("m" * 5_000_000), inner))))
 
 
+def _keys_above_many_tensors(path: Path, key: bytes) -> None:
+    inner = b"}(" + b"".join(string(str(n)) + get(0) for n in range(60_000)) + b"u"
+    nested = (b"}" + get(1)) * 100 + inner + b"s" * 100
+    start = tensor() + put(0) + b"0" + key + put(1) + b"0"
+    write_torch_zip(path, start + mapping((string("w"), get(0)), (string("nested"), nested)))
+
+
+@bomb
+def long_numbers_as_keys_above_many_tensors(path: Path) -> None:
+    _keys_above_many_tensors(path, b"L" + b"9" * 4000 + b"L\n")
+
+
+@bomb
+def long_tuples_as_keys_above_many_tensors(path: Path) -> None:
+    _keys_above_many_tensors(path, sequence(*[string("k" * 256)] * 16))
+
+
+@bomb
+def a_long_name_of_a_section(path: Path) -> None:
+    write_torch_zip(path, mapping((string("s" * 2_000_000), named(w=tensor()))))
+
+
 @bomb
 def many_sections_around_one_long_list(path: Path) -> None:
     known = ["state_dict", "model_state_dict", "model_state", "model", "module", "net"]
@@ -391,6 +422,23 @@ def tensors_of_terabytes(path: Path) -> None:
 def many_tensors_of_a_gigabyte(path: Path) -> None:
     pairs = ((string(f"w{n}"), tensor((1 << 20, n), (0, 0))) for n in range(1, 1000))
     write_torch_zip(path, mapping(*pairs))
+
+
+@bomb
+def tensor_at_an_offset_of_4300_digits(path: Path) -> None:
+    """So far off that Python does not print where it ends."""
+    rebuild = reference("torch._utils", "_rebuild_tensor_v2")
+    offset = b"L" + b"9" * 4300 + b"L\n"
+    sizes = integers((2, 2)), integers((2, 1))
+    write_torch_zip(path, named(w=call(rebuild, storage(), offset, *sizes, b"\x89", b"}")))
+
+
+@bomb
+def tensor_with_a_stride_of_4300_digits(path: Path) -> None:
+    rebuild = reference("torch._utils", "_rebuild_tensor_v2")
+    strides = sequence(integer(2), b"L" + b"9" * 4300 + b"L\n")
+    sizes = integers((2, 2)), strides
+    write_torch_zip(path, named(w=call(rebuild, storage(), integer(0), *sizes, b"\x89", b"}")))
 
 
 @bomb
@@ -536,6 +584,11 @@ def yaml_of_a_long_sexagesimal_number(path: Path) -> None:
 
 
 @bomb
+def yaml_of_a_sexagesimal_number_beyond_floats(path: Path) -> None:
+    _nemo(path, b"a: 1" + b":59" * 300 + b".5")
+
+
+@bomb
 def safetensors_with_a_large_header(path: Path) -> None:
     row = b'"%07d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     write_safetensors(path, b"{" + b",".join(row % n for n in range(280_000)) + b"}")
@@ -597,17 +650,26 @@ def index_of_wide_text(path: Path) -> None:
     path.write_bytes(text.encode())
 
 
+def _script(path: Path, code: bytes) -> None:
+    entries = {
+        "a/data.pkl": pickled(named(w=tensor())),
+        "a/constants.pkl": pickled(b")"),
+        "a/code/x.py": code,
+        "a/data/0": bytes(16),
+    }
+    write_zip(path, entries)
+
+
 @bomb
 def script_of_much_code(path: Path) -> None:
     """TorchScript whose code lists a million buffers."""
     code = b"class A(Module):\n  __buffers__ = [" + b'"aa",' * 1_500_000 + b"]\n"
-    entries = {
-        "a/data.pkl": pickled(named(w=tensor())),
-        "a/constants.pkl": pickled(b")"),
-        "a/code/x.py": code + "# 😀\n".encode(),
-        "a/data/0": bytes(16),
-    }
-    write_zip(path, entries)
+    _script(path, code + "# 😀\n".encode())
+
+
+@bomb
+def script_of_many_empty_lines(path: Path) -> None:
+    _script(path, b"class A(Module):\n" + b"\n" * 4_000_000)
 
 
 @bomb

@@ -44,7 +44,7 @@ def outcome(path: str) -> dict[str, object]:
                     tensor.read_into(start, buffer[: min(1 << 20, tensor.nbytes - start)])
         return {"tensors": len(checkpoint.tensors), "config": config is not None}
     except CheckpointError as error:
-        return {"error": str(error)[:2000], "hint": error.hint}
+        return {"error": str(error)[:2000], "hint": (error.hint or "")[:2000]}
     except BaseException as error:
         return {"escaped": f"{type(error).__name__}: {error}"[:2000]}
 

@@ -26,6 +26,7 @@ HARMLESS = {
     "keys_that_hash_alike_as_pairs",
     "safetensors_with_the_largest_metadata_that_is_read",
     "safetensors_with_a_wide_header",
+    "script_of_many_empty_lines",
 }
 
 
@@ -45,7 +46,7 @@ def assert_harmless(result: dict[str, Any], *, opens: bool, most_nbytes: int) ->
     assert ("error" not in result) == opens, result
     if not opens:
         assert result["name"] in result["error"] or "missing" in result["error"]
-        assert result["hint"]
+        assert 0 < len(result["hint"]) < 1000
     assert result["peak_nbytes"] < most_nbytes, result
     assert result["seconds"] < 10, result
 
