@@ -47,11 +47,17 @@ def to_path(location: Location) -> AnyPath:
             f"{location}: names the machine {host!r}, which file:// cannot reach",
             hint=f"for a path of this machine: {found[0]}/{host}{slash}{path}",
         )
-    return Path(unquote(slash + path))
+    return _no_url(unquote(slash + path))
 
 
 def _no_url(location: Location) -> AnyPath:
     if isinstance(location, (str, Path)):
+        try:
+            possible = b"\0" not in os.fsencode(location)
+        except UnicodeEncodeError:
+            possible = False
+        if not possible:
+            raise UsageError(f"{location}: a name that no file can have", hint="check the path")
         return Path(location)
     from harness.checkpoint.remote import RemotePath
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.checkpoint import open_checkpoint
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,13 @@ def test_a_missing_file_asks_whether_another_was_meant(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(tmp_path.with_name(f"{tmp_path.name}x") / "model.nemo")
     assert caught.value.hint == f"did you mean {tmp_path / 'model.nemo'}?"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "file:///a%00b"])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="a name that no file can have") as caught:
+        open_checkpoint(name)
+    assert caught.value.hint
 
 
 def test_folders_pipes_and_loops_are_refused(tmp_path: Path) -> None:
