@@ -61,7 +61,8 @@ def plain_key(key: Any) -> Any:
         return key if -(1 << 63) <= key < 1 << 64 else OpaqueKey(key)
     if isinstance(key, tuple) and len(key) <= 16:
         plain = all(item is None or isinstance(item, (str, bool, float, int)) for item in key)
-        short = all(len(item) <= 256 for item in key if isinstance(item, str))
+        # Every look-up hashes all of it.
+        short = sum(len(item) for item in key if isinstance(item, str)) <= 1024
         if plain and short and all(plain_key(item) is item for item in key):
             return TupleKey(key)
     return OpaqueKey(key)

@@ -163,7 +163,9 @@ class _Tree:
         )
 
     def _children(self, value: Any) -> Iterator[tuple[Any, Any]]:
+        # What is looked at and not passed on is counted here: thousands may share it.
         if isinstance(value, Composite):
+            self._steps += len(value.parts)
             for name, part in value.parts.items():
                 if isinstance(name, str) and isinstance(part, (Tensor, Composite)):
                     yield Component(name), part
@@ -185,7 +187,9 @@ class _Tree:
 
     def _module_children(self, state: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
         """A module's state dict: its parameters, its persistent buffers, its children."""
+        self._steps += sum(len(state[name]) for name in ("_parameters", "_buffers", "_modules"))
         skipped = state.get("_non_persistent_buffers_set")
+        self._steps += len(skipped) if isinstance(skipped, list) else 0
         transient = (
             {item for item in skipped if isinstance(item, str)}
             if isinstance(skipped, list)
@@ -204,6 +208,7 @@ class _Tree:
     def _script_children(self, value: Record) -> Iterator[tuple[Any, Any]]:
         parameters, buffers = self.file.script_classes[value.callee]
         state = value.state if isinstance(value.state, dict) else {}
+        self._steps += len(parameters) + len(buffers) + len(state)
         for key in (*parameters, *buffers):
             if isinstance(state.get(key), Tensor):
                 yield _Dotted(key), state[key]

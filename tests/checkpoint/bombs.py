@@ -371,12 +371,60 @@ def long_numbers_as_keys_above_many_tensors(path: Path) -> None:
 
 @bomb
 def long_tuples_as_keys_above_many_tensors(path: Path) -> None:
-    _keys_above_many_tensors(path, sequence(*[string("k" * 256)] * 16))
+    _keys_above_many_tensors(path, sequence(*[string("k" * 64)] * 16))
 
 
 @bomb
 def a_long_name_of_a_section(path: Path) -> None:
     write_torch_zip(path, mapping((string("s" * 2_000_000), named(w=tensor()))))
+
+
+def _many_modules(path: Path, start: bytes, **state: bytes) -> None:
+    """Modules that share what none of them has a tensor in."""
+    parts = {"_parameters": b"}", "_buffers": b"}", "_modules": b"}"} | state
+    module = reference("a", "Module") + b")R" + named(**parts) + b"b"
+    children = b"}(" + b"".join(string(str(n)) + module for n in range(10_000)) + b"u"
+    top = {**parts, "_parameters": named(w=tensor()), "_modules": children}
+    write_torch_zip(path, start + reference("a", "Module") + b")R" + named(**top) + b"b")
+
+
+@bomb
+def modules_that_share_many_names_of_buffers(path: Path) -> None:
+    names = b"](" + b"".join(string(str(n)) for n in range(50_000)) + b"e"
+    _many_modules(path, names + put(0) + b"0", _non_persistent_buffers_set=get(0))
+
+
+@bomb
+def modules_that_share_many_parameters_without_a_name(path: Path) -> None:
+    numbers = b"}(" + b"".join(integer(n) + b"N" for n in range(50_000)) + b"u"
+    _many_modules(path, numbers + put(0) + b"0", _parameters=get(0))
+
+
+@bomb
+def script_modules_of_many_buffers_that_are_none(path: Path) -> None:
+    module = reference("__torch__", "A") + b")R}b"
+    body = reference("__torch__", "A") + b")R" + named(w=tensor()) + b"b" + put(0) + b"0"
+    modules = b"".join(string(str(n)) + module for n in range(10_000))
+    body = body + get(0) + b"}(" + string("w") + tensor() + modules + b"ub"
+    names = b"".join(b'"%d",' % n for n in range(50_000))
+    entries = {
+        "a/data.pkl": pickled(body),
+        "a/constants.pkl": pickled(b")"),
+        "a/code/__torch__.py": b"class A(Module):\n  __buffers__ = [" + names + b'"w"]\n',
+        "a/data/0": bytes(16),
+    }
+    write_zip(path, entries)
+
+
+@bomb
+def one_subclass_with_many_attributes_listed_many_times(path: Path) -> None:
+    numbers = b"}(" + b"".join(integer(n) + b"N" for n in range(50_000)) + b"u"
+    rebuild = reference("torch._tensor", "_rebuild_from_type_v2")
+    wrapper = reference("torch._utils", "_rebuild_wrapper_subclass")
+    one = rebuild + sequence(wrapper, b"N", b")", numbers) + b"R" + put(0) + b"0"
+    write_torch_zip(
+        path, one + mapping((string("w"), tensor()), (string("l"), b"](" + get(0) * 200_000 + b"e"))
+    )
 
 
 @bomb
