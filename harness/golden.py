@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -33,9 +33,6 @@ from harness.fingerprint import Fingerprint
 from harness.shell import quoted
 from harness.sketch import NUM_PROJECTIONS, SEED
 from harness.streaming import CHUNK_NBYTES
-
-if TYPE_CHECKING:
-    pass
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -260,6 +257,9 @@ def _place(path: Path, data: bytes, *, overwrite: bool) -> None:
         file = stack.enter_context(os.fdopen(descriptor, "wb"))
         with contextlib.suppress(OSError):  # not every file system can
             fcntl.flock(file, fcntl.LOCK_EX)
+        if not nameless and not os.fstat(descriptor).st_nlink:  # removed before it was locked
+            _place(path, data, overwrite=overwrite)
+            return
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

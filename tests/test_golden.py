@@ -314,7 +314,7 @@ def test_goldens_by_two_kinds_of_projections_cannot_tell_what_is_close(
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_mutated_golden_is_an_error_or_still_the_same(
     data: Path, tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject
@@ -338,7 +338,7 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_bit_that_changed_is_an_error_or_changes_nothing(
     sealed: Path, draw: st.DataObject
@@ -482,6 +482,24 @@ def test_the_file_of_a_writer_that_lives_is_left_alone(golden: Golden) -> None:
         assert written.exists()
     write_golden(replace(golden, source="a third"), overwrite=True)
     assert not written.exists()
+
+
+def test_a_file_that_another_writer_removed_before_it_was_locked_is_made_again(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    flock, removed = fcntl.flock, list[Path]()
+
+    def late(file: Any, how: int) -> None:
+        if not removed:
+            removed.extend(golden.path.parent.glob(".*.tmp"))
+            removed[0].unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_golden(replace(golden, source="another"), overwrite=True)
+    assert read_golden(golden.path).source == "another"
+    assert _files(golden.path.parent) == [golden.path.name]
 
 
 def test_a_folder_that_cannot_be_written_is_a_clear_error(golden: Golden, tmp_path: Path) -> None:
