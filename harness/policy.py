@@ -57,7 +57,7 @@ class Policy:
         ):
             # The keys of a mapping, or the letters of a text, could pass for pairs.
             if not isinstance(given, (tuple, list)) or any(
-                isinstance(one, str) or len(one) != len(example[0]) for one in given
+                not isinstance(one, (tuple, list)) or len(one) != len(example[0]) for one in given
             ):
                 raise UsageError(
                     f"{name} takes a tuple of {entry}, not {given!r}", hint=f"{name}={example!r}"

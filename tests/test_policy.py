@@ -45,7 +45,9 @@ def test_a_glob_in_the_place_of_a_tuple_of_them_is_an_error() -> None:
     assert caught.value.hint == "('*.bias',)"
 
 
-@pytest.mark.parametrize("wrong", [{"ab": "cd"}, ("ab",), (("a",),), "ab", (("a", 1e-5),) * 2])
+@pytest.mark.parametrize(
+    "wrong", [{"ab": "cd"}, ("ab",), (7,), (("a",),), "ab", (("a", 1e-5),) * 2]
+)
 def test_a_map_or_tolerances_of_another_form_are_an_error(wrong: Any) -> None:
     with pytest.raises(UsageError, match=r"tolerances takes a tuple of \(GLOB, ATOL, RTOL\), not"):
         Policy(tolerances=wrong)
