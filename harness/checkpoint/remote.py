@@ -15,13 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote
 
 from harness.errors import CheckpointError, HarnessError, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 # One more attempt after each, unless the library behind the protocol was patient itself.
 RETRY_DELAYS = (0.2, 0.5, 1.0, 2.0)
