@@ -16,11 +16,13 @@ from harness.shell import quoted
 
 _NAME = "report.html"
 _RENDERERS = {".html": "html", ".md": "markdown", ".xml": "junit", ".json": "json"}
-# A report of any format begins with one of these.
+# A report of any format begins with one of these, or has the last in its head.
 _STARTS = (
-    *("<!DOCTYPE html>", "## harness ", '{\n  "exit_code": '),
-    '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites name="harness ',
+    *(b"## harness ", b'{\n  "exit_code": '),
+    b'<?xml version="1.0" encoding="UTF-8"?>\n<testsuites name="harness ',
 )
+_GENERATOR = b'<meta name="generator" content="checkpoint-harness '
+_HEAD_NBYTES = 2048
 
 
 def check_report(path: Path) -> None:
@@ -55,10 +57,10 @@ def _may_be_replaced(path: Path) -> bool:
     """Whether a file is a report, or empty, or cannot be read, which is told when it is written."""
     try:
         with path.open("rb") as file:
-            start = file.read(max(map(len, _STARTS)))
+            start = file.read(_HEAD_NBYTES)
     except OSError:
         return True
-    return not start or start.startswith(tuple(text.encode() for text in _STARTS))
+    return not start or start.startswith(_STARTS) or _GENERATOR in start
 
 
 def write_report(result: Result, path: Path) -> None:

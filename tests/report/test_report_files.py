@@ -102,6 +102,7 @@ def test_reports_do_not_change_what_is_printed(project: Path, harness: Harness) 
         ("/dev/null", "by its suffix", "--report report.html"),
         ("README.md", "is there, and is no report", "give it another name: --report report.md"),
         ("report.md", "is there, and is no report", "if it is not needed: rm report.md"),
+        ("index.html", "is there, and is no report", "give it another name: --report report.html"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_told_before_any_work(
@@ -110,6 +111,7 @@ def test_a_report_that_cannot_be_written_is_told_before_any_work(
     Path("a folder").mkdir()
     Path("README.md").write_text("# Mine\n")
     Path("report.md").write_text("# Mine, too\n")
+    Path("index.html").write_text("<!DOCTYPE html>\n<title>Mine</title>\n")
     for command in (["verify"], ["diff", "nest.nemo", "gone"], ["roundtrip", "gone"]):
         run = harness(*command, "--report", path, "--report", "out.xml")
         assert (run.code, run.out) == (2, "")
