@@ -11,6 +11,7 @@ Format as in torch/distributed/checkpoint of torch 2.0 to 2.13.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import PurePosixPath
@@ -284,14 +285,16 @@ def _read_items(folder: AnyPath, plan: _Plan, tally: Tally) -> tuple[_Items, lis
         is_tensor = plan.tables[place.key] is not None
         return tensors.read(item) if is_tensor else read_torch_zip(item, tally=tally)
 
-    for source, places in zip(at_once(folder, opened, groups), groups, strict=True):
-        sources.append(source)
-        for first in range(0, len(places), _ITEMS_AHEAD):
-            some = places[first : first + _ITEMS_AHEAD]
-            with source.ahead(span for place in some for span in ends(place.start, place.nbytes)):
-                for place in some:
-                    file = read(source, place)
-                    items[place.key, place.offset] = _Item(place=place, file=file)
+    with closing(at_once(folder, opened, groups)) as opening:
+        for source, places in zip(opening, groups, strict=True):
+            sources.append(source)
+            for first in range(0, len(places), _ITEMS_AHEAD):
+                some = places[first : first + _ITEMS_AHEAD]
+                spans = (span for place in some for span in ends(place.start, place.nbytes))
+                with source.ahead(spans):
+                    for place in some:
+                        file = read(source, place)
+                        items[place.key, place.offset] = _Item(place=place, file=file)
     return items, sources
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 
 from harness.checkpoint.assembled import Index, Piece, assemble, is_index
@@ -60,18 +61,18 @@ def read_rank_shards(
         source = pool.open(path)
         return source, *read_safetensors(path, source)
 
-    shards = at_once(folder, opened, paths)
-    for path, (source, tensors, metadata) in zip(paths, shards, strict=True):
-        sources.append(source)
-        offsets = _saved_offsets(path, metadata.get(_SHARDING_INFO))
-        for tensor in tensors:
-            start = (0,) * len(tensor.shape) if offsets is None else offsets.get(tensor.key)
-            if start is None or len(start) != len(tensor.shape):
-                raise _damaged(
-                    str(path), f"does not say where its chunk of {tensor.key!r} is in the whole"
-                )
-            piece = Piece(start=start, tensor=tensor, where=path.name)
-            found.setdefault(tensor.key, []).append(piece)
+    with closing(at_once(folder, opened, paths)) as shards:
+        for path, (source, tensors, metadata) in zip(paths, shards, strict=True):
+            sources.append(source)
+            offsets = _saved_offsets(path, metadata.get(_SHARDING_INFO))
+            for tensor in tensors:
+                start = (0,) * len(tensor.shape) if offsets is None else offsets.get(tensor.key)
+                if start is None or len(start) != len(tensor.shape):
+                    raise _damaged(
+                        str(path), f"does not say where its chunk of {tensor.key!r} is in the whole"
+                    )
+                piece = Piece(start=start, tensor=tensor, where=path.name)
+                found.setdefault(tensor.key, []).append(piece)
     return [_joined(folder, key, pieces) for key, pieces in found.items()], tuple(sources)
 
 

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -172,8 +172,11 @@ def read_file(path: AnyPath) -> bytes:
 
 def at_once(
     folder: AnyPath, function: Callable[[_Item], _T], items: Sequence[_Item]
-) -> Iterator[_T]:
-    """Map over what is in a folder, in order; many at once where each costs round trips."""
+) -> Generator[_T, None, None]:
+    """Map over what is in a folder, in order; many at once where each costs round trips.
+
+    Who stops before the end closes it, or the rest would still be asked for.
+    """
     if isinstance(folder, Path):
         yield from map(function, items)
         return

@@ -132,6 +132,16 @@ def test_the_shards_of_ranks_behind_a_url_have_the_root_of_those_here(
     assert root("memory://b/ranks") == root(tmp_path)
 
 
+def test_what_is_found_damaged_at_first_stops_the_opening_of_the_rest(memory: Any) -> None:
+    for rank in range(20):
+        data = save({"w": torch.ones(1)}, metadata={"DCP_SHARDING_INFO": "no JSON"})
+        memory.pipe_file(f"/b/ranks/shard-{rank:05}-model-00001-of-00001.safetensors", data)
+    with pytest.raises(CheckpointError, match="not JSON") as caught:
+        open_checkpoint("memory://b/ranks")
+    assert caught.value.__traceback__ is not None  # which holds on to all that was there
+    assert not [one for one in threading.enumerate() if one.name.startswith("harness-open")]
+
+
 def test_tensors_that_lie_in_many_files_are_fetched_once(tmp_path: Path, web: Web) -> None:
     values = {}
     for number in range(6):
