@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from harness.compare import Comparison
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 pytest_plugins = ["pytester"]
 
 REPOSITORY = Path(__file__).parent.parent
+
+# A machine that many share may stop a test for longer than any deadline.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 class Run(NamedTuple):

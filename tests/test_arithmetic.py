@@ -84,7 +84,7 @@ def test_products_are_within_their_bound(
         assert error <= (numel + 1) * UNIT * size + Fraction(1e-300)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_bits_do_not_depend_on_what_stands_beside(data: st.DataObject) -> None:
     numel = data.draw(st.sampled_from([256, 1000, 4096, 8192]))

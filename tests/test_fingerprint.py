@@ -118,7 +118,7 @@ def test_the_digest_of_a_known_tensor_never_changes(tmp_path: Path) -> None:
     assert found.root.hex() == "8947f460faef6ba4e6bf2d123676035b4b1ffaf3e85f487dd1fdd4436f1f2db9"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     which=st.sampled_from([k for k, t in state_of().items() if t.numel()]),
     place=st.floats(0, 1, exclude_max=True),

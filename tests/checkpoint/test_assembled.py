@@ -55,7 +55,7 @@ def whole(shape: tuple[int, ...], pieces: list[Piece]) -> Tensor:
     return assemble("name", "key", INT64, shape, pieces, hint="a hint")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tiling=tilings(), data=st.data(), block=st.sampled_from([8, 24, 64, 1 << 20]))
 def test_any_range_of_any_tiling_has_the_bytes_of_the_whole(
     tiling: tuple[tuple[int, ...], Any], data: st.DataObject, block: int
@@ -85,7 +85,7 @@ def test_any_range_of_any_tiling_has_the_bytes_of_the_whole(
     assert bytes(source.view(0, source.nbytes)) == values.tobytes()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tiling=tilings(), data=st.data())
 def test_a_piece_too_few_or_too_many_is_told_with_its_first_element(
     tiling: tuple[tuple[int, ...], Any], data: st.DataObject

@@ -201,7 +201,7 @@ LAYOUTS = {
 }
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
     parts=st.lists(
         st.tuples(
@@ -670,7 +670,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return _files(folder)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), name=st.sampled_from([".metadata"] * 4 + ["__0_0.distcp", "meta.pt"]))
 def test_a_damaged_folder_reads_or_says_why_not(
     tmp_path_factory: pytest.TempPathFactory,

@@ -131,7 +131,6 @@ def read_all(path: Path, section: str | None) -> None:
 
 @settings(
     max_examples=200,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(data=damaged_files(), section=st.sampled_from([None, "."]))

@@ -138,7 +138,7 @@ def test_sections_are_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path, section="model")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_damaged_shard_reads_or_says_why_not(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
