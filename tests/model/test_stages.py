@@ -281,6 +281,16 @@ def test_a_weight_that_no_file_holds_is_found_by_its_outputs_and_no_update_accep
     assert harness("verify", plain, "-g", golden.path, "--outputs", "--update-golden").code == 1
 
 
+def test_what_is_drawn_is_not_accepted_where_it_departs_from_the_golden_too(
+    plain: Path, harness: Callable[..., Run]
+) -> None:
+    golden = record(plain, "Plain")
+    verify = ("verify", plain, "-g", golden.path, "--outputs", "--model", f"{HERE}:Drawn")
+    for run in (harness(*verify), harness(*verify, "--update-golden")):
+        assert run.code == 1
+        assert "note: the reloaded model was built under another seed" in run.out
+
+
 def test_a_parameter_that_is_now_a_buffer_is_named(plain: Path) -> None:
     found = verify_with(record(plain, "Plain"), plain, "Unlearning")
     (finding,) = found["load"].findings
