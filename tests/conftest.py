@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from hypothesis import settings
 
 if TYPE_CHECKING:
     from harness.compare import Comparison
@@ -26,9 +25,15 @@ pytest_plugins = ["pytester"]
 
 REPOSITORY = Path(__file__).parent.parent
 
-# A machine that many share may stop a test for longer than any deadline.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("hypothesispytest"):
+        return  # where the README is tested alone
+    from hypothesis import settings
+
+    # A machine that many share may stop a test for longer than any deadline.
+    settings.register_profile("patient", deadline=None)
+    settings.load_profile("patient")
 
 
 class Run(NamedTuple):
