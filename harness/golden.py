@@ -102,7 +102,7 @@ class Golden:
         if source is None or not isinstance(self.path, Path):
             return None
         # A link may lead to another depth; without one, what was typed is what is shown.
-        real = self.path.resolve()
+        real = _real(self.path)
         path = self.path if real == _spelled_out(self.path) else real
         return Path(os.path.normpath(path.parent / source))
 
@@ -131,14 +131,14 @@ def source_of(checkpoint: AnyPath, golden: AnyPath) -> str:
         return str(checkpoint)
     if not isinstance(golden, Path):
         return checkpoint.name
-    project, real = _project(golden), checkpoint.resolve()
+    project, real = _project(golden), _real(checkpoint)
     # A link inside of the project keeps its name: where it leads to may be of this machine.
     named = _spelled_out(checkpoint)
-    if not named.is_relative_to(project) or named.resolve() != real:
+    if not named.is_relative_to(project) or _real(named) != real:
         named = real
     if not named.is_relative_to(project):
         return checkpoint.name
-    relative = os.path.relpath(named, golden.resolve().parent)
+    relative = os.path.relpath(named, _real(golden).parent)
     return PurePosixPath(*Path(relative).parts).as_posix()
 
 
@@ -147,8 +147,13 @@ def _spelled_out(path: Path) -> Path:
     return Path(os.path.normpath(path.absolute()))
 
 
+def _real(path: Path) -> Path:
+    """A path without links; where they go round in circles, with them."""
+    return Path(os.path.realpath(path))
+
+
 def _project(golden: Path) -> Path:
-    folder = golden.resolve().parent
+    folder = _real(golden).parent
     for candidate in (folder, *folder.parents):
         if any(is_there(candidate / name) for name in (".git", "pyproject.toml")):
             return candidate
@@ -170,7 +175,7 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
                 raise _is_recorded(path)
             refuse_other(path)
         if isinstance(path, Path):
-            path = path.resolve()  # a link stays one
+            path = _real(path)  # a link stays one
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             _put(path, data, overwrite=overwrite)
@@ -239,7 +244,8 @@ def _place(path: Path, data: bytes, *, overwrite: bool) -> None:
     in between leaves the new one under both names, and the next write removes what no living writer
     holds locked.
     """
-    beside = f".{path.name}."
+    # A name may have 255 bytes.
+    beside = f".{os.fsdecode(os.fsencode(path.name)[:200])}."
     for left in path.parent.glob(f"{glob.escape(beside)}*.tmp"):
         _remove_unlocked(left)
     temporary = path.parent / f"{beside}{os.urandom(4).hex()}.tmp"

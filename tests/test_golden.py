@@ -502,6 +502,21 @@ def test_a_file_that_another_writer_removed_before_it_was_locked_is_made_again(
     assert _files(golden.path.parent) == [golden.path.name]
 
 
+def test_a_golden_may_have_the_longest_name(golden: Golden, tmp_path: Path) -> None:
+    named = replace(golden, path=tmp_path / f"{'ü' * 121}.safetensors")
+    assert write_golden(named)
+    assert write_golden(replace(named, source="another"), overwrite=True)
+    assert read_golden(named.path).source == "another"
+
+
+def test_links_that_go_round_in_circles_are_a_clear_error(golden: Golden, tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(GoldenError):
+        write_golden(replace(golden, path=tmp_path / "a"))
+    assert source_of(tmp_path / "net.pt", tmp_path / "a")
+
+
 def test_a_folder_that_cannot_be_written_is_a_clear_error(golden: Golden, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.touch()
