@@ -25,7 +25,7 @@ LIVE = ("harness/nest/", "harness/model/")
 # longest name that fits a module is its own.
 LAYERS = [
     ["harness.errors", "harness.shell"],
-    ["harness.ranks"],
+    ["harness.atomic", "harness.ranks"],
     ["harness.checkpoint"],
     ["harness.cache", "harness.streaming"],
     ["harness.arithmetic"],
