@@ -482,23 +482,3 @@ def add_tallies(tallies: Sequence[Tally]) -> Tally:
             sum(t.num_nonfinite[1] for t in tallies),
         ),
     )
-
-
-def element(values: Values, index: int) -> float | complex | int | bool:
-    """Read one element, by its place in logical order."""
-    itemsize = values.dtype.itemsize
-    data = bytearray(itemsize)
-    values.read_into(index * itemsize, memoryview(data))
-    return _number(np.frombuffer(data, dtype="|u1"), values.dtype)
-
-
-def _number(data: Array, dtype: DType) -> float | complex | int | bool:
-    if dtype.name == "complex32":
-        real, imaginary = data.view("<f2").astype("<f8")
-        return complex(float(real), float(imaginary))
-    value = decode(data, dtype)[0]
-    if dtype.kind == "float":
-        return float(value)
-    if dtype.kind == "complex":
-        return complex(value)
-    return bool(value) if dtype.name == "bool" else int(value)

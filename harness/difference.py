@@ -24,14 +24,13 @@ from harness.allclose import (
     Tolerance,
     Values,
     add_tallies,
-    element,
     roundings,
     run_numel,
     tally_chunk,
     tally_nonfinite,
 )
 from harness.arithmetic import total_squares
-from harness.checkpoint.tensors import numpy_dtype
+from harness.checkpoint.tensors import DType, decode, numpy_dtype
 from harness.fingerprint import TensorPrint, block_numel, digest_of
 from harness.sketch import CHANCE, NUM_PROJECTIONS, Gap, block_ranges, compare_sketches, recover
 from harness.stats import Stats
@@ -441,3 +440,23 @@ class _Patched:
 
 Measure = Callable[[Sequence[tuple[TensorPrint, TensorPrint, Tolerance]]], Sequence[Difference]]
 """Measures pairs (expected, actual, tolerance) of tensors that have the same shape."""
+
+
+def element(values: Values, index: int) -> float | complex | int | bool:
+    """Read one element, by its place in logical order."""
+    itemsize = values.dtype.itemsize
+    data = bytearray(itemsize)
+    values.read_into(index * itemsize, memoryview(data))
+    return _number(np.frombuffer(data, dtype="|u1"), values.dtype)
+
+
+def _number(data: Array, dtype: DType) -> float | complex | int | bool:
+    if dtype.name == "complex32":
+        real, imaginary = data.view("<f2").astype("<f8")
+        return complex(float(real), float(imaginary))
+    value = decode(data, dtype)[0]
+    if dtype.kind == "float":
+        return float(value)
+    if dtype.kind == "complex":
+        return complex(value)
+    return bool(value) if dtype.name == "bool" else int(value)

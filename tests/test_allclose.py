@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from harness.allclose import MAX_ELEMENTS, Tally, Tolerance, element, run_numel
+from harness.allclose import MAX_ELEMENTS, Tally, Tolerance, run_numel
 from harness.checkpoint.tensors import DTYPES
 from harness.difference import Difference, exact_difference
 from harness.fingerprint import TensorPrint
@@ -414,18 +414,3 @@ def test_infinities_of_one_sign_need_no_tolerance(dtype: torch.dtype) -> None:
 def test_a_tally_of_nothing_is_no_difference() -> None:
     assert Tally() == Tally(num_differing=0, num_beyond=0, first=-1, last=-1)
     assert compared(torch.empty(0, 3), torch.empty(0, 3)).verdict == "identical"
-
-
-@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-def test_one_element_is_read_in_its_own_type() -> None:
-    for value, dtype in [
-        (1.5, torch.bfloat16),
-        (0.5, torch.float8_e4m3fn),
-        (1 + 2j, torch.complex64),
-        (1 + 2j, torch.complex32),
-        (True, torch.bool),
-        (-7, torch.int8),
-    ]:
-        found = element(tensor_print(torch.tensor([0, value]).to(dtype)), 1)
-        assert found == value
-        assert type(found) is type(value)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from harness import api
-from harness.difference import Difference, enough, outward
+from harness.difference import Difference, element, enough, outward
 from harness.policy import Policy
+from tests.test_allclose import tensor_print
 
 NUMEL = 50_000  # several blocks, the last one in part
 
@@ -355,3 +356,18 @@ def test_what_is_rounded_for_a_person_still_holds(
 ) -> None:
     assert outward(ends) == outwards
     assert enough(ends) == suffices
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_one_element_is_read_in_its_own_type() -> None:
+    for value, dtype in [
+        (1.5, torch.bfloat16),
+        (0.5, torch.float8_e4m3fn),
+        (1 + 2j, torch.complex64),
+        (1 + 2j, torch.complex32),
+        (True, torch.bool),
+        (-7, torch.int8),
+    ]:
+        found = element(tensor_print(torch.tensor([0, value]).to(dtype)), 1)
+        assert found == value
+        assert type(found) is type(value)
