@@ -5,23 +5,13 @@ The public names below load on first use: `import harness` costs nothing and nev
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.api import (
-        diff,
-        fingerprint,
-        open_checkpoint,
-        read_golden,
-        record,
-        roundtrip,
-        update,
-        verify,
-        verify_stages,
-    )
-    from harness.compare import Comparison
+    from harness.api import diff, fingerprint, record, roundtrip, update, verify, verify_stages
+    from harness.checkpoint import open_checkpoint
+    from harness.comparison.comparison import Comparison
+    from harness.comparison.policy import Policy
     from harness.errors import (
         CheckpointError,
         GoldenError,
@@ -30,16 +20,17 @@ if TYPE_CHECKING:
         ModelError,
         UsageError,
     )
-    from harness.model.callback import GoldenCheckpoint
-    from harness.policy import Policy
+    from harness.golden.file import read_golden
+    from harness.lightning_callback import GoldenCheckpoint
+
 
 _HOMES = {
     "harness.api": (
         *("diff", "fingerprint", "open_checkpoint", "read_golden", "record"),
         *("roundtrip", "update", "verify", "verify_stages"),
     ),
-    "harness.compare": ("Comparison",),
-    "harness.policy": ("Policy",),
+    "harness.comparison.comparison": ("Comparison",),
+    "harness.comparison.policy": ("Policy",),
     "harness.errors": (
         "CheckpointError",
         "GoldenError",
@@ -48,7 +39,8 @@ _HOMES = {
         "ModelError",
         "UsageError",
     ),
-    "harness.model.callback": ("GoldenCheckpoint",),
+    "harness.lightning_callback": ("GoldenCheckpoint",),
+    "harness.version": ("__version__",),
 }
 
 __all__ = [
@@ -71,7 +63,6 @@ __all__ = [
     "verify",
     "verify_stages",
 ]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
@@ -81,14 +72,3 @@ def __getattr__(name: str) -> object:
         if name in names:
             return getattr(import_module(home), name)
     raise AttributeError(f"module 'harness' has no attribute {name!r}")
-
-
-class _Package(ModuleType):
-    """Keeps `fingerprint` the verb: importing the submodule of that name would take its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

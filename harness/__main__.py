@@ -1,5 +1,7 @@
 """`python -m harness` is `harness`."""
 
-from harness.cli import main
+from __future__ import annotations
+
+from harness.cli.commands import main
 
 main()

@@ -14,48 +14,45 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from harness.cache import DigestCache
-from harness.checkpoint import Checkpoint, Tensor, open_checkpoint
-from harness.checkpoint.paths import AnyPath, Location, to_local, to_path
-from harness.compare import Comparison, compare, with_damages
+from harness.checkpoint import open_checkpoint
+from harness.checkpoint.sources.paths import AnyPath, Location, path_of, to_local, to_path
+from harness.checkpoint.tensors import Checkpoint, Tensor
+from harness.comparison.compare import compare, with_damages
+from harness.comparison.comparison import Comparison
+from harness.comparison.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
+from harness.comparison.policy import Policy, Stage, refuse_stage
 from harness.errors import UsageError
-from harness.fingerprint import MAX_KEPT_NUMEL, Fingerprint, outline
-from harness.fingerprint import fingerprint as fingerprint_checkpoint
-from harness.golden import (
-    Golden,
-    LiveRecord,
-    Update,
-    is_golden,
-    read_golden,
-    refuse_changed,
-    source_of,
-    write_golden,
-)
-from harness.integrity import damages
-from harness.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
-from harness.policy import Policy, Stage, refuse_stage
-from harness.sketch import DEFAULT_BLOCK_NBYTES
-from harness.streaming import CHUNK_NBYTES, Progress
-from harness.subjects import (
+from harness.fingerprints.cache import DigestCache
+from harness.fingerprints.fingerprint import Fingerprint, outline
+from harness.fingerprints.integrity import damages
+from harness.fingerprints.scan import MAX_KEPT_NUMEL
+from harness.fingerprints.scan import fingerprint as fingerprint_checkpoint
+from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES
+from harness.golden.file import is_golden, read_golden, refuse_changed, write_golden
+from harness.golden.golden import Golden, LiveRecord, Update, source_of
+from harness.golden.places import (
     GOLDEN_FOLDER,
-    KEPT,
-    LOADED,
-    Subject,
     choose_golden,
     golden_path,
     named_source,
     new_golden,
+    refuse_reference,
+    source_after,
+)
+from harness.streaming.chunks import CHUNK_NBYTES, Progress
+from harness.subjects import (
+    KEPT,
+    LOADED,
+    Subject,
     of_live_ones_too,
     only_of_files,
     opened,
     opened_for,
-    path_of,
-    refuse_reference,
-    source_after,
 )
 
 if TYPE_CHECKING:
     from harness.model.stages import LiveOptions
+
 
 __all__ = [
     "GOLDEN_FOLDER",

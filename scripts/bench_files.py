@@ -72,7 +72,9 @@ def write_states(folder: Path, dtype: str, gigabytes: str, names: list[str]) -> 
 
 
 def write_nest(path: str) -> None:
-    from harness.nest import RECIPE, EncDecDenoiseMaskedTokenPredModel, load_config
+    from harness.model.config import load_config
+    from harness.nest import RECIPE
+    from harness.nest.model import EncDecDenoiseMaskedTokenPredModel
 
     torch.manual_seed(0)
     EncDecDenoiseMaskedTokenPredModel(load_config(RECIPE)).save_to(path)

@@ -18,13 +18,15 @@ from typing import Any
 from blake3 import blake3
 from zlib_ng import zlib_ng
 
-from harness.arithmetic import as_floats, moments_of_runs
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.tensors import Tensor, numpy_dtype
-from harness.fingerprint import _parts, _Scan, _scan_chunk, block_numel
-from harness.sketch import DEFAULT_BLOCK_NBYTES, sketch_values
-from harness.stats import extremes_of
-from harness.streaming import CHUNK_NBYTES, buffers, chunks
+from harness.checkpoint.dtypes import numpy_dtype
+from harness.checkpoint.tensors import Tensor
+from harness.fingerprints.arithmetic import as_floats, moments_of_runs
+from harness.fingerprints.fingerprint import block_numel
+from harness.fingerprints.scan import _parts, _Scan, _scan_chunk
+from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, sketch_values
+from harness.fingerprints.stats import extremes_of
+from harness.streaming.chunks import CHUNK_NBYTES, buffers, chunks
 
 RUNS = 20
 SECONDS = 0.04

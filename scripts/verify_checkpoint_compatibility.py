@@ -17,15 +17,17 @@ from typing import Any
 import click
 
 from harness.checkpoint import open_checkpoint
-from harness.compare import Comparison, Finding, compare
+from harness.comparison.compare import compare
+from harness.comparison.comparison import Comparison
+from harness.comparison.findings import Finding
+from harness.comparison.measuring import AgainstCheckpoint
+from harness.comparison.policy import Policy
 from harness.errors import HarnessError, ModelError
-from harness.fingerprint import fingerprint
-from harness.measuring import AgainstCheckpoint
-from harness.model.files import Loader
+from harness.fingerprints.scan import fingerprint
+from harness.model.config import load_config
+from harness.model.loading import Loader
 from harness.model.state import state_of
 from harness.model.targets import registered, user_code
-from harness.nest import load_config
-from harness.policy import Policy
 
 LINE = "=" * 60
 LOCAL = "harness.nest:EncDecDenoiseMaskedTokenPredModel"

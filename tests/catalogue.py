@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from harness.compare import Comparison, Finding
+from harness.comparison.comparison import Comparison
+from harness.comparison.findings import Finding
 
 State = dict[str, torch.Tensor]
 

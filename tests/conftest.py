@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 if TYPE_CHECKING:
-    from harness.compare import Comparison
-    from harness.policy import Policy
+    from harness.comparison.comparison import Comparison
+    from harness.comparison.policy import Policy
     from tests.catalogue import Compared, State
 
 pytest_plugins = ["pytester"]
@@ -91,7 +91,7 @@ def shipped_golden() -> Path:
 @pytest.fixture
 def harness(capsys: pytest.CaptureFixture[str]) -> Harness:
     """Run the command line in this process; returns its exit code and what it printed."""
-    from harness.cli import main
+    from harness.cli.commands import main
 
     def run(*arguments: object) -> Run:
         capsys.readouterr()

@@ -16,7 +16,7 @@ from torch import nn
 import harness
 from harness import api
 from harness.errors import CheckpointError, GoldenError, UsageError
-from harness.golden import read_golden
+from harness.golden.file import read_golden
 from harness.model.stages import LiveOptions
 
 
@@ -329,6 +329,6 @@ def test_paths_that_cannot_be_looked_at_are_clear_errors(
 
 
 def test_fingerprint_is_the_verb_whatever_was_imported_before(data: Path) -> None:
-    import_module("harness.fingerprint")
+    import_module("harness.fingerprints.scan")
     for _ in range(2):
         assert harness.fingerprint(data / "nest_tiny.nemo").root.hex()[:16] == "8fa8681d0705c440"

@@ -18,12 +18,13 @@ import pytest
 import torch
 from blake3 import blake3
 
-from harness.checkpoint.tensors import DTYPES
-from harness.fingerprint import Fingerprint, TensorPrint, block_numel, digest_of
-from harness.golden import Golden, write_golden
-from harness.sketch import DEFAULT_BLOCK_NBYTES, NUM_PROJECTIONS, Sketch, num_blocks
-from harness.stats import Stats
-from harness.streaming import CHUNK_NBYTES, chunks
+from harness.checkpoint.dtypes import DTYPES
+from harness.fingerprints.fingerprint import Fingerprint, TensorPrint, block_numel, digest_of
+from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, NUM_PROJECTIONS, Sketch, num_blocks
+from harness.fingerprints.stats import Stats
+from harness.golden.file import write_golden
+from harness.golden.golden import Golden
+from harness.streaming.chunks import CHUNK_NBYTES, chunks
 
 GIB = 1 << 30
 MAX_NBYTES = 200 << 20

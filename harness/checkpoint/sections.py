@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from harness.checkpoint.inert import Global, OpaqueKey, Record
-from harness.checkpoint.rebuild import Composite, is_unknown_tensor
-from harness.checkpoint.tensors import Component, Tensor, format_key
-from harness.checkpoint.torchfile import TorchFile, is_module
+from harness.checkpoint.formats.torchfile import TorchFile, is_module
+from harness.checkpoint.keys import Component, format_key
+from harness.checkpoint.tensors import Tensor
+from harness.checkpoint.unpickling.inert import Global, OpaqueKey, Record
+from harness.checkpoint.unpickling.rebuild import Composite, is_unknown_tensor
 from harness.errors import CheckpointError, NoSection
-from harness.shell import quoted
+from harness.text.shell import quoted
 
 # Where training code puts the weights, the most specific first.
 KNOWN_SECTIONS = (
@@ -296,47 +297,3 @@ def _steps(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
 
 def _spelled(step: Any) -> str:
     return step.name if isinstance(step, Component) else str(step)
-
-
-_MAX_CONFIG_VALUES = 100_000
-
-
-def plain_config(value: Any) -> Any:
-    """Turn a pickled configuration (dicts, omegaconf containers and nodes) into plain data.
-
-    omegaconf containers keep their children in the state `_content`, its leaves in `_val`.
-    Anything that is not data becomes its type's name. Raises ValueError if it is too large.
-    """
-    budget = [_MAX_CONFIG_VALUES]
-
-    def convert(item: Any, depth: int) -> Any:
-        budget[0] -= 1 + (len(item) // 64 if isinstance(item, str) else 0)
-        if budget[0] < 0 or depth > 64:
-            raise ValueError("the configuration is too large")
-        if isinstance(item, int) and item.bit_length() > 64:
-            return "<int>"
-        if item is None or isinstance(item, (str, bool, int, float)):
-            return item
-        if isinstance(item, dict):
-            return {
-                f"<{type(key.value).__name__}>"
-                if isinstance(key, OpaqueKey)
-                else str(convert(key, depth) if isinstance(key, str) else key): convert(
-                    child, depth + 1
-                )
-                for key, child in item.items()
-            }
-        if isinstance(item, (list, tuple)):
-            return [convert(child, depth + 1) for child in item]
-        if isinstance(item, Record):
-            state = item.state if isinstance(item.state, dict) else {}
-            if "_content" in state:
-                return convert(state["_content"], depth + 1)
-            if "_val" in state:
-                return convert(state["_val"], depth + 1)
-            if item.pairs:
-                return convert(item.pairs, depth + 1)
-            return f"<{item.callee}>" if isinstance(item.callee, Global) else "<object>"
-        return f"<{item}>" if isinstance(item, Global) else f"<{type(item).__name__}>"
-
-    return convert(value, 0)

@@ -8,130 +8,21 @@ and strides that overflow, and expansions out of all proportion to the file.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from harness.checkpoint.dtypes import DType, decode
 from harness.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from harness.checkpoint.sources import Source
+    from harness.checkpoint.sources.source import Source
 
     Array = np.ndarray[Any, np.dtype[Any]]
-
-Kind = Literal["float", "complex", "int", "bool", "packed"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DType:
-    """One element type under torch's name, and what it is called elsewhere.
-
-    `raw` is the numpy type that holds an element's bits; `real` is the numpy type of its values
-    (of each of the two components where `kind` is complex), or the name of an ml_dtypes type.
-    `packed` elements are compared as bytes: several values in one, or bits without a meaning.
-    """
-
-    name: str
-    itemsize: int
-    kind: Kind
-    raw: str
-    real: str
-    safetensors: str | None = None
-
-    @property
-    def is_floating(self) -> bool:
-        """Whether values are compared within a tolerance (all others must be equal)."""
-        return self.kind in ("float", "complex")
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def _dtypes() -> Iterator[DType]:
-    rows: list[tuple[str, int, Kind, str, str, str | None]] = [
-        ("float64", 8, "float", "<u8", "<f8", "F64"),
-        ("float32", 4, "float", "<u4", "<f4", "F32"),
-        ("float16", 2, "float", "<u2", "<f2", "F16"),
-        ("bfloat16", 2, "float", "<u2", "bfloat16", "BF16"),
-        ("float8_e4m3fn", 1, "float", "|u1", "float8_e4m3fn", "F8_E4M3"),
-        ("float8_e5m2", 1, "float", "|u1", "float8_e5m2", "F8_E5M2"),
-        ("float8_e4m3fnuz", 1, "float", "|u1", "float8_e4m3fnuz", "F8_E4M3FNUZ"),
-        ("float8_e5m2fnuz", 1, "float", "|u1", "float8_e5m2fnuz", "F8_E5M2FNUZ"),
-        ("float8_e8m0fnu", 1, "float", "|u1", "float8_e8m0fnu", "F8_E8M0"),
-        ("complex32", 4, "complex", "<u4", "<f2", None),
-        ("complex64", 8, "complex", "<u8", "<f4", "C64"),
-        ("complex128", 16, "complex", "V16", "<f8", None),
-        ("int64", 8, "int", "<u8", "<i8", "I64"),
-        ("int32", 4, "int", "<u4", "<i4", "I32"),
-        ("int16", 2, "int", "<u2", "<i2", "I16"),
-        ("int8", 1, "int", "|u1", "|i1", "I8"),
-        ("uint64", 8, "int", "<u8", "<u8", "U64"),
-        ("uint32", 4, "int", "<u4", "<u4", "U32"),
-        ("uint16", 2, "int", "<u2", "<u2", "U16"),
-        ("uint8", 1, "int", "|u1", "|u1", "U8"),
-        ("bool", 1, "bool", "|u1", "|u1", "BOOL"),
-        ("qint8", 1, "int", "|u1", "|i1", None),
-        ("quint8", 1, "int", "|u1", "|u1", None),
-        ("qint32", 4, "int", "<u4", "<i4", None),
-    ]
-    for name, itemsize, kind, raw, real, safetensors in rows:
-        yield DType(
-            name=name, itemsize=itemsize, kind=kind, raw=raw, real=real, safetensors=safetensors
-        )
-    one_byte = ["quint4x2", "quint2x4", "bits8", "bits1x8", "bits2x4", "bits4x2"]
-    one_byte += [f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)]
-    for name in one_byte:
-        yield DType(name=name, itemsize=1, kind="packed", raw="|u1", real="|u1")
-    yield DType(
-        name="float4_e2m1fn_x2", itemsize=1, kind="packed", raw="|u1", real="|u1", safetensors="F4"
-    )
-    yield DType(name="bits16", itemsize=2, kind="packed", raw="<u2", real="<u2")
-
-
-DTYPES: Mapping[str, DType] = MappingProxyType({dtype.name: dtype for dtype in _dtypes()})
-
-
-@dataclass(frozen=True, slots=True)
-class Component:
-    """A step of a key's path that the file does not spell: one part of a composite tensor."""
-
-    name: str
-
-
-def format_key(path: Sequence[object]) -> str:
-    """Render the place of a tensor in nested containers as one unambiguous string.
-
-    A plain string key stays as it is (`encoder.weight`); further steps follow in brackets as
-    Python would write them (`state[0]["exp.avg"]`), parts of composite tensors without quotes
-    (`weight[int_repr]`). A first key that holds a bracket is quoted, so no two paths collide.
-    The result is always valid text: what UTF-8 cannot encode is escaped.
-    """
-    first, *rest = path
-    plain = isinstance(first, str) and "[" not in first and first != "" and _encodes(first)
-    head = str(first) if plain else _bracketed(first)
-    return head + "".join(_bracketed(step) for step in rest)
-
-
-def _bracketed(step: object) -> str:
-    if isinstance(step, Component):
-        return f"[{step.name}]"
-    if isinstance(step, str):
-        return f"[{json.dumps(step, ensure_ascii=False) if _encodes(step) else ascii(step)}]"
-    return f"[{step!r}]"
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -246,7 +137,7 @@ class Tensor:
 
         It is what is sent to another process: the pieces may be thousands.
         """
-        from harness.checkpoint.assembled import Assembled
+        from harness.checkpoint.formats.assembled import Assembled
 
         source = self.storage.source
         if not isinstance(source, Assembled) or not self.is_contiguous:
@@ -300,25 +191,6 @@ def _gather(elements: Array, start: int, out: Array) -> None:
     whole.reshape(rows, *row_shape)[...] = elements[row : row + rows]
     if rest:
         _gather(elements[row + rows], 0, out[len(whole) :])
-
-
-def decode(data: Array, dtype: DType) -> Array:
-    """View logical bytes as values; complex32 and packed types, unknown to numpy, stay bits."""
-    if dtype.kind == "complex":
-        return data.view({"complex64": "<c8", "complex128": "<c16"}.get(dtype.name, dtype.raw))
-    if dtype.kind == "bool":
-        return data.view("?") if dtype.name == "bool" else data
-    return data.view(numpy_dtype(dtype))
-
-
-def numpy_dtype(dtype: DType) -> np.dtype[Any]:
-    """The numpy type of a dtype's values (of one component where it is complex)."""
-    if dtype.kind == "float" and dtype.real[0] not in "<|":
-        import ml_dtypes  # 30 ms that only bfloat16 and float8 should cost
-
-        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype.real))
-        return found
-    return np.dtype(dtype.real)
 
 
 # What a checkpoint may expand to: tied and expanded views are normal, terabytes are not.

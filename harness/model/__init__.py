@@ -3,3 +3,5 @@
 The only part, with `harness.nest`, that imports torch and Lightning. It runs the user's model code,
 named by the user, by the golden or by the closed registry, never by the checkpoint.
 """
+
+from __future__ import annotations

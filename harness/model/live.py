@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from harness.checkpoint import Checkpoint
+from harness.checkpoint.tensors import Checkpoint
 from harness.errors import UsageError
 from harness.model.state import as_checkpoint
 
@@ -34,7 +34,7 @@ def call_with(live: Live, verb: Callable[[Checkpoint], _Result]) -> _Result:
     """
     tensors, name = _tensors_of(live)
     if dist.is_available() and dist.is_initialized():
-        from harness.model.sharded import is_spread, together  # 1 s of imports
+        from harness.model.distributed.sharded import is_spread, together  # 1 s of imports
 
         if is_spread(tensors):
             return together(tensors, name, verb)

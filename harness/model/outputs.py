@@ -23,11 +23,12 @@ from torch import nn
 
 from harness.checkpoint import open_checkpoint
 from harness.errors import ModelError
-from harness.fingerprint import Fingerprint, TensorPrint, fingerprint
-from harness.model.files import seeded, tensors_of
+from harness.fingerprints.fingerprint import Fingerprint, TensorPrint
+from harness.fingerprints.scan import fingerprint
+from harness.fingerprints.sketch import MatrixDType
+from harness.model.loading import seeded, tensors_of
 from harness.model.state import as_checkpoint
 from harness.model.targets import user_code
-from harness.sketch import MatrixDType
 
 _SEED = 0
 # Outputs agree to rounding only: small blocks let the sketch prove it (1 KiB: 256 float32).

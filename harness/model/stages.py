@@ -16,20 +16,24 @@ from typing import Any
 
 from torch import nn
 
-from harness.checkpoint import Checkpoint, open_checkpoint
-from harness.checkpoint.tensors import format_key
-from harness.compare import FINDING_KINDS, Comparison, Departure, Finding, compare
+from harness.checkpoint import open_checkpoint
+from harness.checkpoint.keys import format_key
+from harness.checkpoint.tensors import Checkpoint
+from harness.comparison.compare import compare
+from harness.comparison.comparison import Comparison
+from harness.comparison.findings import FINDING_KINDS, Departure, Finding
+from harness.comparison.measuring import AgainstGolden, BySketches
+from harness.comparison.policy import STAGES, Policy
 from harness.errors import ModelError, NotRecorded
-from harness.fingerprint import Fingerprint, fingerprint
-from harness.golden import Golden, LiveRecord, source_of, without_paths
-from harness.measuring import AgainstGolden, BySketches
-from harness.model.files import Loader, Saved, compare_training_state
+from harness.fingerprints.fingerprint import Fingerprint
+from harness.fingerprints.scan import fingerprint
+from harness.fingerprints.sketch import MatrixDType
+from harness.golden.golden import Golden, LiveRecord, source_of, without_paths
+from harness.model.config import load_config
+from harness.model.loading import Loader, Saved, compare_training_state
 from harness.model.outputs import inputs_of, outputs_of
 from harness.model.state import as_checkpoint, state_of, transient_buffers
 from harness.model.targets import resolve
-from harness.nest.config import load_config
-from harness.policy import STAGES, Policy
-from harness.sketch import MatrixDType
 
 _FIRST_SEED, _SECOND_SEED = 1, 2
 

@@ -13,7 +13,9 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from harness.checkpoint.tensors import DTYPES, Checkpoint, Storage, Tensor, format_key, tensor_table
+from harness.checkpoint.dtypes import DTYPES
+from harness.checkpoint.keys import format_key
+from harness.checkpoint.tensors import Checkpoint, Storage, Tensor, tensor_table
 from harness.errors import ModelError
 
 

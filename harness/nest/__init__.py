@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.nest.config import load_config
+from harness.model.config import load_config
 from harness.nest.model import AudioBatch, EncDecDenoiseMaskedTokenPredModel
 
 RECIPE = Path(__file__).with_name("nest_fast-conformer.yaml")

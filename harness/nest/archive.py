@@ -30,7 +30,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from harness.errors import CheckpointError
-from harness.nest.schema import parse
+from harness.model.config import parse
 
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"

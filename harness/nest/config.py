@@ -17,17 +17,14 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from harness.errors import ModelError
 from harness.nest.schema import (
     NEMO_MODULES,
     Fixed,
     Section,
     invalid,
     is_whole,
-    parse,
     read_present,
     refuse,
 )
@@ -458,20 +455,6 @@ class OptimConfig:
             invalid("optim.sched.warmup_steps, warmup_ratio", both, "only one of the two")
         if self.noam and self.lr < self.min_lr:
             invalid("optim.lr", self.lr, f"not below optim.sched.min_lr, {self.min_lr}")
-
-
-def load_config(path: str | Path) -> dict[str, Any]:
-    """Load a YAML file and return its resolved `model` section, or all of it without one."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = (error.strerror or "").lower() if isinstance(error, OSError) else "not UTF-8"
-        raise ModelError(f"{path}: unreadable config: {why}", hint="check the path") from error
-    config = parse(text, str(path))
-    model = config.get("model", config)
-    if not isinstance(model, dict):
-        invalid(f"{path}: model", model, "a section (mapping)")
-    return model
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:

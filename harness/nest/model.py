@@ -32,6 +32,8 @@ from torch.nn import functional as F  # noqa: N812 - torch's own abbreviation
 from torch.optim.lr_scheduler import LRScheduler
 
 from harness.errors import ModelError
+from harness.model.config import resolve
+from harness.model.mismatch import brief_mismatch
 from harness.nest.archive import read_nemo, write_nemo
 from harness.nest.config import (
     NEMO_TARGET,
@@ -44,8 +46,6 @@ from harness.nest.config import (
 from harness.nest.encoder import ConformerEncoder
 from harness.nest.mel import MelPreprocessor
 from harness.nest.quantizer import RandomBlockMasking, RandomProjectionQuantizer
-from harness.nest.schema import resolve
-from harness.report.mismatch import brief_mismatch
 
 # NeMo's .ckpt files carry their config as a pickled DictConfig; these inert classes and no others.
 _CONFIG_CLASSES: list[Any] = [

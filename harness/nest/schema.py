@@ -13,10 +13,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn, Self
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from harness.errors import ModelError
 
 NEMO_MODULES = "nemo.collections.asr.modules."
@@ -133,26 +129,3 @@ def read_present(given: Mapping[str, Any], where: str, kinds: Mapping[str, type]
     """Read those of the keys in `kinds` that are present and not null; ignore all others."""
     present = {key: given[key] for key in kinds if given.get(key) is not None}
     return {k: read_value(f"{where}.{k}", v, kinds[k]) for k, v in present.items()}
-
-
-def resolve(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
-    """Copy a model config into plain dicts and lists, interpolations resolved, order kept."""
-    try:
-        node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
-        plain = OmegaConf.to_container(node, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ModelError(
-            f"config: {str(error).splitlines()[0]}", hint="correct the interpolation or the value"
-        ) from error
-    return typing.cast("dict[str, Any]", plain)
-
-
-def parse(text: str, where: str) -> dict[str, Any]:
-    """Parse YAML (omegaconf's dialect: `1e-5` is a number) into a resolved plain config."""
-    try:
-        node = OmegaConf.create(text)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ModelError(f"{where}: not a YAML config: {error}", hint="correct the file") from error
-    if not isinstance(node, DictConfig):
-        raise ModelError(f"{where}: the config is not a mapping", hint="correct the file")
-    return resolve(node)

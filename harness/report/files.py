@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.errors import UsageError
 from harness.report.outcome import Result
-from harness.shell import quoted
+from harness.text.shell import quoted
 
 _NAME = "report.html"
 _RENDERERS = {".html": "html", ".md": "markdown", ".xml": "junit", ".json": "json"}

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from harness import __version__
-from harness.compare import FINDING_KINDS, Comparison
-from harness.report.folding import printable
+from harness.comparison.comparison import Comparison, chance_note, nan_note
+from harness.comparison.findings import FINDING_KINDS
 from harness.report.outcome import Outcome, Result, worst_stage
 from harness.report.rows import Tables
-from harness.report.text import chance_note, nan_note
+from harness.text.folding import printable
+from harness.version import __version__
 
 # A page that opens at once and can be mailed: 2 MB with all that is not data.
 _MAX_DATA_NBYTES = 1_850_000

@@ -32,12 +32,13 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from harness.compare import Comparison, Departure, Finding
-from harness.difference import Difference
+from harness.comparison.comparison import Comparison
+from harness.comparison.difference import Difference
+from harness.comparison.findings import Departure, Finding
 from harness.errors import HarnessError
-from harness.fingerprint import Fingerprint
+from harness.fingerprints.fingerprint import Fingerprint
+from harness.fingerprints.stats import Stats
 from harness.report.outcome import Outcome, Result
-from harness.stats import Stats
 
 Json = Any
 

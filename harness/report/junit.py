@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from harness.compare import Comparison
+from harness.comparison.comparison import Comparison, tally
+from harness.comparison.comparison import render as render_text
 from harness.errors import HarnessError
-from harness.report.folding import error_lines, escaped, printable
 from harness.report.outcome import Outcome, Result, worst_stage
-from harness.report.text import render as render_text
-from harness.report.text import tally
+from harness.text.folding import error_lines, escaped, printable
 
 
 def render(result: Result) -> str:

@@ -13,14 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from harness.compare import Comparison
-from harness.report.fitting import fit, shorten
-from harness.report.folding import error_lines, escaped
-from harness.report.outcome import Outcome, Result
-from harness.report.text import (
+from harness.comparison.comparison import (
     SYMBOLS,
-    Section,
-    Style,
+    Comparison,
     chance_note,
     departure_section,
     finding_sections,
@@ -28,6 +23,10 @@ from harness.report.text import (
     sides,
     tally,
 )
+from harness.comparison.words import Section
+from harness.report.outcome import Outcome, Result
+from harness.text.fitting import Style, fit, shorten
+from harness.text.folding import error_lines, escaped
 
 # GitHub takes 65,536 characters for a comment, and 1 MiB for the summary of a step.
 MAX_NBYTES = 60_000

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from harness.compare import Comparison
+from harness.comparison.comparison import Comparison
 from harness.errors import HarnessError
 
 Command = Literal["verify", "diff", "roundtrip"]

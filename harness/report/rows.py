@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from harness.allclose import Tolerance
-from harness.compare import FINDING_KINDS, Comparison, Finding, describe
-from harness.difference import Difference, Element, enough, outward
-from harness.fingerprint import Fingerprint, TensorPrint
-from harness.report.folding import printable
+from harness.comparison.comparison import Comparison
+from harness.comparison.difference import Difference, Element, enough, outward
+from harness.comparison.findings import FINDING_KINDS, Finding, describe
+from harness.comparison.policy import Tolerance
+from harness.fingerprints.fingerprint import Fingerprint, TensorPrint
+from harness.fingerprints.stats import Stats
 from harness.report.json import number
-from harness.stats import Stats
+from harness.text.folding import printable
 
 Json = Any
 _DIGITS, _STATS_DIGITS = 3, 6

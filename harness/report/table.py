@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
-from harness.fingerprint import Fingerprint
-from harness.golden import Update
-from harness.report.folding import escaped, printable
-from harness.stats import Stats
+from harness.fingerprints.fingerprint import Fingerprint
+from harness.fingerprints.stats import Stats
+from harness.golden.golden import Update
+from harness.text.folding import escaped, printable
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
-from .builders import (
+from tests.checkpoint.builders import (
     call,
     get,
     integer,

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from harness import api
-from harness.checkpoint import Checkpoint, open_checkpoint, remote
-
-from .web import Web, serving
+from harness.checkpoint import open_checkpoint
+from harness.checkpoint.sources import remote
+from harness.checkpoint.tensors import Checkpoint
+from tests.checkpoint.web import Web, serving
 
 
 def bits(tensor: torch.Tensor) -> bytes:

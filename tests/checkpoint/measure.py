@@ -19,7 +19,8 @@ import numpy  # noqa: F401 - a part of the base, not of the peak
 import safetensors  # noqa: F401
 import yaml  # noqa: F401
 
-from harness.checkpoint import dcp, open_checkpoint, torchfile
+from harness.checkpoint import open_checkpoint
+from harness.checkpoint.formats import dcp, torchfile
 from harness.errors import CheckpointError
 
 SECONDS = 60

@@ -17,8 +17,7 @@ from safetensors.torch import save
 
 from harness.checkpoint import open_checkpoint
 from harness.errors import HarnessError
-
-from .test_torchfile import Model
+from tests.checkpoint.formats.test_torchfile import Model
 
 HOT = [b"\0", b"\xff", b"\x80", b"(", b".", b"R", b"t", b"Q", b"b", b"0", b"u", b"]", b"}", b"h"]
 HOT += [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0", b"PK\x01\x02", b"", b"\x85", b"2"]

@@ -11,8 +11,16 @@ from typing import Any
 
 import pytest
 
-from .bombs import BOMBS
-from .builders import call, mapping, named, reference, string, tensor, write_torch_zip
+from tests.checkpoint.bombs import BOMBS
+from tests.checkpoint.builders import (
+    call,
+    mapping,
+    named,
+    reference,
+    string,
+    tensor,
+    write_torch_zip,
+)
 
 MEASURE = Path(__file__).with_name("measure.py")
 STRUCTURE_MIB = 32
@@ -142,7 +150,7 @@ def test_what_a_pickle_calls_is_never_called(tmp_path: Path, attack: str, place:
 def test_the_attacks_of_these_tests_are_real(tmp_path: Path) -> None:
     import pickle
 
-    from .builders import pickled
+    from tests.checkpoint.builders import pickled
 
     marker = tmp_path / "marker"
     pickle.loads(pickled(_attacks(marker)["reduce"]))

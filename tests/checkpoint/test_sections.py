@@ -11,8 +11,7 @@ import torch
 
 from harness.checkpoint import open_checkpoint
 from harness.errors import CheckpointError
-
-from .conftest import Assert
+from tests.checkpoint.conftest import Assert
 
 
 def lightning() -> dict[str, Any]:

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.inert import TupleKey
-from harness.checkpoint.tensors import DTYPES, Component, format_key
+from harness.checkpoint.dtypes import DTYPES
+from harness.checkpoint.keys import Component, format_key
+from harness.checkpoint.unpickling.inert import TupleKey
 from harness.errors import CheckpointError
-
-from .builders import FOUR_FLOATS, named, storage, tensor, write_torch_zip
-from .conftest import Assert
+from tests.checkpoint.builders import FOUR_FLOATS, named, storage, tensor, write_torch_zip
+from tests.checkpoint.conftest import Assert
 
 QUANTIZED = {"qint8", "quint8", "qint32", "quint4x2", "quint2x4"}
 # torch.save has no storage type for these: it raises, so no file can hold them.

@@ -18,14 +18,16 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from harness import api
-from harness.compare import Comparison, compare
+from harness.comparison.compare import compare
+from harness.comparison.comparison import Comparison
+from harness.comparison.measuring import BySketches
+from harness.comparison.policy import Policy
 from harness.errors import ModelError, UsageError
-from harness.golden import Golden, read_golden
-from harness.measuring import BySketches
-from harness.model.files import Loader, quiet
+from harness.golden.file import read_golden
+from harness.golden.golden import Golden
+from harness.model.loading import Loader, quiet
 from harness.model.outputs import flatten, inputs_of, outputs_of
 from harness.model.stages import LiveOptions, first_departure, remembered
-from harness.policy import Policy
 from tests.conftest import Run
 from tests.model import variants
 

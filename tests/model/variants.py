@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from harness.nest import EncDecDenoiseMaskedTokenPredModel
 from harness.nest.encoder import ConformerLayer
+from harness.nest.model import EncDecDenoiseMaskedTokenPredModel
 
 
 class Loose(EncDecDenoiseMaskedTokenPredModel):

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness.nest import AudioBatch, EncDecDenoiseMaskedTokenPredModel
 from harness.nest.archive import read_nemo
+from harness.nest.model import AudioBatch, EncDecDenoiseMaskedTokenPredModel
 
 _HERE = Path(__file__).parent
 _NEMO = _HERE.parent / "data" / "nest_tiny.nemo"

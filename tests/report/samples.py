@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.compare import Comparison, Departure, Finding
-from harness.fingerprint import Fingerprint
-from harness.policy import Policy
+from harness.comparison.comparison import Comparison
+from harness.comparison.findings import Departure, Finding
+from harness.comparison.policy import Policy
+from harness.fingerprints.fingerprint import Fingerprint
 from harness.report.outcome import Command, Outcome, Result
 
 # What markup, terminals or XML could take for their own.

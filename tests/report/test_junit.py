@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from junitparser import Error, Failure, JUnitXml, TestSuite
 
-from harness.compare import Finding
+from harness.comparison.comparison import render as render_text
+from harness.comparison.findings import Finding
 from harness.errors import GoldenError
-from harness.report.folding import escaped, printable
 from harness.report.junit import render
 from harness.report.outcome import Result
-from harness.report.text import render as render_text
+from harness.text.folding import escaped, printable
 from tests.report.samples import GOLDEN, HOSTILE, comparison, departed, missing, outcome, result
 
 SCHEMA = xmlschema.XMLSchema(Path(__file__).with_name("junit.xsd"))

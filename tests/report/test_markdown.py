@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from harness.compare import Finding
+from harness.comparison.findings import Finding
 from harness.errors import GoldenError
-from harness.report.folding import escaped, printable
 from harness.report.markdown import MAX_NBYTES, render
 from harness.report.outcome import Outcome, Result
+from harness.text.folding import escaped, printable
 from tests.report.samples import GOLDEN, HOSTILE, comparison, departed, missing, outcome, result
 
 GITHUB = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from harness import api
-from harness.compare import Departure
+from harness.comparison.findings import Departure
 from harness.errors import GoldenError
 from harness.report.html import render
 from harness.report.outcome import Result

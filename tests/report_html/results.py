@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from harness.allclose import Tolerance
-from harness.checkpoint.tensors import DTYPES
-from harness.compare import Comparison, Finding, compare, describe
-from harness.difference import Difference, Element
-from harness.fingerprint import Fingerprint, TensorPrint
-from harness.measuring import BySketches
-from harness.policy import Policy
+from harness.checkpoint.dtypes import DTYPES
+from harness.comparison.compare import compare
+from harness.comparison.comparison import Comparison
+from harness.comparison.difference import Difference, Element
+from harness.comparison.findings import Finding, describe
+from harness.comparison.measuring import BySketches
+from harness.comparison.policy import Policy, Tolerance
+from harness.fingerprints.fingerprint import Fingerprint, TensorPrint
+from harness.fingerprints.stats import Stats
 from harness.report.outcome import Outcome, Result
-from harness.stats import Stats
 
 PHONE, DESKTOP = (375, 780), (1280, 900)
 HOSTILE = [

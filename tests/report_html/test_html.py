@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.report.folding import printable
 from harness.report.html import render
 from harness.report.outcome import Result
+from harness.text.folding import printable
 from tests.conftest import Run
 from tests.report_html.results import HOSTILE, all_differing, result_of
 

@@ -14,11 +14,11 @@ from playwright.sync_api import Browser, Page, expect
 from safetensors.numpy import save_file
 
 from harness import api
+from harness.comparison.policy import Policy
 from harness.errors import GoldenError
-from harness.policy import Policy
-from harness.report.folding import printable
 from harness.report.html import render
 from harness.report.outcome import Outcome, Result
+from harness.text.folding import printable
 from tests.report_html.results import (
     DESKTOP,
     HOSTILE,

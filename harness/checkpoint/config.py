@@ -1,0 +1,104 @@
+"""A checkpoint's config as plain data: `model_config.yaml` of .nemo, `hyper_parameters` of .ckpt.
+
+Refused: aliases, deep nesting, long texts, and more values than a config has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from harness.checkpoint.sources.paths import AnyPath
+from harness.checkpoint.unpickling.inert import Global, OpaqueKey, Record
+from harness.errors import CheckpointError
+
+_MAX_YAML_DEPTH = 64
+_MAX_YAML_SCALAR = 1 << 16
+
+
+def _yaml(path: AnyPath, text: bytes) -> Mapping[str, Any] | None:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=loader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                # They would let a page of text expand without bound; NeMo never writes any.
+                raise ValueError("it repeats parts of itself by aliases")
+            if depth > _MAX_YAML_DEPTH:
+                raise ValueError(f"it is nested deeper than {_MAX_YAML_DEPTH} levels")
+            if len(getattr(event, "value", "")) > _MAX_YAML_SCALAR:
+                raise ValueError(f"it holds a text of more than {_MAX_YAML_SCALAR} characters")
+        plain = plain_config(yaml.load(text, Loader=loader))
+    # All but the first are what yaml's constructors raise for values that do not fit their tags.
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        OverflowError,
+    ) as error:
+        raise CheckpointError(
+            f"{path}: its model_config.yaml is no plain YAML: {str(error).partition(chr(10))[0]}",
+            hint="get the archive again from where it came",
+        ) from error
+    return plain if isinstance(plain, dict) else None
+
+
+def _hparams(root: Any) -> Mapping[str, Any] | None:
+    value = root.get("hyper_parameters") if isinstance(root, dict) else None
+    if not isinstance(value, (dict, Record)):
+        return None
+    try:
+        plain = plain_config(value)
+    except ValueError:
+        return None
+    return plain if isinstance(plain, dict) else None
+
+
+_MAX_CONFIG_VALUES = 100_000
+
+
+def plain_config(value: Any) -> Any:
+    """Turn a pickled configuration (dicts, omegaconf containers and nodes) into plain data.
+
+    omegaconf containers keep their children in the state `_content`, its leaves in `_val`.
+    Anything that is not data becomes its type's name. Raises ValueError if it is too large.
+    """
+    budget = [_MAX_CONFIG_VALUES]
+
+    def convert(item: Any, depth: int) -> Any:
+        budget[0] -= 1 + (len(item) // 64 if isinstance(item, str) else 0)
+        if budget[0] < 0 or depth > 64:
+            raise ValueError("the configuration is too large")
+        if isinstance(item, int) and item.bit_length() > 64:
+            return "<int>"
+        if item is None or isinstance(item, (str, bool, int, float)):
+            return item
+        if isinstance(item, dict):
+            return {
+                f"<{type(key.value).__name__}>"
+                if isinstance(key, OpaqueKey)
+                else str(convert(key, depth) if isinstance(key, str) else key): convert(
+                    child, depth + 1
+                )
+                for key, child in item.items()
+            }
+        if isinstance(item, (list, tuple)):
+            return [convert(child, depth + 1) for child in item]
+        if isinstance(item, Record):
+            state = item.state if isinstance(item.state, dict) else {}
+            if "_content" in state:
+                return convert(state["_content"], depth + 1)
+            if "_val" in state:
+                return convert(state["_val"], depth + 1)
+            if item.pairs:
+                return convert(item.pairs, depth + 1)
+            return f"<{item.callee}>" if isinstance(item.callee, Global) else "<object>"
+        return f"<{item}>" if isinstance(item, Global) else f"<{type(item).__name__}>"
+
+    return convert(value, 0)

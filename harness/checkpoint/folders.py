@@ -1,0 +1,130 @@
+"""Which file of a folder is its checkpoint, and what a path may have meant.
+
+In: a path. Out: the file to open, or an error that names what is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from harness.checkpoint.sources.paths import DISTCP, METADATA, AnyPath
+from harness.errors import CheckpointError
+from harness.text.shell import quoted
+
+# In the order in which a folder is searched for its one checkpoint.
+_FOLDER_NAMES = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+_FOREIGN = (
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a numpy array"),
+    (b"<!DOCTYPE", "an HTML page, perhaps of a failed download"),
+    (b"<html", "an HTML page, perhaps of a failed download"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd"),
+    (b"\xfd7zXZ", "compressed by xz"),
+    (b"BZh", "compressed by bzip2"),
+)
+
+
+def _checkpoint_in(folder: AnyPath) -> AnyPath:
+    """The file to open in a folder; the folder itself where its safetensors are ranks' shards.
+
+    `.metadata` comes first: the other files can be given by their own names, its folder cannot.
+    """
+    from harness.checkpoint.formats.rankshards import rank_shards
+
+    if (folder / METADATA).is_file():
+        return folder / METADATA
+    can_list = isinstance(folder, Path) or folder.is_listable
+    shards = rank_shards(folder) if can_list else []
+    # An index beside nothing but shards is that of another save: it cannot name them.
+    if shards and all(shard.name.startswith("shard-") for shard in shards):
+        return folder
+    for name in _FOLDER_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    if shards:
+        return folder
+    children: Iterator[AnyPath] = folder.iterdir() if can_list else iter(())
+    names = sorted(child.name for child in islice(children, 1000))
+    if any(name.endswith(DISTCP) for name in names):
+        raise CheckpointError(
+            f"{folder}: a torch.distributed.checkpoint folder without its {METADATA}, which is "
+            "written last",
+            hint="wait for the save to end, or copy the folder again with its hidden file",
+        )
+    files = [name for name in names if name.endswith(_SUFFIXES)]
+    parts = [name for name in files if _PART.search(name)]
+    index = next((name for name in names if name.endswith(".index.json")), None)
+    if index is not None:
+        raise CheckpointError(
+            f"{folder}: a folder without one of {', '.join(_FOLDER_NAMES)}",
+            hint=f"give its index: {folder / index}",
+        )
+    if len(parts) > 1 or (parts and "-00001-of-00001." not in parts[0]):
+        raise CheckpointError(
+            f"{folder}: a part of a sharded checkpoint ({parts[0]}), and no index of its parts",
+            hint="get the .index.json from where they came",
+        )
+    raise CheckpointError(
+        f"{folder}: a folder without a checkpoint ({', '.join(_FOLDER_NAMES)})",
+        hint=f"give the file, for instance {folder / files[0]}"
+        if files
+        else "give the file, or the .index.json of a sharded checkpoint",
+    )
+
+
+_PART = re.compile(r"-\d{5}-of-\d{5}\.")
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".nemo", ".safetensors")
+
+
+def _did_you_mean(path: AnyPath) -> str:
+    """The path with the part that is not there replaced by one alike, else what to look at."""
+    from difflib import get_close_matches
+
+    if not isinstance(path, Path):
+        return "check the URL"
+    try:
+        folder = next(parent for parent in path.parents if parent.exists())
+        missing, *rest = path.relative_to(folder).parts
+        names = sorted(child.name for child in islice(folder.iterdir(), 1000))
+    except (OSError, StopIteration, ValueError):
+        return "check the path"
+    # Without suffixes, by which files would be alike; of equal stems, that of the same suffix.
+    suffix = Path(missing).suffix
+    names = [n for n in names if n.endswith((*_SUFFIXES, ".json")) or (folder / n).is_dir()]
+    names.sort(key=lambda name: Path(name).suffix == suffix)
+    stems = {Path(name).stem: name for name in names}
+    for stem in get_close_matches(Path(missing).stem, stems):
+        meant = (folder / stems[stem]).joinpath(*rest)
+        if meant.exists():
+            return f"did you mean {meant}?"
+    return f"see what is there: ls {quoted(str(folder))}"
+
+
+def _not_a_checkpoint(path: AnyPath, head: bytes) -> CheckpointError:
+    if not head:
+        return CheckpointError(f"{path}: the file is empty", hint="save or copy it again")
+    if head.startswith(b"version https://git-lfs"):
+        return CheckpointError(
+            f"{path}: a Git LFS pointer, not the checkpoint itself", hint="run: git lfs pull"
+        )
+    for magic, what in _FOREIGN:
+        if head.startswith(magic):
+            return CheckpointError(
+                f"{path}: {what}, not a checkpoint of torch",
+                hint="give a .pt, .ckpt, .nemo, .safetensors, or an .index.json of one",
+            )
+    printable = sum(32 <= byte < 127 or byte in b"\n\r\t" for byte in head)
+    what = "text" if printable > 0.95 * len(head) else "of an unknown format"
+    return CheckpointError(
+        f"{path}: {what}, not a checkpoint (it starts with {head[:16]!r})",
+        hint="give a .pt, .ckpt, .nemo, .safetensors, or an .index.json of one",
+    )

@@ -1,0 +1,163 @@
+"""safetensors files: a JSON header of names, dtypes, shapes and offsets, then the bytes.
+
+In: a source. Out: its tensors. Refused: what the safetensors library refuses (overlaps, holes,
+ranges outside of the file, sizes that do not fit the shape), duplicate names, dtypes that torch
+does not have. Format: https://github.com/huggingface/safetensors#format
+
+The library itself maps a local file to check it. These checks are as strict (the tests compare the
+two), but for the inside of fields that nobody reads, and they work wherever the bytes are.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import Counter
+from typing import Any, NamedTuple
+
+from harness.checkpoint.dtypes import DTYPES, DType
+from harness.checkpoint.keys import format_key
+from harness.checkpoint.sources.paths import AnyPath
+from harness.checkpoint.sources.source import Source, read
+from harness.checkpoint.tensors import Storage, Tensor
+from harness.errors import CheckpointError
+
+# The library allows 100 MB; this is 100,000 tensors, and parses within the memory we promise.
+MAX_HEADER_NBYTES = 16 << 20
+MAX_HEADER_COMMAS = 500_000
+_USIZE = 1 << 64
+_BY_NAME = {dtype.safetensors: dtype for dtype in DTYPES.values() if dtype.safetensors}
+
+
+def is_safetensors(head: bytes, nbytes: int) -> bool:
+    """Whether a file of `nbytes` that starts with `head` (9 bytes or more) may be safetensors."""
+    if len(head) < 9 or head[8:9] != b"{":
+        return False
+    (length,) = struct.unpack("<Q", head[:8])
+    return bool(2 <= length <= 1 << 40) and not head.startswith(b"PK\x03\x04")
+
+
+def read_safetensors(path: AnyPath, source: Source) -> tuple[list[Tensor], dict[str, str]]:
+    """Return the tensors in the order of their bytes, and the file's metadata."""
+    start, header = _read_header(path, source)
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
+        raise _invalid(path, "its __metadata__ is no table of texts")
+    rows = sorted(
+        (_row(path, name, entry) for name, entry in header.items()),
+        key=lambda row: (row.first, row.last),
+    )
+    tensors = []
+    end = 0
+    for row in rows:
+        if row.first != end or row.last < row.first:
+            raise _invalid(
+                path, f"tensor {row.name[:200]!r} is at {row.first}:{row.last}, not from {end} on"
+            )
+        end = row.last
+        storage = Storage(source=source, offset=start + row.first, nbytes=row.last - row.first)
+        key = format_key((row.name,))
+        tensor = Tensor(key=key, dtype=row.dtype, shape=row.shape, storage=storage)
+        if tensor.nbytes != storage.nbytes:
+            raise _invalid(
+                path,
+                f"tensor {row.name[:200]!r} (shape {list(row.shape)[:8]}, {row.dtype}) has "
+                f"{storage.nbytes} bytes, not {tensor.nbytes}",
+            )
+        tensors.append(tensor)
+    if start + end != source.nbytes:
+        raise _invalid(path, f"its tensors end at byte {start + end} of {source.nbytes}")
+    return tensors, metadata
+
+
+class _Row(NamedTuple):
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    first: int
+    last: int
+
+
+def _row(path: AnyPath, name: str, entry: Any) -> _Row:
+    match entry:
+        case {"dtype": str(code), "shape": list(shape), "data_offsets": [first, last]} if all(
+            type(size) is int and 0 <= size < _USIZE for size in (*shape, first, last)
+        ):
+            pass
+        case _:
+            raise _invalid(path, f"the row of {name[:200]!r} is malformed")
+    dtype = _BY_NAME.get(code)
+    if dtype is None:
+        raise CheckpointError(
+            f"{path}: tensor {name[:200]!r} has the dtype {code[:200]}, which torch lacks",
+            hint="convert that tensor, or verify the rest from another file",
+        )
+    # In 64 bits, as the library multiplies: what overflows on the way to 0 is an error.
+    numel = 1
+    for size in shape:
+        numel *= size
+        if numel >= _USIZE:
+            raise _invalid(path, f"tensor {name[:200]!r} has an impossible shape")
+    if dtype.name == "float4_e2m1fn_x2" and shape:
+        shape[-1] //= 2  # torch counts the bytes, which hold two each
+    return _Row(name, dtype, tuple(shape), first, last)
+
+
+def _read_header(path: AnyPath, source: Source) -> tuple[int, dict[str, Any]]:
+    """Return where the tensors' bytes start, and the header as JSON."""
+    (length,) = struct.unpack("<Q", read(source, 0, 8))
+    if length > min(MAX_HEADER_NBYTES, source.nbytes - 8):
+        raise CheckpointError(
+            f"{path}: its safetensors header claims {length} bytes; the file has {source.nbytes}, "
+            f"and {MAX_HEADER_NBYTES} is the most that is read",
+            hint="the file is truncated or damaged: copy or download it again",
+        )
+    text = read(source, 8, length)
+    if text.count(b",") > MAX_HEADER_COMMAS:
+        raise CheckpointError(
+            f"{path}: its safetensors header lists more tensors than are read from one file",
+            hint="save it in shards",
+        )
+    try:
+        header = json.loads(
+            text.decode(),
+            object_pairs_hook=lambda pairs: unique(path, pairs),
+            parse_int=_natural,
+            parse_constant=_natural,
+        )
+        if b"\\u" in text:
+            # The library takes no half of a surrogate pair, which Python's JSON does.
+            json.dumps(header, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise _invalid(path, f"its header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _invalid(path, "its header is no table")
+    return 8 + length, header
+
+
+def _natural(digits: str) -> int:
+    # Python's JSON also knows NaN, and takes -0 for an integer.
+    if not digits.isdecimal():
+        raise ValueError(f"{digits[:40]} is no size")
+    return int(digits)
+
+
+def _invalid(path: AnyPath, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: not a valid safetensors file: {why}",
+        hint="the file is truncated or damaged: copy or download it again",
+    )
+
+
+def unique(path: AnyPath, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, refusing a name that stands twice (readers differ on which wins)."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise CheckpointError(
+            f"{path}: the name {twice[:200]!r} stands twice in its header",
+            hint="the file is malformed: save it again",
+        )
+    return found

@@ -1,0 +1,90 @@
+"""Checkpoints in shards: an index file that says which file holds which key.
+
+In: the path of a `*.index.json` as Hugging Face libraries write it. Out: the index's table, and
+the tensors joined from the shards. Refused: shards outside of the index's folder, keys that a
+shard lacks or that no index lists.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from harness.checkpoint.formats.safetensors import unique
+from harness.checkpoint.keys import format_key
+from harness.checkpoint.sources.access import at_once
+from harness.checkpoint.sources.paths import AnyPath, is_file
+from harness.checkpoint.tensors import Checkpoint, Tensor
+from harness.errors import CheckpointError
+
+MAX_INDEX_NBYTES = 16 << 20
+_MAX_ENTRIES = 250_000
+_MAX_OBJECTS = 64
+
+
+def read_index(path: AnyPath, text: bytes) -> dict[str, str]:
+    """Return the table from key to the name of its shard."""
+    if (
+        len(text) > MAX_INDEX_NBYTES
+        or text.count(b",") > _MAX_ENTRIES
+        or text.count(b"{") + text.count(b"[") > _MAX_OBJECTS
+    ):
+        raise _broken(path, "is too large, or nested like no index")
+    try:
+        index = json.loads(text, object_pairs_hook=lambda pairs: unique(path, pairs))
+    except ValueError as error:
+        raise _broken(path, f"is not JSON: {error}") from error
+    table = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise _broken(path, "has no weight_map")
+    for key, shard in table.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise _broken(
+                path, f"places {key[:200]!r} in {str(shard)[:200]!r}, which is no file beside it"
+            )
+    return table
+
+
+def join_shards(
+    path: AnyPath, table: Mapping[str, str], open_shard: Callable[[AnyPath], Checkpoint]
+) -> tuple[list[Tensor], list[Checkpoint]]:
+    """Open every shard once, and check index and shards against each other."""
+    folder = path.parent
+
+    def opened(shard: str) -> Checkpoint:
+        if not is_file(folder / shard):
+            raise CheckpointError(
+                f"{folder / shard[:200]}: missing, but {path.name} places "
+                f"{sum(1 for s in table.values() if s == shard)} tensors in it",
+                hint="download or copy the missing shard",
+            )
+        return open_shard(folder / shard)
+
+    names = sorted(set(table.values()))
+    shards: dict[str, Checkpoint] = {}
+    try:
+        shards.update(zip(names, at_once(folder, opened, names), strict=True))
+        tensors = []
+        for name, shard in table.items():
+            key = format_key((name,))
+            tensor = shards[shard].tensors.get(key)
+            if tensor is None:
+                raise _broken(path, f"places {name!r} in {shard}, which does not hold it")
+            tensors.append(tensor)
+        listed = {(format_key((name,)), shard) for name, shard in table.items()}
+        for shard, checkpoint in shards.items():
+            for key in checkpoint.tensors:
+                if (key, shard) not in listed:
+                    raise _broken(path, f"does not list {key!r}, which {shard} holds")
+    except BaseException:
+        for checkpoint in shards.values():
+            checkpoint.close()
+        raise
+    return tensors, list(shards.values())
+
+
+def _broken(path: AnyPath, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: the index {why}", hint="save the checkpoint again, or fetch the index again"
+    )

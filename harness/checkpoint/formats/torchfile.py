@@ -1,0 +1,311 @@
+"""Files written by torch: zip archives, TorchScript archives, and the legacy pickle.
+
+In: a source that holds one such file. Out: the object tree of its pickle, in which every tensor is
+a `Tensor` (or a `Composite` of tensors) over the bytes where they are, and every other object is
+inert. Refused: storages that are missing, short or long, and bytes that no reader would look at.
+Formats as in torch/serialization.py of torch 0.4 to 2.13.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from harness.checkpoint.dtypes import DTYPES, DType
+from harness.checkpoint.formats.zips import Entry, read_zip
+from harness.checkpoint.sources.access import is_local
+from harness.checkpoint.sources.source import RangeSource, Source, check_range, read
+from harness.checkpoint.tensors import Checksum, Storage
+from harness.checkpoint.unpickling.inert import Global, Record
+from harness.checkpoint.unpickling.opcodes import MAX_STRUCTURE_NBYTES, Tally, unpickle
+from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS, STORAGE_DTYPES, StorageRef, brief
+from harness.errors import CheckpointError
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+_MAX_SMALL_NBYTES = 1 << 20
+# What else of torch is a zip archive, told by an entry that it has.
+_OTHER_ARCHIVES = {
+    "archive_format": "torch.export",
+    "serialized_exported_program.json": "torch.export",
+    ".data/extern_modules": "torch.package",
+}
+_WINDOW_NBYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TorchFile:
+    """The object tree of a torch file; `script_classes` is filled for TorchScript archives.
+
+    `script_classes` maps a class to the names of its parameters and of its buffers.
+    """
+
+    container: str
+    root: Any
+    checksums: tuple[Checksum, ...] = ()
+    script_classes: Mapping[Global, tuple[tuple[str, ...], tuple[str, ...]]] = field(
+        default_factory=dict
+    )
+
+
+def read_torch_zip(source: Source, *, tally: Tally | None = None) -> TorchFile:
+    """Read a zip archive written by `torch.save` (since 1.6) or `torch.jit.save`.
+
+    `tally` as for `unpickle`, where many archives make one checkpoint.
+    """
+    entries = read_zip(source)
+    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        inside = {name.partition("/")[2] or name for name in entries}
+        for mark in inside & _OTHER_ARCHIVES.keys():
+            raise CheckpointError(
+                f"{source.name}: an archive of {_OTHER_ARCHIVES[mark]}, not a checkpoint",
+                hint=f"load it by {_OTHER_ARCHIVES[mark]}, and save its state_dict by torch.save",
+            )
+        found = ", ".join(sorted(entries)[:3]) or "nothing"
+        raise CheckpointError(
+            f"{source.name}: a zip archive, but not one of torch's: it has no data.pkl "
+            f"(it holds {found}, …)",
+            hint="give a file that torch.save, torch.jit.save or NeMo wrote",
+        )
+    prefix = pickles[0].removesuffix("data.pkl")
+    byteorder = entries.get(prefix + "byteorder")
+    big_endian = byteorder is not None and _byteorder(byteorder) == b"big"
+    storages: dict[str, Storage] = {}
+
+    def persistent(persistent_id: Any) -> StorageRef:
+        key, dtype, numel, _ = _storage_id(source.name, persistent_id)
+        entry = entries.get(f"{prefix}data/{key}")
+        if entry is None:
+            raise _damaged(source.name, f"has no entry {prefix}data/{key}, which a tensor needs")
+        if entry.nbytes != numel * dtype.itemsize:
+            raise _damaged(
+                source.name,
+                f"has {entry.nbytes} bytes in {entry.name}, but its pickle says "
+                f"{numel} x {dtype} ({numel * dtype.itemsize} bytes)",
+            )
+        storage = storages.get(key)
+        if storage is None:
+            storage = storages[key] = Storage(
+                source=entry.source, offset=0, nbytes=entry.nbytes, big_endian=big_endian
+            )
+        return StorageRef(storage=storage, dtype=dtype)
+
+    data = entries[pickles[0]]
+    root, end = unpickle(
+        data.source.view(0, data.nbytes),
+        name=data.source.name,
+        constructors=CONSTRUCTORS,
+        persistent=persistent,
+        tally=tally,
+    )
+    if end != data.nbytes:
+        raise _damaged(data.source.name, f"has {data.nbytes - end} bytes after its pickle")
+    script = f"{prefix}constants.pkl" in entries and any(
+        name.startswith(f"{prefix}code/") for name in entries
+    )
+    return TorchFile(
+        container="TorchScript" if script else "torch zip",
+        root=root,
+        checksums=tuple(
+            Checksum(entry.source, 0, entry.nbytes, entry.crc32)
+            for entry in entries.values()
+            if entry.crc32 and entry.nbytes
+        ),
+        script_classes=_script_classes(source.name, entries, f"{prefix}code/") if script else {},
+    )
+
+
+def read_torch_legacy(source: Source) -> TorchFile:
+    """Read what `torch.save` wrote before 1.6: four pickles, then the storages one by one."""
+    # Nothing says how long the pickles are; what is not local is fetched as far as they reach.
+    window = source.nbytes if is_local(source) else min(_WINDOW_NBYTES, source.nbytes)
+    while True:
+        data = source.view(0, window)
+        try:
+            return _read_legacy(source, data)
+        except CheckpointError:
+            if window == source.nbytes or window > MAX_STRUCTURE_NBYTES:
+                raise
+        window = min(16 * window, source.nbytes)
+
+
+def _read_legacy(source: Source, data: memoryview) -> TorchFile:
+    position = 0
+
+    def next_pickle(
+        persistent: Callable[[Any], Any] | None = None, max_nbytes: int = MAX_STRUCTURE_NBYTES
+    ) -> Any:
+        nonlocal position
+        value, length = unpickle(
+            data[position:],
+            name=source.name,
+            constructors=CONSTRUCTORS,
+            persistent=persistent,
+            max_nbytes=max_nbytes,
+        )
+        position += length
+        return value
+
+    if _LEGACY_MAGIC.to_bytes(10, "little") not in bytes(data[:32]):
+        raise CheckpointError(
+            f"{source.name}: a plain pickle, not a file written by torch.save",
+            hint="load it where it was made and save its state dict by torch.save or safetensors",
+        )
+    magic, protocol, _ = (next_pickle(max_nbytes=_MAX_SMALL_NBYTES) for _ in range(3))
+    if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:
+        raise _damaged(source.name, f"is of the unknown legacy version {brief(protocol)}")
+
+    # Where the storages are is known only behind the object that refers to them.
+    storages: dict[str, Storage] = {}
+    places: dict[str, RangeSource] = {}
+    positions: dict[str, int] = {}
+
+    def start_of(key: str, numel: int) -> int:
+        (count,) = struct.unpack("<q", read(source, positions[key], 8))
+        if count != numel:
+            raise _damaged(source.name, f"has {count} elements in storage {key}, not {numel}")
+        return positions[key] + 8
+
+    def persistent(persistent_id: Any) -> Any:
+        if _is_module_source(persistent_id):
+            return persistent_id[1]
+        key, dtype, numel, view = _storage_id(source.name, persistent_id)
+        if key not in storages:
+            nbytes = numel * dtype.itemsize
+            check_range(source, 0, nbytes)
+            places[key] = RangeSource(source, partial(start_of, key, numel), nbytes, source.name)
+            storages[key] = Storage(source=places[key], offset=0, nbytes=nbytes)
+        storage, offset = storages[key], 0
+        if view is not None:
+            _, offset, numel = view
+            if offset < 0 or numel < 0 or (offset + numel) * dtype.itemsize > storage.nbytes:
+                raise _damaged(source.name, "has a view outside of its storage")
+        return StorageRef(storage=storage, dtype=dtype, offset=offset)
+
+    root, keys = next_pickle(persistent), next_pickle(max_nbytes=MAX_STRUCTURE_NBYTES // 4)
+    positions |= _positions(source, position, keys, places)
+    if is_local(source):
+        for place in places.values():
+            place.locate()
+    return TorchFile(container="legacy torch pickle", root=root)
+
+
+def _positions(
+    source: Source, position: int, keys: Any, places: Mapping[str, RangeSource]
+) -> dict[str, int]:
+    """Find the storages that follow the pickles: a count of 8 bytes each, then the elements.
+
+    They are little-endian whatever the machine that wrote them says of itself.
+    """
+    if not isinstance(keys, list):
+        raise _damaged(source.name, "has no list of its storages")
+    positions: dict[str, int] = {}
+    for key in keys:
+        if not isinstance(key, str) or key not in places or key in positions:
+            raise _damaged(
+                source.name, f"lists a storage {brief(key)} that no tensor names, or twice"
+            )
+        positions[key] = position
+        position += 8 + places[key].nbytes
+    missing = next((key for key in places if key not in positions), None)
+    if missing is not None:
+        raise _damaged(source.name, f"does not hold the storage {missing}")
+    if position > source.nbytes:
+        raise _damaged(source.name, f"ends {position - source.nbytes} bytes inside its storages")
+    if position < source.nbytes:
+        raise _damaged(source.name, f"has {source.nbytes - position} bytes after its storages")
+    return positions
+
+
+def _is_module_source(persistent_id: Any) -> bool:
+    """Legacy files wrap each module class as ('module', class, file, source text)."""
+    return (
+        isinstance(persistent_id, tuple)
+        and len(persistent_id) > 1
+        and (persistent_id[0] == "module")
+    )
+
+
+def _storage_id(
+    name: str, persistent_id: Any
+) -> tuple[str, DType, int, tuple[str, int, int] | None]:
+    """Check ('storage', type, key, location, numel[, view]); returns key, dtype, numel, view."""
+    match persistent_id:
+        case ("storage", Global() as kind, str() as key, str(), int() as numel, *rest) if (
+            numel >= 0 and kind.name in STORAGE_DTYPES and len(rest) <= 1
+        ):
+            view = rest[0] if rest else None
+        case _:
+            raise _damaged(name, f"refers to a storage in an unknown way: {brief(persistent_id)}")
+    match view:
+        case None:
+            return key, DTYPES[STORAGE_DTYPES[kind.name]], numel, None
+        case (str() as view_key, int() as offset, int() as view_numel):
+            return (
+                key,
+                DTYPES[STORAGE_DTYPES[kind.name]],
+                numel,
+                (view_key, offset, view_numel),
+            )
+        case _:
+            raise _damaged(name, f"has a storage view of an unknown form: {brief(view)}")
+
+
+def _byteorder(entry: Entry) -> bytes:
+    if entry.nbytes > 16:
+        raise _damaged(entry.source.name, f"has {entry.nbytes} bytes instead of little or big")
+    order = read(entry.source, 0, entry.nbytes)
+    if order not in (b"little", b"big"):
+        raise _damaged(entry.source.name, f"names an unknown byte order {order!r}")
+    return order
+
+
+def _damaged(name: str, why: str) -> CheckpointError:
+    return CheckpointError(f"{name}: {why}", hint="the file is damaged: copy or download it again")
+
+
+# Possessive: to go back over a million lines would take a gigabyte.
+_CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:(?: {2}.*)?\n)*+)", re.MULTILINE)
+_NAMES = r"^ {{2}}__{}__ = \[(.*)\]"
+_QUOTED = re.compile(r'"([^"\\]*)"')
+_MAX_CODE_NBYTES = 4 << 20
+
+
+def _script_classes(
+    name: str, entries: Mapping[str, Entry], prefix: str
+) -> dict[Global, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Read which attributes of each TorchScript class are parameters and buffers.
+
+    The serialised code is Python-like text; only its `__parameters__` and `__buffers__` lines are
+    looked at, none of it is run.
+    """
+    classes = {}
+    code = [e for e in entries.values() if e.name.startswith(prefix) and e.name.endswith(".py")]
+    if sum(entry.nbytes for entry in code) > _MAX_CODE_NBYTES:
+        raise _damaged(name, f"has more than {_MAX_CODE_NBYTES} bytes of code")
+    for entry in code:
+        module = entry.name.removeprefix(prefix).removesuffix(".py").replace("/", ".")
+        text = read(entry.source, 0, entry.nbytes).decode("utf-8", "replace")
+        for match in _CLASS.finditer(text):
+            names = []
+            for kind in ("parameters", "buffers"):
+                found = re.search(_NAMES.format(kind), match[2], re.MULTILINE)
+                names.append(tuple(_QUOTED.findall(found[1])) if found else ())
+            classes[Global(module, match[1])] = (names[0], names[1])
+    return classes
+
+
+def is_module(value: Any) -> bool:
+    """Whether a record is a pickled `torch.nn.Module`."""
+    return (
+        isinstance(value, Record)
+        and isinstance(value.state, dict)
+        and all(
+            isinstance(value.state.get(n), dict) for n in ("_parameters", "_buffers", "_modules")
+        )
+    )

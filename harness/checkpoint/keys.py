@@ -1,0 +1,50 @@
+"""Keys of tensors: how the path to an entry is spelled as one text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A step of a key's path that the file does not spell: one part of a composite tensor."""
+
+    name: str
+
+
+def format_key(path: Sequence[object]) -> str:
+    """Render the place of a tensor in nested containers as one unambiguous string.
+
+    A plain string key stays as it is (`encoder.weight`); further steps follow in brackets as
+    Python would write them (`state[0]["exp.avg"]`), parts of composite tensors without quotes
+    (`weight[int_repr]`). A first key that holds a bracket is quoted, so no two paths collide.
+    The result is always valid text: what UTF-8 cannot encode is escaped.
+    """
+    first, *rest = path
+    plain = isinstance(first, str) and "[" not in first and first != "" and _encodes(first)
+    head = str(first) if plain else _bracketed(first)
+    return head + "".join(_bracketed(step) for step in rest)
+
+
+def _bracketed(step: object) -> str:
+    if isinstance(step, Component):
+        return f"[{step.name}]"
+    if isinstance(step, str):
+        return f"[{json.dumps(step, ensure_ascii=False) if _encodes(step) else ascii(step)}]"
+    return f"[{step!r}]"
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,228 @@
+"""Open any checkpoint without executing it: `open_checkpoint(path)` decides by content.
+
+In: a path or a URL. Out: a `Checkpoint`, whose tensors read their bytes from where they are.
+Refused, each with what, where and what to do: everything that is damaged, that is no checkpoint, or
+that would cost more memory or time than its size warrants. Nothing is executed, imported, or
+written but unlinked temporary files for what is compressed, and for parts of remote files.
+"""
+
+from __future__ import annotations
+
+import stat
+from functools import partial
+from pathlib import Path
+
+from harness.checkpoint.config import _hparams, _yaml
+from harness.checkpoint.folders import _checkpoint_in, _did_you_mean, _not_a_checkpoint
+from harness.checkpoint.formats.nemo import is_tar, read_nemo
+from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
+from harness.checkpoint.formats.torchfile import TorchFile, read_torch_legacy, read_torch_zip
+from harness.checkpoint.sections import find_tensors
+from harness.checkpoint.sources.access import open_source
+from harness.checkpoint.sources.inflated import InflatedSource
+from harness.checkpoint.sources.paths import DISTCP, METADATA, AnyPath, Location, to_path
+from harness.checkpoint.sources.source import Source, read
+from harness.checkpoint.tensors import Checkpoint, Tensor, tensor_table
+from harness.errors import CheckpointError, NoSection
+
+_HEAD_NBYTES = 512
+
+
+def open_checkpoint(path: Location, *, section: str | None = None) -> Checkpoint:
+    """Open a checkpoint: structure only, the values stay where they are until they are read.
+
+    `section` names another part than the state dict (`optimizer_states.0`), or every tensor of
+    the file ("."). Raises CheckpointError. Memory: about 2.5 KB per tensor.
+    """
+    path = folder = to_path(path)
+    try:
+        is_folder = _is_folder(folder)
+        if is_folder:
+            path = _checkpoint_in(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {(error.strerror or 'cannot be read').lower()}",
+            hint=_did_you_mean(path),
+        ) from error
+    if is_folder and path.name == METADATA:
+        return _distributed(folder, section)
+    if is_folder and path is folder:
+        _no_section(folder, section)
+        return _rank_shards(folder)
+    if path.name == METADATA or path.name.endswith(DISTCP):
+        raise CheckpointError(
+            f"{path}: one file of a torch.distributed.checkpoint folder",
+            hint=f"give the whole folder: {path.parent}",
+        )
+    source = open_source(path)
+    try:
+        head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
+        if head.lstrip()[:1] == b"{" and not is_safetensors(head, source.nbytes):
+            _no_section(path, section)
+            return _sharded(path, source)
+        return _open(path, source, section)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _is_folder(path: AnyPath) -> bool:
+    """Tell folders from files; raises OSError, and CheckpointError for everything else."""
+    if not isinstance(path, Path):
+        return path.is_dir()
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise CheckpointError(f"{path}: not a regular file", hint="give a file or a folder")
+    return stat.S_ISDIR(mode)
+
+
+def _open(path: AnyPath, source: Source, section: str | None) -> Checkpoint:
+    head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
+    # First, because the length that safetensors start with can look like any other magic.
+    if is_safetensors(head, source.nbytes):
+        _no_section(path, section)
+        tensors, _ = read_safetensors(path, source)
+        return Checkpoint(
+            name=str(path),
+            container="safetensors",
+            section="",
+            tensors=_nonempty(path, tensor_table(str(path), tensors)),
+            sources=(source,),
+            keeps_aliases=False,
+        )
+    if head.startswith(b"\x1f\x8b"):
+        source = InflatedSource(source, 0, source.nbytes, str(path), wbits=31)
+        head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
+        if not is_tar(head):
+            raise CheckpointError(
+                f"{path}: compressed by gzip, and no .nemo archive inside",
+                hint="decompress it first (gunzip)",
+            )
+    if is_tar(head):
+        weights, config = read_nemo(source)
+        return _torch_checkpoint(
+            path, source, _torch_file(weights), section, container="nemo", config_text=config
+        )
+    if head.startswith(b"PK") or head[:1] == b"\x80":
+        return _torch_checkpoint(path, source, _torch_file(source), section)
+    raise _not_a_checkpoint(path, head)
+
+
+def _torch_file(source: Source) -> TorchFile:
+    head = read(source, 0, min(2, source.nbytes))
+    if head == b"PK":
+        return read_torch_zip(source)
+    if head[:1] == b"\x80":
+        return read_torch_legacy(source)
+    raise CheckpointError(
+        f"{source.name}: neither a zip archive nor a pickle, the two that torch writes",
+        hint="the file is damaged: copy or download it again",
+    )
+
+
+def _torch_checkpoint(
+    path: AnyPath,
+    source: Source,
+    file: TorchFile,
+    section: str | None,
+    *,
+    container: str | None = None,
+    config_text: bytes | None = None,
+) -> Checkpoint:
+    found, tensors = find_tensors(file, str(path), section)
+    lightning = isinstance(file.root, dict) and "pytorch-lightning_version" in file.root
+    if container is None:
+        container = "Lightning checkpoint" if lightning else file.container
+    return Checkpoint(
+        name=str(path),
+        container=container,
+        section=found,
+        tensors=_nonempty(
+            path,
+            tensor_table(str(path), tensors),
+            "TorchScript that is frozen keeps its weights as constants: give the file of before"
+            if file.container == "TorchScript"
+            else "is it the right file?",
+        ),
+        sources=(source,),
+        read_config=partial(_yaml, path, config_text)
+        if config_text is not None
+        else partial(_hparams, file.root),
+        checksums=file.checksums,
+    )
+
+
+def _sharded(path: AnyPath, source: Source) -> Checkpoint:
+    from harness.checkpoint.formats.sharded import MAX_INDEX_NBYTES, join_shards, read_index
+
+    table = read_index(path, read(source, 0, min(source.nbytes, MAX_INDEX_NBYTES + 1)))
+
+    def open_shard(shard: AnyPath) -> Checkpoint:
+        source = open_source(shard)
+        try:
+            return _open(shard, source, None)
+        except BaseException:
+            source.close()
+            raise
+
+    tensors, shards = join_shards(path, table, open_shard)
+    sources = [source, *(one for shard in shards for one in shard.sources)]
+    containers = sorted({shard.container for shard in shards})
+    return Checkpoint(
+        name=str(path),
+        container=f"sharded {' and '.join(containers)}",
+        section="",
+        tensors=tensor_table(str(path), tensors),
+        sources=tuple(sources),
+        # A tie across two shards is lost in the format.
+        keeps_aliases=False,
+        checksums=tuple(one for shard in shards for one in shard.checksums),
+    )
+
+
+def _distributed(folder: AnyPath, section: str | None) -> Checkpoint:
+    from harness.checkpoint.formats.dcp import read_dcp
+
+    file, sources = read_dcp(folder)
+    found, tensors = find_tensors(file, str(folder), section)
+    return Checkpoint(
+        name=str(folder),
+        container=file.container,
+        section=found,
+        tensors=_nonempty(folder, tensor_table(str(folder), tensors)),
+        sources=sources,
+        # Tied tensors are saved one by one.
+        keeps_aliases=False,
+        read_config=partial(_hparams, file.root),
+        checksums=file.checksums,
+    )
+
+
+def _rank_shards(folder: AnyPath) -> Checkpoint:
+    from harness.checkpoint.formats.rankshards import rank_shards, read_rank_shards
+
+    tensors, sources = read_rank_shards(folder, rank_shards(folder))
+    return Checkpoint(
+        name=str(folder),
+        container="torch.distributed.checkpoint safetensors",
+        section="",
+        tensors=_nonempty(folder, tensor_table(str(folder), tensors)),
+        sources=sources,
+        keeps_aliases=False,
+    )
+
+
+def _no_section(path: AnyPath, section: str | None) -> None:
+    if section not in (None, "", "."):
+        raise NoSection(
+            f"{path}: safetensors files have no sections, so no {section!r}",
+            hint="leave out --section",
+        )
+
+
+def _nonempty(
+    path: AnyPath, tensors: dict[str, Tensor], hint: str = "is it the right file?"
+) -> dict[str, Tensor]:
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors", hint=hint)
+    return tensors

@@ -1,0 +1,1 @@
+"""Where the bytes are: files, ranges of them, what is inflated, and what is behind URLs."""

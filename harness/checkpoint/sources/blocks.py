@@ -1,0 +1,266 @@
+"""Files behind URLs as sources: fetched in blocks, once, in parallel, and kept for a while.
+
+In: a `RemotePath`. Out: a `RemoteSource`, and a `Mirror` of one on disk where it is to be mapped.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakSet
+
+from harness.checkpoint.sources import transport
+from harness.checkpoint.sources.files import FileSource
+from harness.checkpoint.sources.remote import RemotePath
+from harness.checkpoint.sources.source import Source, Version, check_range
+from harness.checkpoint.sources.transport import THREADS, changed
+from harness.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+_LEAST_BLOCK_NBYTES = 1 << 14
+_KEPT_NBYTES = 32 << 20
+# What lies between two ranges is fetched with them where that takes less time than a request.
+_MAX_GAP = 1 << 16
+
+
+class RemoteSource:
+    """A file behind a URL. Memory: the blocks of one read, and 32 MiB for all sources together."""
+
+    _mirror: Mirror | None = None
+
+    def __init__(self, path: RemotePath) -> None:
+        self.name = str(path)
+        found = path.stat()
+        if found is None:
+            of_folders = ": that of a folder ends with a slash" if path.is_web else ""
+            raise CheckpointError(f"{path}: no such file", hint=f"check the URL{of_folders}")
+        if found.is_dir:
+            raise CheckpointError(f"{path}: a folder, not a file", hint="give the file inside")
+        self.nbytes = found.nbytes
+        self.version = Version(found.nbytes, found.tag and f"tag {found.tag}")
+        self.path = path
+        self._found = found
+        self.token = object()
+        _blocks.sources.add(self)
+        self._lock = threading.Lock()
+        self._ahead: list[tuple[int, bytes]] = []
+
+    @contextmanager
+    def ahead(self, ranges: Iterable[tuple[int, int]]) -> Iterator[None]:
+        """Fetch ranges (start, end), in their order, all at once; reads inside of one are of it.
+
+        For one thread. Memory: the ranges, and up to 64 KiB between two of them.
+        """
+        runs = list(_runs(ranges, self.nbytes))
+        fetched = threads().map(lambda run: self._fetch(*run), runs)
+        self._ahead = [(start, data) for (start, _), data in zip(runs, fetched, strict=True)]
+        try:
+            yield
+        finally:
+            self._ahead = []
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        check_range(self, offset, len(buffer))
+        index = bisect_right(self._ahead, offset, key=lambda run: run[0]) - 1
+        if index >= 0:
+            start, data = self._ahead[index]
+            if offset - start + len(buffer) <= len(data):
+                buffer[:] = data[offset - start : offset - start + len(buffer)]
+                return
+        # No more at a time than other threads leave of the pool.
+        step = THREADS * transport.BLOCK_NBYTES
+        for start in range(0, len(buffer), step):
+            part = buffer[start : start + step]
+            position = offset + start
+            for first, answer in list(self._asked(position, position + len(part))):
+                piece = memoryview(answer.result())[position - first :][: len(part)]
+                part[: len(piece)] = piece
+                part = part[len(piece) :]
+                position += len(piece)
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Copy a part into an unlinked temporary file, and map that."""
+        check_range(self, offset, nbytes)
+        if nbytes == 0:
+            return memoryview(b"")
+        with self._lock:
+            if self._mirror is None:
+                self._mirror = Mirror(self)
+            return self._mirror.view(offset, nbytes)
+
+    def stamp(self) -> str | None:
+        """None: few servers tell reliably whether a file has changed."""
+        return None
+
+    def close(self) -> None:
+        _blocks.drop(self)
+        if self._mirror is not None:
+            self._mirror.close()
+
+    def _asked(self, start: int, end: int) -> Iterator[tuple[int, Future[bytes]]]:
+        """Ask for what holds a range, in order, each with where it starts.
+
+        Blocks are kept, for what else is in them. Where they are small, those of which nothing is
+        left are asked for together and not kept.
+        """
+        block = _blocks.block_nbytes()
+        full = end if end == self.nbytes else end - end % block
+        while start < end:
+            first = start - start % block
+            if block < transport.BLOCK_NBYTES and first == start < full:
+                last = min(first + transport.BLOCK_NBYTES, full)
+                yield first, threads().submit(self._fetch, first, last)
+            else:
+                last = min(first + block, self.nbytes)
+                fetch = partial(self._fetch, first, last)
+                yield first, _blocks.get(_Span(self.token, first, last), fetch)
+            start = last
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        path, found = self.path, self._found
+
+        def fetch() -> bytes:
+            data = path.transport.fetch(path.url, start, end, found)
+            if len(data) != end - start:
+                raise EOFError(f"{len(data)} bytes came in place of {end - start}")
+            return data
+
+        try:
+            return path.ask(f"reading bytes {start} to {end}", fetch)
+        except FileNotFoundError:
+            raise changed(self.name, "is not there any more") from None
+
+
+def _runs(ranges: Iterable[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
+    """Join ranges of a file that are near each other, as far as one request brings."""
+    run: tuple[int, int] | None = None
+    for start, end in ranges:
+        end = min(end, nbytes)
+        if start >= end:
+            continue
+        if run and start - run[1] <= _MAX_GAP and end - run[0] <= transport.BLOCK_NBYTES:
+            run = run[0], max(run[1], end)
+            continue
+        if run:
+            yield run
+        run = start, end
+    if run:
+        yield run
+
+
+class _Span(NamedTuple):
+    """A block of a source; `token` stands for that, and does not keep it alive."""
+
+    token: object
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+class _Blocks:
+    """The blocks last read, of all sources: what several threads ask for is fetched once.
+
+    The tensors of a sharded checkpoint are read one after the other, each from all of its files. So
+    that the rest of a block is still there when the next one is, blocks are the smaller, the more
+    files are open: a few of each are kept.
+    """
+
+    def __init__(self) -> None:
+        self.sources: WeakSet[RemoteSource] = WeakSet()
+        self._lock = threading.Lock()
+        self._found: OrderedDict[_Span, Future[bytes]] = OrderedDict()
+        self._nbytes = 0
+
+    def block_nbytes(self) -> int:
+        nbytes = transport.BLOCK_NBYTES
+        while nbytes > _LEAST_BLOCK_NBYTES and 4 * len(self.sources) * nbytes > _KEPT_NBYTES:
+            nbytes //= 2
+        return nbytes
+
+    def get(self, span: _Span, fetch: Callable[[], bytes]) -> Future[bytes]:
+        with self._lock:
+            found = self._found.get(span)
+            if found is None:
+                self._nbytes += span.nbytes
+            if found is None or (found.done() and found.exception() is not None):
+                found = self._found[span] = threads().submit(fetch)
+            self._found.move_to_end(span)
+            while self._nbytes > _KEPT_NBYTES:
+                self._nbytes -= self._found.popitem(last=False)[0].nbytes
+            return found
+
+    def drop(self, source: RemoteSource) -> None:
+        with self._lock:
+            self.sources.discard(source)
+            for span in [span for span in self._found if span.token is source.token]:
+                self._nbytes -= span.nbytes
+                self._found.pop(span).cancel()
+
+
+_blocks = _Blocks()
+
+
+@cache
+def threads() -> ThreadPoolExecutor:
+    """On which all waiting for servers is done."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="harness-remote")
+
+
+class Mirror(FileSource):
+    """An unlinked temporary file of a source's size, that holds the blocks that were viewed."""
+
+    def __init__(self, source: Source) -> None:
+        self.name = source.name
+        self.nbytes = source.nbytes
+        self._source = source
+        self._filled: set[int] = set()
+        try:
+            with tempfile.TemporaryFile() as file:
+                file.truncate(source.nbytes)
+                self._fd = os.dup(file.fileno())
+        except OSError as error:
+            raise self._no_room(error) from error
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        blocks = range(
+            offset // transport.BLOCK_NBYTES, -(-(offset + nbytes) // transport.BLOCK_NBYTES)
+        )
+        for start in range(0, len(blocks), THREADS):
+            missing = [i for i in blocks[start : start + THREADS] if i not in self._filled]
+            if missing:
+                self._fill(
+                    missing[0] * transport.BLOCK_NBYTES, (missing[-1] + 1) * transport.BLOCK_NBYTES
+                )
+                self._filled.update(missing)
+        return super().view(offset, nbytes)
+
+    def _fill(self, start: int, end: int) -> None:
+        data = memoryview(bytearray(min(end, self.nbytes) - start))
+        self._source.read_into(start, data)
+        try:
+            while data:
+                written = os.pwrite(self._fd, data, start)
+                start += written
+                data = data[written:]
+        except OSError as error:
+            raise self._no_room(error) from error
+
+    def _no_room(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name}: no room for a part of it in a temporary file: {error.strerror}",
+            hint="point TMPDIR at a larger disk, or download the file first",
+        )

@@ -1,0 +1,108 @@
+"""Where files are: paths of this machine, and URLs.
+
+In: what a person gives (text, a path). Out: `Path`, or `RemotePath` for a URL of any protocol that
+fsspec knows. What reads files uses `path / name`, `name`, `parent`, `exists()`, `is_file()`,
+`is_dir()`, `iterdir()`, `str(path)` and `harness.checkpoint.sources.access.open_source(path)`, which both
+have. Nothing of fsspec is imported before a URL is looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from harness.checkpoint.sources.remote import RemotePath
+
+AnyPath: TypeAlias = "Path | RemotePath"
+Location: TypeAlias = "str | Path | RemotePath"
+
+# In a folder of torch.distributed.checkpoint: its index, and the suffix of what that places.
+METADATA = ".metadata"
+DISTCP = ".distcp"
+
+# Anything else with a colon in it is a file's name, or a drive of Windows. A chain of protocols
+# (`simplecache::s3://…`) is a URL, too, though one that is refused.
+_URL = re.compile(r"((?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def to_path(location: Location) -> AnyPath:
+    """Take a URL for what it is, and `file://` for the path that it names; raises UsageError."""
+    found = _URL.match(location) if isinstance(location, str) else None
+    if found is None or not isinstance(location, str):
+        return _no_url(location)
+    if found[1].lower() not in ("file", "local"):
+        from harness.checkpoint.sources.remote import RemotePath
+
+        return RemotePath(found[1].lower() + location[found.end(1) :])
+    from urllib.parse import unquote
+
+    host, slash, path = location[found.end() :].partition("/")
+    if host not in ("", "localhost"):
+        raise UsageError(
+            f"{location}: names the machine {host!r}, which file:// cannot reach",
+            hint=f"for a path of this machine: {found[0]}/{host}{slash}{path}",
+        )
+    return _no_url(unquote(slash + path))
+
+
+def _no_url(location: Location) -> AnyPath:
+    if isinstance(location, (str, Path)):
+        try:
+            possible = b"\0" not in os.fsencode(location)
+        except UnicodeEncodeError:
+            possible = False
+        if not possible:
+            raise UsageError(f"{location}: a name that no file can have", hint="check the path")
+        return Path(location)
+    from harness.checkpoint.sources.remote import RemotePath
+
+    if not isinstance(location, RemotePath):
+        raise UsageError(
+            f"a {type(location).__name__} is no path or URL",
+            hint="give the path of a file; verify, record, update and fingerprint take as their "
+            "first argument also what is in memory",
+        )
+    return location
+
+
+def is_file(path: AnyPath) -> bool:
+    """Whether a file is there; False for a name that no file can have."""
+    return os.path.isfile(path) if isinstance(path, Path) else path.is_file()  # noqa: PTH113
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL, of any protocol."""
+    return _URL.match(text) is not None
+
+
+def to_local(location: Location, what: str) -> Path:
+    """A path of this machine; UsageError for a URL, which `what` cannot be."""
+    path = to_path(location)
+    if isinstance(path, Path):
+        return path
+    raise UsageError(
+        f"{path}: {what} must be on this machine",
+        hint="give a path of this machine; what is to be read, download it first",
+    )
+
+
+def is_there(path: AnyPath) -> bool:
+    """Whether something is at a path; False for a file that cannot even be looked at."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def path_of(subject: object) -> AnyPath | None:
+    """The path or URL that a subject is, None for what is open or in memory."""
+    if isinstance(subject, (str, Path)):
+        return to_path(subject)
+    from harness.checkpoint.sources.remote import RemotePath
+
+    return subject if isinstance(subject, RemotePath) else None

@@ -1,0 +1,1 @@
+"""What a pickle says, as data."""

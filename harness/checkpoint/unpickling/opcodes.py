@@ -1,0 +1,319 @@
+"""The inert unpickler: reads the structure of a pickle and executes nothing.
+
+In: the bytes of a pickle (protocols 0 to 5), a closed table of constructors of our own, and what
+to make of persistent ids. Out: dicts, lists, tuples, strings, numbers, and for everything else
+`Global` (a name, never imported) and `Record` (what would have been called with what, as data).
+Refused: malformed opcodes, extension registry codes, out-of-band buffers, and more objects or text
+than a checkpoint's structure needs.
+
+This is a machine of its own, not a subclass of `pickle.Unpickler`, because the standard ones give
+the file more than a checkpoint needs: `PUT` with a large index allocates gigabytes, `BUILD` sets
+attributes on whatever is on the stack, nested tuples as dictionary keys overflow the C stack.
+Opcodes as documented in the standard library's `pickletools`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from harness.checkpoint.unpickling.machine import Constructors, Machine
+from harness.errors import CheckpointError
+
+# What the objects of a pickle may cost in memory: a tensor's structure costs about 2.5 KB, so this
+# is enough for 50,000 tensors, and within the promise of 200 MB whatever the file says. Folders of
+# many chunks may have more: see harness.checkpoint.dcp.
+MAX_STRUCTURE_NBYTES = 128 << 20
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the objects of several pickles have cost so far: one limit holds for them together."""
+
+    nbytes: int = 0
+    max_nbytes: int = MAX_STRUCTURE_NBYTES
+
+
+def unpickle(
+    data: memoryview,
+    *,
+    name: str,
+    constructors: Constructors,
+    persistent: Callable[[Any], Any] | None = None,
+    max_nbytes: int | None = None,
+    tally: Tally | None = None,
+) -> tuple[Any, int]:
+    """Read one pickle from the start of `data`; returns the object and where the pickle ends.
+
+    `constructors` maps (module, name) to functions that take the pickled arguments and return
+    plain values; they must check their arguments and may raise CheckpointError, TypeError or
+    ValueError. What is read costs at most `max_nbytes`, by default those of `tally`, together with
+    what it counts already. Raises CheckpointError, with the offset, for everything malformed.
+    """
+    tally = tally or Tally()
+    machine = Machine(data, name, constructors, persistent, max_nbytes or tally.max_nbytes)
+    machine.left -= tally.nbytes
+    value = _run(machine)
+    tally.nbytes = machine.max_nbytes - machine.left
+    return value, machine.position
+
+
+class _Stop(Exception):  # noqa: N818 - ends the loop, not an error
+    pass
+
+
+def _run(m: Machine) -> Any:
+    data, size, opcodes = m.data, len(m.data), _OPCODES
+    try:
+        while True:
+            position = m.position
+            if position >= size:
+                m.fail("ends before its STOP")
+            operation, operand, width, cost = opcodes[data[position]]
+            m.position = position + width
+            m.left -= cost
+            if m.left < 0:
+                m.spend(0)  # says so
+            if operand is None:
+                operation(m)
+            else:
+                operation(m, operand.unpack_from(data, position + 1)[0])
+    except _Stop as stop:
+        return stop.args[0]
+    except CheckpointError:
+        raise
+    except (
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+        struct.error,
+    ) as error:
+        if m.position > size:
+            m.fail("ends inside of its last opcode")
+        m.fail(f"is malformed ({type(error).__name__}: {str(error)[:200]})")
+
+
+def _stop(m: Machine) -> None:
+    raise _Stop(m.stack.pop())
+
+
+def _drop(m: Machine) -> None:
+    if m.stack:
+        m.stack.pop()
+    else:
+        m.pop_to_mark()
+
+
+def _persist(m: Machine, persistent_id: Any) -> None:
+    if m.persistent is None:
+        m.fail("refers to a storage outside of it")
+    m.push(m.persistent(persistent_id))
+
+
+def _protocol(m: Machine, version: int) -> None:
+    if version > 5:
+        m.fail(f"is of protocol {version}, newer than 5")
+
+
+def _long(m: Machine, nbytes: int) -> None:
+    raw = m.take(nbytes)
+    if len(raw) > 1024:
+        m.fail(f"holds an integer of {len(raw)} bytes")
+    m.spend(2 * len(raw))
+    m.push(int.from_bytes(raw, "little", signed=True))
+
+
+def _text_integer(m: Machine) -> None:
+    line = m.line()
+    m.push({"00": False, "01": True}[line] if line in ("00", "01") else int(line))
+
+
+def _quoted(m: Machine) -> None:
+    line = m.line()
+    if len(line) < 2 or line[0] != line[-1] or line[0] not in "\"'":
+        m.fail("holds a string without its quotes")
+    m.push(line[1:-1].encode("latin-1").decode("unicode_escape"))
+
+
+def _text(m: Machine, nbytes: int) -> None:
+    m.push(m.text(m.take(nbytes)))
+
+
+def _python2_text(m: Machine, nbytes: int) -> None:
+    m.push(m.python2_text(m.take(nbytes)))
+
+
+def _binary(m: Machine, nbytes: int) -> None:
+    m.push(m.binary(m.take(nbytes)))
+
+
+def _tuple2(m: Machine) -> None:
+    second, first = m.stack.pop(), m.stack.pop()
+    m.push((first, second))
+
+
+def _tuple3(m: Machine) -> None:
+    third, second, first = m.stack.pop(), m.stack.pop(), m.stack.pop()
+    m.push((first, second, third))
+
+
+def _dict(m: Machine) -> None:
+    items = m.pop_to_mark()
+    m.push({})
+    m.store(m.stack[-1], items)
+
+
+def _append(m: Machine) -> None:
+    item = m.stack.pop()
+    m.append(m.stack[-1], [item])
+
+
+def _extend(m: Machine) -> None:
+    items = m.pop_to_mark()
+    m.append(m.stack[-1], items)
+
+
+def _set_item(m: Machine) -> None:
+    value, key = m.stack.pop(), m.stack.pop()
+    m.store(m.stack[-1], [key, value])
+
+
+def _set_items(m: Machine) -> None:
+    items = m.pop_to_mark()
+    m.store(m.stack[-1], items)
+
+
+def _stack_global(m: Machine) -> None:
+    name, module = m.stack.pop(), m.stack.pop()
+    m.push(m.find_global(module, name))
+
+
+def _reduce(m: Machine) -> None:
+    args, callee = m.stack.pop(), m.stack.pop()
+    m.push(m.call(callee, args))
+
+
+def _new_with_keywords(m: Machine) -> None:
+    kwargs, args, callee = m.stack.pop(), m.stack.pop(), m.stack.pop()
+    if not isinstance(kwargs, dict):
+        m.fail("gives keyword arguments that are no dict")
+    m.push(m.call(callee, args, kwargs))
+
+
+def _instance(m: Machine) -> None:
+    callee = m.find_global(m.line(), m.line())
+    m.push(m.call(callee, tuple(m.pop_to_mark())))
+
+
+def _object(m: Machine) -> None:
+    callee, *args = m.pop_to_mark()
+    m.push(m.call(callee, tuple(args)))
+
+
+def _build(m: Machine) -> None:
+    state = m.stack.pop()
+    m.build(m.stack[-1], state)
+
+
+# What it costs in memory; never less than what is really taken.
+_SLOT, _ENTRY, _NUMBER, _OBJECT, _CALL = 16, 32, 48, 80, 112
+
+# The code, its operand where that has a fixed size, what it costs, and what it does. Sets are
+# lists here: order and duplicates do not matter to us.
+_ROWS: list[tuple[bytes, str, int, Callable[..., Any]]] = [
+    (b"\x80", "B", _SLOT, _protocol),
+    (b"\x95", "<Q", _SLOT, lambda m, nbytes: None),  # FRAME
+    (b".", "", _SLOT, _stop),
+    # the stack
+    (b"(", "", _CALL, Machine.mark),
+    (b"0", "", _SLOT, _drop),
+    (b"1", "", _SLOT, Machine.pop_to_mark),
+    (b"2", "", _SLOT, lambda m: m.push(m.stack[-1])),
+    # constants and numbers
+    (b"N", "", _SLOT, lambda m: m.push(None)),
+    (b"\x88", "", _SLOT, lambda m: m.push(True)),
+    (b"\x89", "", _SLOT, lambda m: m.push(False)),
+    (b"K", "B", _SLOT, Machine.push),
+    (b"M", "<H", _NUMBER, Machine.push),
+    (b"J", "<i", _NUMBER, Machine.push),
+    (b"G", ">d", _NUMBER, Machine.push),
+    (b"I", "", _NUMBER, _text_integer),
+    (b"L", "", _NUMBER, lambda m: m.push(int(m.line().rstrip("L")))),
+    (b"F", "", _NUMBER, lambda m: m.push(float(m.line()))),
+    (b"\x8a", "B", _NUMBER, _long),
+    (b"\x8b", "<I", _NUMBER, _long),
+    # text and bytes
+    (b"S", "", _OBJECT, _quoted),
+    (
+        b"V",
+        "",
+        _OBJECT,
+        lambda m: m.push(m.line().encode("latin-1").decode("raw_unicode_escape")),
+    ),
+    (b"U", "B", _SLOT, _python2_text),
+    (b"T", "<I", _SLOT, _python2_text),
+    (b"\x8c", "B", _SLOT, _text),
+    (b"X", "<I", _SLOT, _text),
+    (b"\x8d", "<Q", _SLOT, _text),
+    (b"C", "B", _OBJECT, _binary),
+    (b"B", "<I", _OBJECT, _binary),
+    (b"\x8e", "<Q", _OBJECT, _binary),
+    (b"\x96", "<Q", _OBJECT, _binary),
+    # containers
+    (b")", "", _SLOT, lambda m: m.push(())),
+    (b"\x85", "", _OBJECT, lambda m: m.push((m.stack.pop(),))),
+    (b"\x86", "", _OBJECT, _tuple2),
+    (b"\x87", "", _OBJECT, _tuple3),
+    (b"t", "", _OBJECT, lambda m: m.push(tuple(m.pop_to_mark()))),
+    (b"]", "", _OBJECT, lambda m: m.push([])),
+    (b"l", "", _OBJECT, lambda m: m.push(m.pop_to_mark())),
+    (b"a", "", _SLOT, _append),
+    (b"e", "", _SLOT, _extend),
+    (b"}", "", _OBJECT, lambda m: m.push({})),
+    (b"d", "", _OBJECT, _dict),
+    (b"s", "", _SLOT, _set_item),
+    (b"u", "", _SLOT, _set_items),
+    (b"\x8f", "", _OBJECT, lambda m: m.push([])),  # EMPTY_SET
+    (b"\x90", "", _SLOT, _extend),  # ADDITEMS
+    (b"\x91", "", _OBJECT, lambda m: m.push(m.pop_to_mark())),  # FROZENSET
+    # the memo
+    (b"q", "B", _ENTRY, Machine.put),
+    (b"r", "<I", _ENTRY, Machine.put),
+    (b"p", "", _ENTRY, lambda m: m.put(int(m.line()))),
+    (b"\x94", "", _ENTRY, lambda m: m.put(len(m.memo))),
+    (b"h", "B", _SLOT, Machine.get),
+    (b"j", "<I", _SLOT, Machine.get),
+    (b"g", "", _SLOT, lambda m: m.get(int(m.line()))),
+    # what would be imported and called
+    (b"c", "", _SLOT, lambda m: m.push(m.find_global(m.line(), m.line()))),
+    (b"\x93", "", _SLOT, _stack_global),
+    (b"R", "", _CALL, _reduce),
+    (b"\x81", "", _CALL, _reduce),  # NEWOBJ: cls.__new__(cls, *args), the same to us
+    (b"\x92", "", _CALL, _new_with_keywords),
+    (b"i", "", _CALL, _instance),
+    (b"o", "", _CALL, _object),
+    (b"b", "", _SLOT, _build),
+    (b"P", "", _CALL, lambda m: _persist(m, m.line())),
+    (b"Q", "", _CALL, lambda m: _persist(m, m.stack.pop())),
+]
+
+
+def _unknown(m: Machine) -> None:
+    m.fail(f"holds the byte 0x{m.data[m.position - 1]:02x}, which is no opcode")
+
+
+def _opcodes() -> Iterator[tuple[Callable[..., Any], struct.Struct | None, int, int]]:
+    """For each byte: the operation, its operand, how many bytes the two take, and the cost."""
+    known = {row[0][0]: row for row in _ROWS}
+    for code in range(256):
+        _, operand, cost, operation = known.get(code, (b"", "", _SLOT, _unknown))
+        form = struct.Struct(operand) if operand else None
+        yield operation, form, 1 + struct.calcsize(operand), cost
+
+
+_OPCODES = list(_opcodes())

@@ -1,0 +1,444 @@
+"""The command line: arguments in, reports and exit codes out; what verbs do is in `harness.api`.
+
+Exit codes: 0 all identical or close, 1 something differs, 2 could not tell (unreadable, usage),
+3 nothing differs but something is undecided. Of several goldens the worst counts: 2, 1, 3, 0.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from harness.cli.options import (
+    PATH,
+    Command,
+    live_of,
+    live_options,
+    policy_of,
+    policy_options,
+    refuse_on_update,
+    report_options,
+    run_options,
+    stage_of,
+    stage_options,
+)
+from harness.cli.progress import progress_bar
+from harness.cli.terminal import (
+    asked_again,
+    echo_error,
+    echo_json,
+    echo_stage,
+    echo_steps,
+    ended,
+    failure,
+    finish,
+    told,
+    without_secrets,
+)
+from harness.cli.verification import Verification, goldens_of
+from harness.errors import HarnessError, UsageError
+from harness.text.folding import escaped
+from harness.text.shell import quoted
+from harness.version import __version__
+
+if TYPE_CHECKING:
+    from harness.checkpoint.sources.paths import AnyPath
+    from harness.report.outcome import Outcome
+
+
+_GOLDEN = click.option("-g", "--golden", type=PATH, help="The golden file.")
+_JOBS = click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Threads; by default all the cores allowed, shared among ranks.",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: run the command and exit with its code; a crash is a 2, never a 1."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: nobody reads it, and no file must get its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if arguments is None:
+        # Opening a checkpoint makes many objects that stay: looking through them takes 7 ms of 600
+        # tensors. What is used once leaves by reference counts.
+        gc.set_threshold(100_000)
+    code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    if arguments is None:
+        gc.freeze()  # else the interpreter looks through every object for cycles before it ends
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    def command() -> int:
+        return cli.main(arguments, prog_name="harness", standalone_mode=False, obj=arguments) or 0
+
+    try:
+        if not _is_one_of_several():
+            return command()
+        _import_numpy()
+        from harness.model.distributed.launched import run_on_ranks
+
+        return run_on_ranks(command, arguments)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        return 130
+    except (HarnessError, click.ClickException) as error:
+        if {"--json", "--format=json", "json"} & set(arguments):
+            echo_json(failure(error))
+        elif isinstance(error, HarnessError):
+            echo_error(error)
+        else:
+            text = io.StringIO()
+            error.show(file=text)
+            click.echo(without_secrets(text.getvalue()), err=True, nl=False)
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as stopped:
+        # Click's own: after shell completion, and by 1, which would say that a checkpoint differs,
+        # where the reader has seen enough.
+        return 2 if stopped.code else 0
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        hint = "check the path" if what else "see where the output goes: it cannot be written there"
+        echo_error(UsageError(f"{what}{error.strerror or error}", hint=hint))
+    except Exception:  # exit code 1 would say that a checkpoint differs
+        traceback.print_exc()
+        click.echo("error: this is a bug in the harness; please report it", err=True)
+    return 2
+
+
+def _is_one_of_several() -> bool:
+    """Whether torchrun, or whoever sets its variables, has started several ranks."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return size.isdecimal() and int(size) > 1 and "RANK" in os.environ
+
+
+# What other tools call it.
+_MEANT = {
+    "update": "verify CKPT --update-golden --reason WHY",
+    "check": "verify CKPT",
+    "test": "verify CKPT",
+    "create": "record CKPT",
+    "compare": "diff EXPECTED ACTUAL",
+    "list": "show FILE",
+    "help": "--help",
+}
+
+
+class _Commands(click.Group):
+    """The commands in the order in which they are needed; others' names lead to them."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] in _MEANT and not ctx.resilient_parsing:
+            raise UsageError(f"no command {args[0]}", hint=f"harness {_MEANT[args[0]]}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 identical or close, 1 different, 2 could not tell, 3 undecided.",
+)
+@click.version_option(__version__, prog_name="harness")
+def cli() -> None:
+    """Tell from a small golden fingerprint whether a checkpoint still is what it was.
+
+    Begin with 'harness record CHECKPOINT' and commit the golden that it writes; 'harness verify'
+    then tells whether the checkpoint changed.
+    """
+    _import_numpy()
+
+
+def _import_numpy() -> None:
+    """Keep OpenBLAS to one thread: the harness runs its own, and torch later needs the variable."""
+    if "numpy" in sys.modules or "OPENBLAS_NUM_THREADS" in os.environ:
+        return
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    try:
+        import numpy  # noqa: F401 - reads the variable once, now
+    finally:
+        del os.environ["OPENBLAS_NUM_THREADS"]
+
+
+@cli.command()
+@click.argument("checkpoint", type=PATH)
+@_GOLDEN
+@click.option("--section", help="Another part than the state dict; '.' for every tensor.")
+@click.option(
+    "--block-size",
+    type=int,
+    metavar="BYTES",
+    help="Bytes of a tensor that share a row of the sketch (default 32768).",
+)
+@click.option(
+    "--values",
+    type=click.Choice(["small", "all", "none"]),
+    default="small",
+    show_default=True,
+    help="Which tensors are kept in full (small: up to 4096 elements).",
+)
+@stage_options
+@live_options
+@click.option("--overwrite", is_flag=True, help="Replace a golden, and forget its history.")
+@_JOBS
+def record(
+    checkpoint: AnyPath,
+    golden: AnyPath | None,
+    section: str | None,
+    block_size: int | None,
+    values: Any,
+    stage: Any,
+    overwrite: bool,
+    jobs: int | None,
+    **options: Any,
+) -> None:
+    """Record the golden of CHECKPOINT.
+
+    It goes to golden/<stem>.safetensors unless --golden says otherwise.
+    """
+    from harness import api
+    from harness.checkpoint.sources.access import open_source
+    from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES
+
+    stage = stage_of(stage, options)
+    with progress_bar(checkpoint) as progress:
+        recorded = api.record(
+            checkpoint,
+            golden,
+            section=section,
+            block_nbytes=DEFAULT_BLOCK_NBYTES if block_size is None else block_size,
+            values=values,
+            stage=stage,
+            live=live_of(options) if stage != "file" else None,
+            overwrite=overwrite,
+            jobs=jobs,
+            progress=progress,
+        )
+    found = recorded.fingerprint
+    with closing(open_source(recorded.path)) as written:
+        nbytes = written.nbytes
+    total = sum(t.nbytes for t in found.tensors.values() if t.alias_of is None)
+    beside = f" ({100 * nbytes / max(1, total):.1f} % of the weights)"
+    if recorded.live is not None and recorded.live.outputs is not None:
+        beside = f", with {len(recorded.live.outputs.tensors):,} inputs and outputs of submodules"
+    section = f", section {found.section}" if found.section else ""
+    said = (
+        f"recorded {recorded.path}: {len(found.tensors):,} tensors of {checkpoint} "
+        f"({found.container}{section}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
+    )
+    click.echo(escaped(said))
+    # Without the checkpoint, verify repeats the stages that were recorded.
+    there = recorded.live is not None and recorded.checkpoint is not None
+    given = "" if there else f" {quoted(str(checkpoint))}"
+    click.echo(f"next: harness verify{given}{_golden_option(recorded.path, checkpoint)}")
+
+
+def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
+    from harness.golden.places import golden_path
+
+    return "" if golden == golden_path(checkpoint) else f" -g {quoted(str(golden))}"
+
+
+@cli.command()
+@click.argument("checkpoint", type=PATH, required=False)
+@_GOLDEN
+@policy_options
+@click.option(
+    "--reference", type=PATH, metavar="CKPT", help="The recorded checkpoint: decides exactly."
+)
+@click.option(
+    "--cache", is_flag=True, help="Do not read again what did not change since the last --cache."
+)
+@click.option("--update-golden", is_flag=True, help="Show the differences, then accept them.")
+@click.option("--reason", default="", help="Why the golden is updated; kept in its history.")
+@stage_options
+@live_options
+@run_options
+@report_options
+@_JOBS
+@click.pass_obj
+def verify(
+    arguments: list[str],
+    /,
+    checkpoint: AnyPath | None,
+    golden: AnyPath | None,
+    reference: AnyPath | None,
+    cache: bool,
+    update_golden: bool,
+    reason: str,
+    stage: Any,
+    form: str,
+    reports: tuple[Path, ...],
+    jobs: int | None,
+    **options: Any,
+) -> int:
+    """Compare CHECKPOINT with its golden.
+
+    Without CHECKPOINT, every golden in golden/ is compared with the checkpoint that it names, in
+    all the stages that it was recorded with.
+    """
+    from harness.fingerprints.cache import default_cache
+    from harness.report.outcome import Result
+
+    if reason and not update_golden:
+        raise UsageError("--reason goes with --update-golden")
+    policy = policy_of(options)
+    if update_golden:
+        refuse_on_update(policy)
+    run = Verification(
+        policy=policy,
+        stage=stage,
+        options=options,
+        reference=reference,
+        cache=default_cache() if cache else None,
+        jobs=jobs,
+        form=form,
+        updating=update_golden,
+        reason=reason,
+        arguments=arguments,
+        names_golden=golden is not None,
+    )
+    try:
+        goldens = goldens_of(checkpoint, golden)
+    except HarnessError as error:
+        outcomes: tuple[Outcome, ...] = (ended(error, form, expected=golden, actual=checkpoint),)
+    else:
+        outcomes = tuple(run.outcome(checkpoint, target) for target in goldens)
+    return finish(Result(command="verify", outcomes=outcomes), form, reports)
+
+
+@cli.command()
+@click.argument("checkpoint", type=PATH)
+@policy_options
+@live_options
+@run_options
+@report_options
+def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **options: Any) -> int:
+    """Load, save, reload and run CHECKPOINT.
+
+    Each is compared with the file itself, and the outputs with each other: no golden is needed.
+    """
+    from harness import api
+    from harness.report.outcome import Outcome, Result
+
+    stages, error = [], None
+    try:
+        for comparison in api.roundtrip(
+            checkpoint, policy=policy_of(options), live=live_of(options)
+        ):
+            stages.append(comparison)
+            echo_stage(comparison, form)
+    except HarnessError as found:
+        error = told(found, form)
+    outcome = Outcome(expected=None, actual=str(checkpoint), stages=tuple(stages), error=error)
+    return finish(Result(command="roundtrip", outcomes=(outcome,)), form, reports)
+
+
+@cli.command()
+@click.argument("expected", type=PATH)
+@click.argument("actual", type=PATH)
+@policy_options
+@report_options
+@_JOBS
+@click.pass_obj
+def diff(
+    arguments: list[str],
+    /,
+    expected: AnyPath,
+    actual: AnyPath,
+    form: str,
+    reports: tuple[Path, ...],
+    jobs: int | None,
+    **options: Any,
+) -> int:
+    """Compare two checkpoints, or goldens.
+
+    Two checkpoints are compared element by element, a golden by what it keeps.
+    """
+    from harness import api
+    from harness.cli.steps import past_lines
+    from harness.report.outcome import Outcome, Result
+
+    policy = policy_of(options)
+    try:
+        with progress_bar(expected) as progress:
+            comparison = api.diff(
+                expected,
+                actual,
+                policy=policy,
+                stats=bool(reports),
+                jobs=jobs,
+                progress=progress,
+            )
+    except HarnessError as error:
+        outcome = ended(error, form, expected=expected, actual=actual)
+    else:
+        echo_stage(comparison, form)
+        steps = tuple(past_lines(comparison, ["harness", *asked_again(arguments)]))
+        echo_steps(steps, form)
+        outcome = Outcome(
+            expected=str(expected), actual=str(actual), stages=(comparison,), next_steps=steps
+        )
+    return finish(Result(command="diff", outcomes=(outcome,)), form, reports)
+
+
+@cli.command()
+@click.argument("file", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with stats.")
+@click.option("--stats", is_flag=True, help="Add statistics of the values.")
+@click.option("--section", help="Another part than the state dict; '.' for every tensor.")
+@_JOBS
+def show(file: AnyPath, as_json: bool, stats: bool, section: str | None, jobs: int | None) -> None:
+    """List the tensors of a golden or checkpoint.
+
+    The table is fit for git's textconv.
+    """
+    from harness import api
+    from harness.fingerprints.scan import fingerprint
+    from harness.golden.file import is_golden
+    from harness.report.json import fingerprint_as_json
+    from harness.report.table import render_table
+
+    history = None
+    if is_golden(file):
+        if section is not None:
+            raise UsageError(
+                f"--section does not go with {file}: a golden is of the one that was recorded",
+                hint=f"harness show {quoted(str(file))}",
+            )
+        recorded = api.read_golden(file)
+        found, history = recorded.fingerprint, recorded.history
+    else:
+        wanted = as_json or stats
+        with progress_bar(file) as progress, api.open_checkpoint(file, section=section) as opened:
+            found = fingerprint(
+                opened,
+                details=lambda tensor: wanted,
+                keep_values=lambda tensor: True,
+                jobs=jobs,
+                progress=progress,
+            )
+    if as_json:
+        data = fingerprint_as_json(found)
+        if history is not None:
+            data["history"] = [{"root": u.root, "reason": u.reason} for u in history]
+        echo_json(data)
+    else:
+        click.echo(render_table(found, history=history or (), stats=stats))

@@ -1,0 +1,303 @@
+"""The options of the command line, in groups, and what they mean as values of the core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from harness.comparison.policy import STAGES, Policy
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from harness.model.stages import LiveOptions
+
+
+class _Location(click.Path):
+    """A path or a URL; a path alone for an option that is named.
+
+    Not checked by click, whose complaints lack the next step.
+    """
+
+    def __init__(self, local_for: str | None = None) -> None:
+        super().__init__(path_type=Path, readable=False)
+        self.local_for = local_for
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        from harness.checkpoint.sources.paths import to_local, to_path
+
+        return to_path(value) if self.local_for is None else to_local(value, self.local_for)
+
+
+PATH = _Location()
+
+
+class _Pairs(click.ParamType[tuple[str, str]]):
+    """`LEFT=RIGHT`, split at the last or the first equals sign."""
+
+    name = "LEFT=RIGHT"
+
+    def __init__(self, *, at_last: bool) -> None:
+        self.at_last = at_last
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, str]:
+        left, sign, right = value.rpartition("=") if self.at_last else value.partition("=")
+        if not sign or not left:
+            self.fail(f"{value!r} is not of the form {param.metavar}", param, ctx)
+        return left, right
+
+
+def _tolerance(ctx: click.Context, param: click.Parameter, pairs: Any) -> Any:
+    found = []
+    for glob, numbers in pairs:
+        try:
+            atol, *rest = (float(number) for number in numbers.split(","))
+            rtol = rest.pop() if rest else None
+            if rest:
+                raise ValueError
+        except ValueError:
+            raise click.BadParameter(
+                f"{numbers!r} is not ATOL or ATOL,RTOL", ctx=ctx, param=param
+            ) from None
+        found.append((glob, atol, rtol))
+    return tuple(found)
+
+
+_POLICY = [
+    click.option("--atol", type=float, show_default="1e-5", help="As in allclose."),
+    click.option("--rtol", type=float, show_default="1e-5", help="As in allclose."),
+    click.option("--exact", is_flag=True, help="Allow no difference at all."),
+    click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out keys. Repeatable."),
+    click.option(
+        "--tolerance",
+        "tolerances",
+        multiple=True,
+        type=_Pairs(at_last=True),
+        callback=_tolerance,
+        metavar="GLOB=ATOL[,RTOL]",
+        help="Another tolerance for some keys; the last that fits wins. Repeatable.",
+    ),
+    click.option(
+        "--map",
+        "key_map",
+        multiple=True,
+        type=_Pairs(at_last=False),
+        metavar="OLD=NEW",
+        help="The golden's key OLD is now NEW; prefixes end in a dot. Repeatable.",
+    ),
+    click.option("--strip-prefix", default="", metavar="P", help="Take P off the new keys."),
+    click.option("--no-check-dtype", is_flag=True, help="Compare values across dtypes."),
+]
+
+
+def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what counts as the same."""
+    return _add(_POLICY, command)
+
+
+def _add(options: list[Callable[..., Any]], command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def policy_of(options: dict[str, Any]) -> Policy:
+    """The policy that the options ask for."""
+    for name in ("atol", "rtol", "tolerances", "output_atol", "output_rtol"):
+        if options["exact"] and options.get(name) not in (None, ()):
+            flag = "--tolerance" if name == "tolerances" else f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"--exact allows no difference at all, and {flag} some",
+                hint=f"leave out --exact, or {flag}",
+            )
+    given = {n: options[n] for n in ("atol", "rtol") if options[n] is not None}
+    rtol = given.get("rtol", Policy.rtol)
+    return Policy(
+        **given,
+        exact=options["exact"],
+        ignore=options["ignore"],
+        tolerances=tuple(
+            (glob, atol, rtol if its_rtol is None else its_rtol)
+            for glob, atol, its_rtol in options["tolerances"]
+        ),
+        key_map=options["key_map"],
+        strip_prefix=options["strip_prefix"],
+        check_dtype=not options["no_check_dtype"],
+    )
+
+
+# An update accepts the whole checkpoint, under the keys that it has: nobody would have seen what
+# these leave out, and the next run would not find what these rename.
+NOT_ON_UPDATE = ("--ignore", "--map", "--strip-prefix")
+
+
+def refuse_on_update(policy: Policy) -> None:
+    """Raise UsageError for a policy that looks past what an update would accept."""
+    given = (policy.ignore, policy.key_map, policy.strip_prefix)
+    for option, value in zip(NOT_ON_UPDATE, given, strict=True):
+        if value:
+            raise UsageError(
+                f"{option} does not go with --update-golden, which accepts the whole checkpoint "
+                "under the keys that it has",
+                hint=f"leave out {option}, and what it looks past is shown before it is accepted",
+            )
+
+
+def _stage(name: str, text: str) -> Any:
+    return click.option(f"--{name}", "stage", flag_value=name, help=text)
+
+
+_STAGE_FLAGS = [
+    _stage("file", "Stop at the file itself."),
+    _stage("load", "Also load it into the model."),
+    _stage("reload", "Also save and load again."),
+    _stage("outputs", "Also compare what it computes."),
+]
+_LIVE = [
+    click.option("--model", "target", metavar="MODULE:NAME", help="The model's class or factory."),
+    click.option(
+        "--config",
+        type=_Location("--config"),
+        metavar="YAML",
+        help="Replaces the model's configuration.",
+    ),
+    click.option(
+        "--inputs",
+        type=_Location("--inputs"),
+        metavar="FILE",
+        help="safetensors of forward's keyword arguments.",
+    ),
+    click.option(
+        "--trust-checkpoint", is_flag=True, help="Let Lightning unpickle: runs what the file says."
+    ),
+]
+_RUN = [
+    click.option("--keep", is_flag=True, help="Keep the saved file beside the checkpoint."),
+    click.option("--output-atol", type=float, help="As --atol, of outputs (default 1e-4)."),
+    click.option("--output-rtol", type=float, help="As --rtol, of outputs (default 1e-4)."),
+]
+
+
+def _report_paths(ctx: click.Context, param: click.Parameter, paths: Any) -> Any:
+    for path in paths:
+        from harness.report.files import check_report
+
+        check_report(path)
+    return paths
+
+
+_REPORT = [
+    click.option(
+        "--format",
+        "form",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="What is printed.",
+    ),
+    click.option(
+        "--report",
+        "reports",
+        multiple=True,
+        type=_Location("--report"),
+        callback=_report_paths,
+        metavar="FILE",
+        help="Also write a report: .html, .md, .xml (JUnit) or .json. Repeatable.",
+    ),
+]
+
+
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how to report."""
+    return _add(_REPORT, command)
+
+
+def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags that say how far to go."""
+    return _add(_STAGE_FLAGS, command)
+
+
+def live_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which code is under test."""
+    return _add(_LIVE, command)
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of running the stages."""
+    return _add(_RUN, command)
+
+
+# The first stage at which an option has an effect.
+_NEEDED_BY = {
+    "target": ("--model", "load"),
+    "config": ("--config", "load"),
+    "trust_checkpoint": ("--trust-checkpoint", "load"),
+    "keep": ("--keep", "reload"),
+    "inputs": ("--inputs", "outputs"),
+    "output_atol": ("--output-atol", "outputs"),
+    "output_rtol": ("--output-rtol", "outputs"),
+}
+
+
+def stage_of(given: str | None, options: dict[str, Any], otherwise: str = "file") -> Any:
+    """How far to go: as asked for, else as far as the options have an effect.
+
+    Raises UsageError for an option that would be silently without one.
+    """
+    last = given or otherwise
+    for name, (flag, needed) in _NEEDED_BY.items():
+        if options.get(name) in (None, False) or STAGES.index(needed) <= STAGES.index(last):
+            continue
+        if given is not None:
+            raise UsageError(
+                f"{flag} has no effect with --{given}",
+                hint=f"leave it out, or give --{needed} in place of --{given}",
+            )
+        last = needed
+    return last
+
+
+def live_of(options: dict[str, Any], base: LiveOptions | None = None) -> LiveOptions:
+    """What the options say of the code under test; what they leave out is as in `base`.
+
+    Raises ModelError and CheckpointError for what is typed and cannot be used: before minutes of
+    reading, not after. Imports torch: call it only where a live stage is wanted.
+    """
+    from dataclasses import replace
+
+    from harness.model.stages import LiveOptions
+
+    names = {"trust_checkpoint": "trust"}
+    given = {
+        names.get(name, name): options[name]
+        for name in (
+            *("target", "config", "inputs", "keep", "trust_checkpoint"),
+            *("output_atol", "output_rtol"),
+        )
+        if options.get(name) is not None
+    }
+    LiveOptions(**given).check()
+    return replace(base or LiveOptions(), **given)
+
+
+class Command(click.Command):
+    """Refuses an option that is given twice where the last one would silently win."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        seen: set[str] = set()
+        if self.get_help_option(ctx) in order:
+            order = []
+        for param in order:
+            if not isinstance(param, click.Option) or param.multiple or param.name is None:
+                continue
+            if param.name in seen and not ctx.resilient_parsing:
+                flags = [o.opts[0] for o in order if o.name == param.name]
+                raise UsageError(
+                    f"{' and '.join(flags)}: the last one alone would count",
+                    hint=f"give one of them: harness {self.name} --help",
+                )
+            seen.add(param.name)
+        return super().parse_args(ctx, args)

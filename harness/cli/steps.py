@@ -1,0 +1,80 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from harness.comparison.comparison import Comparison
+from harness.report.steps import GET_IT_AGAIN, MEND_THE_CODE, is_of_the_code, ways_past
+from harness.text.shell import command_line, quoted
+
+
+def as_options(policy: Mapping[str, Any]) -> list[str]:
+    """Fields of a policy as `harness verify` and `harness diff` take them."""
+    options: list[str] = []
+    for old, new in policy.get("key_map", ()):
+        options += ["--map", f"{old}={new}"]
+    if "strip_prefix" in policy:
+        options += ["--strip-prefix", policy["strip_prefix"]]
+    if policy.get("check_dtype") is False:
+        options.append("--no-check-dtype")
+    return options
+
+
+def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
+    """Lines that run a command again, so that it looks past what was found."""
+    if comparison.count("damaged"):
+        return [GET_IT_AGAIN]
+    lines = []
+    for what, policy in ways_past(comparison):
+        again = without(command, ["--strip-prefix"]) if "strip_prefix" in policy else command
+        options = command_line(as_options(policy))
+        lines.append(f"to look past {what}:  {with_options(again, options)}")
+    return lines
+
+
+def without(command: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A command without these options, each of which takes a value."""
+    kept: list[str] = []
+    rest = iter(command)
+    for argument in rest:
+        if argument == "--":
+            return [*kept, argument, *rest]
+        if argument in options:
+            next(rest, None)
+        elif not argument.startswith(tuple(f"{option}=" for option in options)):
+            kept.append(argument)
+    return kept
+
+
+def with_options(command: Sequence[str], options: str) -> str:
+    """A command with more options, which are quoted already, as a shell takes it."""
+    end = command.index("--") if "--" in command else len(command)
+    parts = [command_line(command[:end]), options, command_line(command[end:])]
+    return " ".join(part for part in parts if part)
+
+
+def next_steps(
+    comparison: Comparison,
+    command: Sequence[str],
+    update: Sequence[str],
+    reference: str = "RECORDED_CKPT",
+) -> list[str]:
+    """What to do about a stage that does not pass: decide it, look past what it found, accept it.
+
+    `command` verifies again, `update` accepts; `reference` is the recorded checkpoint, where it is
+    known.
+    """
+    if comparison.ok:
+        return []
+    if is_of_the_code(comparison):
+        return [MEND_THE_CODE]
+    lines = past_lines(comparison, command)
+    if lines == [GET_IT_AGAIN]:
+        return lines
+    if comparison.verdict == "undecided" and comparison.stage == "file":
+        decide = with_options(command, f"--reference {quoted(reference)}")
+        lines.insert(0, f"to decide exactly:  {decide}")
+    accept = with_options(update, '--update-golden --reason "why"')
+    return [*lines, f"if this is meant:  {accept}"]

@@ -1,0 +1,258 @@
+"""One run of `harness verify`: each golden in turn, stage by stage, and the next steps.
+
+In: what was asked for on the command line. Out: an `Outcome` per golden, each stage of which is
+printed as it ends; an updated golden where that is asked for. Refused (GoldenError): a folder
+without goldens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from harness.cli.options import NOT_ON_UPDATE, live_of, stage_of
+from harness.cli.progress import progress_bar
+from harness.cli.terminal import asked_again, echo_stage, echo_steps, told
+from harness.comparison.policy import STAGES, Policy
+from harness.errors import GoldenError, HarnessError, ModelError, NotRecorded, UsageError
+from harness.text.folding import escaped
+from harness.text.shell import quoted
+
+if TYPE_CHECKING:
+    from harness.checkpoint.sources.paths import AnyPath
+    from harness.comparison.comparison import Comparison
+    from harness.golden.golden import Golden
+    from harness.model.stages import LiveOptions
+    from harness.report.outcome import Outcome
+
+
+def goldens_of(checkpoint: AnyPath | None, golden: AnyPath | None) -> Sequence[AnyPath]:
+    from harness.golden.golden import SUFFIX
+    from harness.golden.places import GOLDEN_FOLDER, choose_golden
+
+    if checkpoint is not None or golden is not None:
+        return [choose_golden(checkpoint, golden)]
+    found = [p for p in sorted(GOLDEN_FOLDER.glob(f"*{SUFFIX}")) if not _is_left_out(p)]
+    if not found:
+        above = next(
+            (p for p in Path.cwd().parents if any(p.glob(f"{GOLDEN_FOLDER}/*{SUFFIX}"))), None
+        )
+        raise GoldenError(
+            f"no goldens in {GOLDEN_FOLDER}/ of the current folder",
+            hint="record one: harness record CHECKPOINT"
+            if above is None
+            else f"go to where they are: cd {quoted(os.path.relpath(above))}",
+        )
+    return found
+
+
+def _is_left_out(path: Path) -> bool:
+    """Whether a file among the goldens, in good order, is nothing to verify here; says so.
+
+    Such as inputs of a model, or the golden of a live one, which a test or a script verifies.
+    """
+    from harness.checkpoint import open_checkpoint
+    from harness.golden.file import is_golden, read_golden
+
+    try:
+        if not is_golden(path):
+            open_checkpoint(path).close()
+            why = "is no golden"
+        elif not read_golden(path).source:
+            why = "was recorded from a live model, names no checkpoint"
+        else:
+            return False
+    except HarnessError:  # told when it is verified
+        return False
+    click.echo(escaped(f"note: {path} {why}, and is left out"), err=True)
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """One invocation of verify: what is asked for, for each golden in turn."""
+
+    policy: Policy
+    stage: Any
+    options: dict[str, Any]
+    reference: AnyPath | None
+    cache: Path | None
+    jobs: int | None
+    form: str
+    updating: bool
+    reason: str
+    arguments: list[str]
+    names_golden: bool
+
+    def outcome(self, checkpoint: AnyPath | None, golden: AnyPath) -> Outcome:
+        """Verify one golden and report each stage as it ends; update it if that is asked for."""
+        from harness import api
+        from harness.report.outcome import Outcome
+
+        stages: list[Comparison] = []
+        steps: tuple[str, ...] = ()
+        recorded, updated, error = None, None, None
+        try:
+            recorded = api.read_golden(golden)
+            try:
+                self._verify(checkpoint, recorded, stages)
+            except NotRecorded:
+                if not self.updating:
+                    raise
+            if self.updating:
+                updated = self._update(checkpoint, recorded)
+                # What a golden cannot hold is still there: it holds the file, not the code.
+                if any(not s.ok for s in stages if not s.can_be_recorded):
+                    stages.clear()
+                    self._verify(checkpoint, api.read_golden(golden), stages)
+            else:
+                steps = self._next_steps(stages, checkpoint, recorded)
+        except HarnessError as found:
+            error = told(found, self.form)
+            # After a ModelError they would end in the same.
+            if recorded is not None and not (self.updating or isinstance(found, ModelError)):
+                steps = self._next_steps(stages, checkpoint, recorded)
+        echo_steps(steps, self.form)
+        name = stages[0].actual.name if stages else None
+        return Outcome(
+            expected=str(golden),
+            actual=name if name is not None or checkpoint is None else str(checkpoint),
+            stages=tuple(stages),
+            error=error,
+            updated=updated,
+            next_steps=steps,
+        )
+
+    def _verify(
+        self, checkpoint: AnyPath | None, recorded: Golden, stages: list[Comparison]
+    ) -> None:
+        from harness import api
+
+        stage = self._stage(checkpoint, recorded)
+        with ExitStack() as reading:
+            progress = reading.enter_context(progress_bar(checkpoint or recorded.checkpoint))
+            for comparison in api.verify_stages(
+                checkpoint,
+                recorded,
+                policy=self.policy,
+                stage=stage,
+                live=self._live(recorded, stage),
+                reference=self.reference,
+                cache=self.cache,
+                jobs=self.jobs,
+                progress=progress,
+            ):
+                reading.close()  # the bar is of the file; the report has the terminal to itself
+                comparison = self._with_note(comparison, stage, recorded)
+                echo_stage(comparison, self.form, stages)
+                stages.append(comparison)
+
+    def _update(self, checkpoint: AnyPath | None, recorded: Golden) -> bool:
+        """Accept what is there now; returns whether the golden changed."""
+        from harness import api
+        from harness.checkpoint.sources.access import read_file
+        from harness.report.table import told as told_entry
+
+        stage = self._stage(checkpoint, recorded)
+        before = read_file(recorded.path)
+        with progress_bar(checkpoint or recorded.checkpoint) as progress:
+            updated = api.update(
+                checkpoint,
+                recorded,
+                reason=self.reason,
+                stage=stage,
+                live=self._live(recorded, stage),
+                jobs=self.jobs,
+                progress=progress,
+            )
+        changed = read_file(recorded.path) != before
+        if self.form == "text" and not changed:
+            click.echo(escaped(f"{recorded.path} is up to date, and was not touched"))
+        elif self.form == "text":
+            roots = (recorded.fingerprint.root.hex()[:16], updated.fingerprint.root.hex()[:16])
+            said = "is as it was" if roots[0] == roots[1] else f"is now {roots[1]}"
+            click.echo(escaped(f"updated {recorded.path}: root {roots[0]} {said}"))
+            for entry in updated.history:
+                click.echo(f"  replaced {told_entry(entry)}")
+        return changed
+
+    def _stage(self, checkpoint: AnyPath | None, golden: Golden) -> Any:
+        """How far to go: as asked for, else as the golden remembers where no file is named.
+
+        An update records anew all that the golden remembers, and shows all of it before.
+        """
+        remembered = _last_stage(golden)
+        repeats = checkpoint is None or self.updating
+        stage = stage_of(self.stage, self.options, remembered if repeats else "file")
+        if self.updating and STAGES.index(stage) < STAGES.index(remembered):
+            raise UsageError(
+                f"--{stage} does not go with --update-golden: the golden holds {remembered}, too, "
+                "and an update records it anew",
+                hint=f"leave out --{stage}, and what it would leave out is shown",
+            )
+        return stage
+
+    def _with_note(self, comparison: Comparison, stage: Any, golden: Golden) -> Comparison:
+        """Say at the last stage what a golden knows beyond it, unless it was asked to end there."""
+        remembered = _last_stage(golden)
+        beyond = STAGES[STAGES.index(stage) + 1 : STAGES.index(remembered) + 1]
+        if comparison.stage != stage or self.stage is not None or not beyond:
+            return comparison
+        note = f"the golden holds {', '.join(beyond)}, too: --{remembered} looks at it"
+        return replace(comparison, notes=(*comparison.notes, note))
+
+    def _live(self, golden: Golden, stage: Any) -> LiveOptions | None:
+        if stage == "file":
+            return None
+        from harness.model.stages import remembered
+
+        return live_of(self.options, remembered(golden))
+
+    def _next_steps(
+        self, stages: Sequence[Comparison], checkpoint: AnyPath | None, golden: Golden
+    ) -> tuple[str, ...]:
+        from harness import api
+        from harness.cli.steps import next_steps
+        from harness.golden.places import other_reference
+        from harness.report.outcome import worst_stage
+
+        found = worst_stage(stages)
+        if found is None or found.ok:
+            return ()
+        if checkpoint and found.are_strangers:
+            own, typed = api.golden_path(checkpoint), quoted(str(checkpoint))
+            if not own.exists():
+                return (
+                    f"if it is another model, give it a golden of its own:  harness record {typed}",
+                )
+            if not (isinstance(golden.path, Path) and own.samefile(golden.path)):
+                return (
+                    f"if it is another model, it has a golden of its own:  harness verify {typed}",
+                )
+        # As it was asked, so that the same question is asked again.
+        which = [] if checkpoint or self.names_golden else ["-g", str(golden.path)]
+        there = other_reference(golden, checkpoint)
+        return tuple(
+            next_steps(
+                found,
+                command=["harness", *asked_again(self.arguments), *which],
+                update=["harness", *self._updating_arguments(), *which],
+                **({} if there is None else {"reference": str(there)}),
+            )
+        )
+
+    def _updating_arguments(self) -> list[str]:
+        """What was asked, as an update takes it: it goes as far as the golden does."""
+        shorter = [f"--{stage}" for stage in STAGES[:-1]]
+        asked = asked_again(self.arguments, but=NOT_ON_UPDATE)
+        return [argument for argument in asked if argument not in shorter]
+
+
+def _last_stage(golden: Golden) -> str:
+    return golden.live.stages[-1] if golden.live is not None else "file"

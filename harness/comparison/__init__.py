@@ -1,0 +1,1 @@
+"""(expected, actual, policy) -> `Comparison`, and its words."""

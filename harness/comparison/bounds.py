@@ -1,0 +1,258 @@
+"""What two sketches prove about a difference: bounds, and single elements that changed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from blake3 import blake3
+
+from harness.checkpoint.dtypes import numpy_dtype
+from harness.comparison.allclose import (
+    Values,
+    roundings,
+)
+from harness.comparison.difference import (
+    Difference,
+    Verdict,
+    _strip,
+    _where,
+    element,
+    exact_difference,
+    outward,
+)
+from harness.comparison.policy import Tolerance
+from harness.fingerprints.fingerprint import TensorPrint, block_numel, digest_of
+from harness.fingerprints.sketch import (
+    CHANCE,
+    NUM_PROJECTIONS,
+    Gap,
+    block_ranges,
+    compare_sketches,
+    recover,
+)
+from harness.streaming.chunks import buffers, chunks
+
+# The expected side known by its fingerprint alone.
+
+
+def difference_from_sketch(
+    expected: TensorPrint,
+    actual: TensorPrint,
+    tolerance: Tolerance,
+    block_nbytes: int,
+    values: Values | None,
+    *,
+    thorough: bool = True,
+) -> Difference:
+    """Decide allclose from two fingerprints, and `values` of the actual side if they can be read.
+
+    `actual` must carry stats and, for large floating tensors, a sketch in the blocks of the
+    golden. With `values`, few changed elements are recovered, and proved by the golden's digest;
+    `thorough` searches among more candidates.
+    """
+    if expected.values is not None and actual.values is not None and values is None:
+        values = actual
+    if expected.values is not None and values is not None:
+        return exact_difference(expected, values, tolerance)
+    ours, theirs = expected.stats, actual.stats
+    nonfinite = (ours.num_nonfinite if ours else 0, theirs.num_nonfinite if theirs else 0)
+    blank = Difference(
+        verdict="different",
+        why="its digest differs",
+        is_exact=False,
+        tolerance=tolerance,
+        numel=expected.numel,
+        max_abs=(0.0, math.inf),
+        min_atol=(0.0, math.inf),
+        rms=math.nan,
+        num_nonfinite=nonfinite,
+    )
+    same_type = expected.dtype == actual.dtype
+    if not expected.dtype.is_floating or expected.dtype.kind != actual.dtype.kind:
+        if same_type:
+            return replace(blank, why=f"{expected.dtype} must be equal, and its digest differs")
+        return _across_types(blank, expected, actual)
+    if ours is None or theirs is None or expected.sketch is None or actual.sketch is None:
+        return replace(
+            blank,
+            verdict="different" if tolerance.exact and same_type else "undecided",
+            why="the golden keeps neither its values nor a sketch",
+        )
+    why = None
+    if expected.sketch.matrix != actual.sketch.matrix:
+        why = "the two goldens have other projections, one by an older version: record it again"
+    elif expected.sketch.projections.shape != actual.sketch.projections.shape:
+        why = "the two goldens have sketches of different block sizes"
+    if why is not None:
+        verdict: Verdict = "different" if tolerance.exact and same_type else "undecided"
+        return replace(blank, verdict=verdict, why=why)
+    components = expected.numel * (2 if expected.dtype.kind == "complex" else 1)
+    size = block_numel(expected.dtype, block_nbytes)
+    gap = compare_sketches(expected.sketch, actual.sketch, size, components)
+    bounded = _bounded(blank, gap, expected, actual, size)
+    if values is not None and expected.dtype == actual.dtype and expected.dtype.kind == "float":
+        return _recovered(bounded, gap, size, expected, values, thorough)
+    return bounded
+
+
+def _across_types(blank: Difference, expected: TensorPrint, actual: TensorPrint) -> Difference:
+    """Decide whether elements of two dtypes are equal: digests are of the dtype as well."""
+    ours, theirs = expected.stats, actual.stats
+    if (
+        ours is not None
+        and theirs is not None
+        and {"int", "bool", "float"}
+        >= {
+            expected.dtype.kind,
+            actual.dtype.kind,
+        }
+    ):
+        if (ours.min, ours.max) != (theirs.min, theirs.max):
+            return replace(blank, why="its least or greatest element is another one")
+        if ours.num_zero != theirs.num_zero or any(blank.num_nonfinite):
+            return replace(blank, why="it holds another number of zeros or of numbers at all")
+    return replace(
+        blank,
+        verdict="undecided",
+        why="the golden keeps no values of it, and digests of "
+        f"{expected.dtype} and {actual.dtype} cannot be compared",
+    )
+
+
+def _bounded(
+    blank: Difference, gap: Gap, expected: TensorPrint, actual: TensorPrint, size: int
+) -> Difference:
+    """Decide by the bounds of the sketches, and by the stats."""
+    ours, theirs, sketch = expected.stats, actual.stats, expected.sketch
+    assert ours is not None
+    assert theirs is not None
+    assert sketch is not None
+    tolerance, factor = blank.tolerance, 2 if expected.dtype.kind == "complex" else 1
+    # An element is off by no more than its block is, and some element by no less than the mean.
+    numels = gap.numels / factor
+    upper = float(gap.upper.max(initial=0.0))
+    # Where the expected side has its greatest element, the actual one has no greater than its own.
+    # Infinities that moved may hide that element, but then no tolerance is enough.
+    outer = max(abs(theirs.max - ours.max), abs(theirs.min - ours.min))
+    lower = max(outer, float((gap.lower / np.sqrt(numels)).max(initial=0.0)))
+    # Stats are of components, |expected| is at most so much; norms are rounded (where they
+    # overflow, the bounds are infinite).
+    greatest = ours.absmax * math.sqrt(factor)
+    norms = np.minimum(sketch.norms, 1e300) * (1 + 1e-11)
+    needed = max(
+        outer - tolerance.rtol * greatest,
+        float(((gap.lower - tolerance.rtol * norms) / np.sqrt(numels)).max(initial=0.0)),
+    )
+    ranges = [
+        (first * size // factor, min(-(-last * size // factor), expected.numel))
+        for first, last in block_ranges(gap.changed)
+    ]
+    found = replace(
+        blank,
+        max_abs=(lower, upper),
+        min_atol=(max(0.0, needed), upper),
+        rms=gap.rms * math.sqrt(factor),
+        where=_where(expected.shape, ranges),
+        strip=_strip((gap.squares * factor).tolist(), size, expected.numel * factor),
+        chance=CHANCE * 2 * len(gap.upper),
+    )
+    if any(blank.num_nonfinite):
+        # Not known to stand at the same places, where they would be equal.
+        found = replace(found, max_abs=(lower, math.inf), min_atol=(max(0.0, needed), math.inf))
+    endless = (math.inf, math.inf)
+    beyond_any = replace(found, max_abs=endless, min_atol=endless, chance=0.0)
+    num_nan = ours.num_nan + theirs.num_nan
+    same_type = expected.dtype == actual.dtype
+    if tolerance.exact and same_type:
+        return replace(found, why="its bytes differ, and --exact allows nothing", chance=0.0)
+    if num_nan:
+        why = f"holds NaN ({ours.num_nan:,} expected, {theirs.num_nan:,} actual)"
+        return replace(beyond_any, why=f"{why}, which is close to nothing")
+    if (ours.num_posinf, ours.num_neginf) != (theirs.num_posinf, theirs.num_neginf):
+        why = f"its infinities changed in number ({blank.num_nonfinite[0]:,} expected, "
+        return replace(beyond_any, why=f"{why}{blank.num_nonfinite[1]:,} actual)")
+    # What torch allows, rounding included: of two dtypes, what the narrower one would.
+    relative, absolute = (
+        max(both) for both in zip(roundings(expected.dtype), roundings(actual.dtype), strict=True)
+    )
+    allows = not tolerance.exact
+    limit = allows * (tolerance.atol * (1 + relative) + absolute)
+    share = allows * (tolerance.rtol * (1 + relative) + absolute)
+    if outer > limit + share * greatest:
+        why = "its least or greatest element moved beyond the tolerance"
+        return replace(found, why=why, chance=0.0)
+    proofs = np.count_nonzero(gap.lower > np.sqrt(numels) * limit + share * norms)
+    if proofs:
+        return replace(found, why=f"proved by the sketch of {proofs:,} of {len(numels):,} blocks")
+    if not any(blank.num_nonfinite) and allows and upper * (1 + relative) <= tolerance.atol:
+        why = f"no element is off by more than {outward((lower, upper))[1]:.1e}"
+        return replace(found, verdict="close", why=why)
+    return replace(
+        found,
+        verdict="undecided",
+        why="the golden's sketch can prove neither close nor different",
+        chance=0.0,
+    )
+
+
+def _recovered(
+    bounded: Difference,
+    gap: Gap,
+    size: int,
+    expected: TensorPrint,
+    actual: Values,
+    thorough: bool,
+) -> Difference:
+    """Find the few elements that changed, and prove it by rebuilding the expected digest.
+
+    float64 has more digits than the sketch, so that the digest is seldom met: then the verdict
+    stays what the bounds prove, and the elements are named with about the value they had.
+    """
+    changes = recover(gap, size, thorough=thorough)
+    if changes is None or expected.digest is None:
+        return bounded
+    dtype = numpy_dtype(expected.dtype)
+    # Too small to be told from 0, which weights often are.
+    nothing = np.sqrt(NUM_PROJECTIONS) * gap.noise
+    restored: dict[int, bytes] = {}
+    for index, delta in changes:
+        now = element(actual, index)
+        assert isinstance(now, float)
+        before = (now if math.isfinite(now) else 0.0) - delta
+        before = 0.0 if abs(before) <= nothing[index // size] else before
+        with np.errstate(over="ignore"):
+            restored[index] = np.array([before], dtype="<f8").astype(dtype).tobytes()
+    patched = _Patched(actual, restored)
+    digests = []
+    for chunk in chunks(patched.nbytes):
+        data = buffers.get("chunk", chunk.nbytes)
+        patched.read_into(chunk.start, data.data)
+        digests.append(blake3(data.data).digest())
+    found = exact_difference(patched, actual, bounded.tolerance)
+    if digest_of(expected.dtype, expected.shape, digests) == expected.digest:
+        why = f"{found.why}; recovered from the sketch, proved by the digest"
+        return replace(found, why=why, num_nonfinite=bounded.num_nonfinite)
+    if any(bounded.num_nonfinite):  # which count as 0 in a sketch: what was there is not known
+        return bounded
+    count = f"{len(changes)} element{'s' if len(changes) > 1 else ''}"
+    why = f"{bounded.why}; its sketch is that of {count} changed, expected as about the values here"
+    return replace(bounded, why=why, elements=found.elements)
+
+
+class _Patched:
+    """A tensor with a few elements replaced."""
+
+    def __init__(self, base: Values, elements: dict[int, bytes]) -> None:
+        self.key, self.dtype, self.shape = base.key, base.dtype, base.shape
+        self.numel, self.nbytes = base.numel, base.nbytes
+        self._base, self._elements = base, elements
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        self._base.read_into(start, buffer)
+        itemsize = self.dtype.itemsize
+        for index, value in self._elements.items():
+            offset = index * itemsize - start
+            if 0 <= offset < len(buffer):
+                buffer[offset : offset + itemsize] = value

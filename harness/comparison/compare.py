@@ -1,0 +1,238 @@
+"""Compare two fingerprints under a policy: every finding, and one verdict.
+
+In: the expected and the actual `Fingerprint`, a `Policy`, and a function that measures pairs of
+tensors whose digests differ. Out: a frozen `Comparison`. No I/O: what must be read to measure is
+behind that function. Refused: options of the policy that fit no tensor (UsageError), and a side
+that changed while it was read (CheckpointError).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from harness.comparison.comparison import Comparison
+from harness.comparison.findings import FINDING_KINDS, Finding, describe
+from harness.comparison.matching import Matching, Pair, match
+from harness.comparison.policy import Policy
+from harness.errors import CheckpointError
+from harness.fingerprints.fingerprint import Fingerprint, TensorPrint
+
+if TYPE_CHECKING:
+    from harness.comparison.difference import Measure
+    from harness.fingerprints.integrity import Damage
+
+
+_MAX_TO_CHECK = 20  # for damage
+_STRANGERS = "no key in common: is it a checkpoint of another model?"
+
+
+def compare(
+    expected: Fingerprint,
+    actual: Fingerprint,
+    policy: Policy,
+    measure: Measure,
+    *,
+    stage: str = "file",
+) -> Comparison:
+    """Compare `actual` with `expected` (a golden, as a rule); all findings are collected."""
+    matching = match(expected, actual, policy)
+    findings = list(_of_keys(matching))
+    aliases = _alias_changes(expected, actual, matching.pairs)
+    to_measure: list[Pair] = []
+    num_identical = 0
+    for pair in matching.pairs:
+        structural = _structure(pair, policy)
+        if structural is not None:
+            findings.append(structural)
+            continue
+        if pair.expected.key in aliases:
+            findings.append(aliases[pair.expected.key])
+        if pair.expected.digest is not None and pair.expected.digest == pair.actual.digest:
+            num_identical += pair.expected.key not in aliases
+        else:
+            to_measure.append(pair)
+    triples = [(p.expected, p.actual, policy.tolerance(p.expected.key)) for p in to_measure]
+    differences = measure(triples) if triples else []
+    for pair, difference in zip(to_measure, differences, strict=True):
+        if difference.verdict == "identical":
+            _refuse_contradiction(pair, actual)
+            num_identical += pair.expected.key not in aliases
+        elif difference.verdict == "different" or pair.expected.key not in aliases:
+            findings.append(
+                Finding(
+                    kind=difference.verdict,
+                    key=pair.expected.key,
+                    actual_key=_other_key(pair),
+                    expected=describe(pair.expected),
+                    actual=describe(pair.actual),
+                    difference=difference,
+                )
+            )
+    return Comparison(
+        expected=expected,
+        actual=actual,
+        policy=policy,
+        findings=tuple(sorted(findings, key=_severity)),
+        num_identical=num_identical,
+        num_ignored=matching.num_ignored,
+        num_nan=sum(1 for t in matching.expected if t.stats is not None and t.stats.num_nan),
+        stage=stage,
+        notes=tuple(_notes(actual, strangers=matching.are_strangers)),
+        are_strangers=matching.are_strangers,
+    )
+
+
+def _of_keys(matching: Matching) -> Iterator[Finding]:
+    """What the keys alone tell."""
+    prefix = matching.prefix
+    if prefix is not None:
+        yield Finding(
+            kind="prefix",
+            key=prefix.key,
+            expected=prefix.expected,
+            actual=prefix.actual,
+            count=prefix.count,
+        )
+    for ours, theirs in matching.renamed:
+        yield Finding(
+            kind="renamed",
+            key=ours.key,
+            actual_key=theirs.key,
+            expected=ours.key,
+            actual=theirs.key,
+        )
+    for tensor in matching.missing:
+        yield Finding(kind="missing", key=tensor.key, expected=describe(tensor))
+    for tensor in matching.unexpected:
+        yield Finding(kind="unexpected", key=tensor.key, actual=describe(tensor))
+
+
+def with_damages(
+    comparison: Comparison,
+    find: Callable[[list[str]], Mapping[str, Damage]],
+    side: Literal["expected", "actual"] = "actual",
+) -> Comparison:
+    """Add a finding for each tensor, of the worst that differ in value, whose bytes are damaged.
+
+    `find` tells which of one side's keys are. Of very many, some tell as much as all.
+    """
+    differing = [f for f in comparison.findings if f.difference is not None]
+    keys = {f.key: f.key if side == "expected" else f.actual_key or f.key for f in differing}
+    checked = differing[:_MAX_TO_CHECK]
+    damaged = find([keys[finding.key] for finding in checked]) if checked else {}
+    found = [
+        Finding(
+            kind="damaged",
+            key=finding.key,
+            actual_key=finding.actual_key,
+            expected=f"CRC-32 {damage.expected:08x}, says {damage.where}",
+            actual=f"CRC-32 {damage.actual:08x}",
+        )
+        for finding in checked
+        if (damage := damaged.get(keys[finding.key])) is not None
+    ]
+    notes = comparison.notes
+    if found and len(differing) > len(checked):
+        more = f"{len(differing) - len(checked):,} more that differ were not looked at for damage"
+        notes = (*notes, more)
+    return replace(comparison, findings=(*found, *comparison.findings), notes=notes)
+
+
+def _notes(actual: Fingerprint, *, strangers: bool) -> Iterator[str]:
+    if strangers:
+        yield _STRANGERS
+    if actual.num_cached:
+        count = sum(1 for tensor in actual.tensors.values() if tensor.alias_of is None)
+        yield (
+            f"{actual.num_cached:,} of {count:,} tensors were not read: the cache knows their files"
+        )
+
+
+def _refuse_contradiction(pair: Pair, actual: Fingerprint) -> None:
+    """Equal bytes have equal digests, unless they were read at two times."""
+    ours, theirs = pair.expected, pair.actual
+    if ours.dtype == theirs.dtype and None not in (ours.digest, theirs.digest):
+        hint = "something writes to it while it is read: try again when that is done"
+        if actual.num_cached:
+            hint = f"the cache is wrong, so leave out --cache; or {hint}"
+        raise CheckpointError(
+            f"{actual.name}: the values of {theirs.key!r} are as expected, but their digest not",
+            hint=hint,
+        )
+
+
+def _other_key(pair: Pair) -> str | None:
+    return pair.actual.key if pair.actual.key != pair.expected.key else None
+
+
+def _severity(finding: Finding) -> tuple[int, float]:
+    """Worst kind first, within it the largest difference; ties keep the golden's order."""
+    size = 0.0
+    if finding.difference is not None:
+        size = finding.difference.max_abs[0]
+    return FINDING_KINDS.index(finding.kind), -size
+
+
+def _structure(pair: Pair, policy: Policy) -> Finding | None:
+    """The most structural thing in which two tensors of one key differ, if any."""
+    ours, theirs = pair.expected, pair.actual
+    if ours.shape != theirs.shape:
+        return Finding(
+            kind="shape",
+            key=ours.key,
+            actual_key=_other_key(pair),
+            expected=str(list(ours.shape)),
+            actual=str(list(theirs.shape)),
+        )
+    if ours.dtype != theirs.dtype and policy.check_dtype:
+        return Finding(
+            kind="dtype",
+            key=ours.key,
+            actual_key=_other_key(pair),
+            expected=str(ours.dtype),
+            actual=str(theirs.dtype),
+        )
+    return None
+
+
+def _alias_changes(
+    expected: Fingerprint, actual: Fingerprint, pairs: Sequence[Pair]
+) -> dict[str, Finding]:
+    """Tied tensors that came apart, and separate ones that were tied.
+
+    Only between containers that can say so: safetensors cannot.
+    """
+    if not (expected.keeps_aliases and actual.keeps_aliases):
+        return {}
+    # Which of a tied group comes first depends on the order of the file: compare the groups.
+    renamed = {pair.actual.key: pair.expected.key for pair in pairs}
+    ours = _groups(pair.expected for pair in pairs)
+    theirs = _groups(pair.actual for pair in pairs)
+    theirs_by_our_key = {
+        renamed[key]: frozenset(renamed[k] for k in group) for key, group in theirs.items()
+    }
+    findings = {}
+    for pair in pairs:
+        key = pair.expected.key
+        before, after = ours[key], theirs_by_our_key[key]
+        # One finding a group: the first key speaks for a tie that stays whole otherwise.
+        if before != after and key != min(before | after):
+            findings[key] = Finding(
+                kind="alias", key=key, expected=_tied(before, key), actual=_tied(after, key)
+            )
+    return findings
+
+
+def _groups(tensors: Iterator[TensorPrint]) -> dict[str, frozenset[str]]:
+    groups: dict[str, set[str]] = defaultdict(set)
+    for tensor in tensors:
+        groups[tensor.alias_of or tensor.key].add(tensor.key)
+    return {key: frozenset(group) for group in groups.values() for key in group}
+
+
+def _tied(group: frozenset[str], key: str) -> str:
+    others = sorted(group - {key})
+    return f"tied to {', '.join(others)}" if others else "separate"

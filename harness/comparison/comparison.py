@@ -1,0 +1,207 @@
+"""The result of comparing two fingerprints, and its report as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness.comparison.policy import Policy
+from harness.comparison.words import _HEADINGS, Section, _departure, _findings
+from harness.errors import GoldenMismatch
+from harness.fingerprints.fingerprint import Fingerprint
+from harness.text.fitting import PLAIN, Style
+
+if TYPE_CHECKING:
+    from harness.comparison.difference import Verdict
+
+
+from typing import TYPE_CHECKING, Any
+
+from harness.comparison.findings import FINDING_KINDS, Departure, Finding, FindingKind
+from harness.text.fitting import fit
+from harness.text.folding import escaped, printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The outcome of one stage: what was compared, and every finding, worst first.
+
+    `are_strangers` says that the two sides have no key in common, `is_of_reload` that the
+    actual side of outputs is what the reloaded model computes.
+    """
+
+    expected: Fingerprint
+    actual: Fingerprint
+    policy: Policy
+    findings: tuple[Finding, ...]
+    num_identical: int
+    num_ignored: int = 0
+    num_nan: int = 0
+    stage: str = "file"
+    departure: Departure | None = None
+    notes: tuple[str, ...] = ()
+    are_strangers: bool = False
+    is_of_reload: bool = False
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a golden can hold what was found: the file, the outputs, and no fault of code."""
+        return self.stage not in ("load", "reload") and not self.is_of_reload
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of all tensors: different, undecided, close or identical."""
+        kinds = {finding.kind for finding in self.findings}
+        if any(finding.fails for finding in self.findings):
+            return "different"
+        if "undecided" in kinds:
+            return "undecided"
+        return "close" if "close" in kinds else "identical"
+
+    @property
+    def exit_code(self) -> int:
+        """0 all identical or close, 1 something differs, 3 something is undecided."""
+        return {"identical": 0, "close": 0, "different": 1, "undecided": 3}[self.verdict]
+
+    @property
+    def ok(self) -> bool:
+        return self.exit_code == 0
+
+    def count(self, kind: FindingKind) -> int:
+        """The number of tensors with findings of a kind."""
+        return sum(finding.count for finding in self.findings if finding.kind == kind)
+
+    def raise_for_mismatch(self) -> Comparison:
+        """Raise GoldenMismatch, with the report as its message, unless the verdict passes."""
+        if not self.ok:
+            raise GoldenMismatch(render(self), hint="update the golden if the change is meant")
+        return self
+
+
+SYMBOLS = {"identical": "✓", "close": "✓", "undecided": "?", "different": "✗"}
+_COLORS = {"identical": "32", "close": "32", "undecided": "33", "different": "31"}
+
+
+def render(
+    comparison: Comparison, style: Style = PLAIN, *, earlier: Sequence[Comparison] = ()
+) -> str:
+    """The whole report of one comparison, without a trailing newline.
+
+    What an `earlier` stage has told in the same words is referred to.
+    """
+    lines = _lines(comparison, style, earlier)
+    return "\n".join(part for line in lines for part in fit(line, style.width, style.ellipsis))
+
+
+def headline(comparison: Comparison, style: Style = PLAIN) -> str:
+    """One line: the verdict, the two sides, the counts."""
+    verdict = comparison.verdict
+    mark = SYMBOLS[verdict] if style.unicode else "ok" if comparison.ok else "FAIL"
+    return (
+        style.paint(f"{mark} {verdict}", _COLORS[verdict])
+        + f"  {printable(comparison.expected.name)}  {comparison.stage}: {tally(comparison)}"
+    )
+
+
+def tally(comparison: Comparison) -> str:
+    """How many tensors are identical, and how many there are of each kind of finding."""
+    counts = [f"{comparison.num_identical:,} identical"]
+    counts += [
+        f"{comparison.count(kind):,} {kind}"
+        for kind in reversed(FINDING_KINDS)
+        if comparison.count(kind)
+    ]
+    if comparison.num_ignored:
+        counts.append(f"{comparison.num_ignored:,} ignored")
+    return ", ".join(counts)
+
+
+def _lines(
+    comparison: Comparison, style: Style, earlier: Sequence[Comparison] = ()
+) -> Iterator[str]:
+    yield headline(comparison, style)
+    yield from (f"  {line}" for line in sides(comparison))
+    yield from (f"  note: {escaped(note)}" for note in comparison.notes)
+    departed = departure_section(comparison)
+    if departed is not None:
+        yield from _set_out(departed, style)
+    if note := nan_note(comparison):
+        yield f"  note: {note}"
+    told = {
+        section: before.stage
+        for before in reversed(earlier)
+        for section in finding_sections(before, style)
+    }
+    for section in finding_sections(comparison, style):
+        if section in told:
+            section = Section(heading=f"{section.heading}, as at {told[section]}", lines=())
+        yield from _set_out(section, style)
+    chance = chance_note(comparison)
+    if chance:
+        yield ""
+        yield f"  ({chance})"
+
+
+def _set_out(section: Section, style: Style) -> Iterator[str]:
+    yield ""
+    yield "  " + style.paint(section.heading, "1")
+    yield from section.lines
+
+
+def sides(comparison: Comparison) -> list[str]:
+    """What was compared with what, unless both are the same."""
+    if comparison.verdict == "identical":
+        return []
+    return [
+        f"expected  {escaped(_side(comparison.expected))}",
+        f"actual    {escaped(_side(comparison.actual))}",
+    ]
+
+
+def nan_note(comparison: Comparison) -> str:
+    """How many tensors are NaN in part, "" where none is."""
+    count = comparison.num_nan
+    return f"{count:,} of the expected tensors hold NaN" if count else ""
+
+
+def chance_note(comparison: Comparison) -> str:
+    """How sure the verdicts are, "" where they are exact."""
+    chance = sum(f.difference.chance for f in comparison.findings if f.difference is not None)
+    return (
+        f"verdicts by sketch: the chance that any is wrong is below {chance:.0e}" if chance else ""
+    )
+
+
+def finding_sections(comparison: Comparison, style: Style) -> Iterator[Section]:
+    """The findings by kind, worst first, without the aftermath of what departs first."""
+    for kind in FINDING_KINDS:
+        findings = [finding for finding in comparison.findings if finding.kind == kind]
+        if findings and not _is_aftermath(kind, comparison):
+            yield Section(
+                heading=f"{_HEADINGS[kind]} ({comparison.count(kind):,})",
+                lines=tuple(map(escaped, _findings(findings, style))),
+            )
+
+
+def _is_aftermath(kind: FindingKind, comparison: Comparison) -> bool:
+    """Rounding shows in every output, and what departs once departs everywhere behind it."""
+    if comparison.stage != "outputs":
+        return False
+    departed = comparison.departure is not None
+    return kind == "close" or (departed and kind in ("different", "undecided"))
+
+
+def departure_section(comparison: Comparison) -> Section | None:
+    """The first place in a computation that is not as recorded."""
+    if comparison.departure is None:
+        return None
+    return Section(
+        heading=f"first departs: {printable(comparison.departure.culprit)}",
+        lines=tuple(map(escaped, _departure(comparison.departure))),
+    )
+
+
+def _side(fingerprint: Any) -> str:
+    section = f", section {fingerprint.section}" if fingerprint.section else ""
+    return f"{printable(fingerprint.name)} ({fingerprint.container}{section})"

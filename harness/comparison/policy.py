@@ -1,0 +1,150 @@
+"""What counts as the same: tolerances, and keys that are left out or have another name.
+
+In: what a user asks for. Out: a frozen `Policy`, and the names of the stages that it holds for, in
+their order. Refused (UsageError): tolerances that are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from harness.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """What allclose allows; `exact` allows nothing: not even -0.0 for 0.0, but the same NaN."""
+
+    atol: float = 1e-5
+    rtol: float = 1e-5
+    exact: bool = False
+
+
+Stage = Literal["file", "load", "reload", "outputs"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+# In float32 more is infinite, of which allclose makes NaN where a 0 is expected.
+_GREATEST = 3.4028234663852886e38
+
+
+def refuse_stage(name: str) -> None:
+    """Raise UsageError for what is no stage."""
+    if name not in STAGES:
+        raise UsageError(f"stage={name!r}: there is none", hint=f"one of {', '.join(STAGES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What counts as the same.
+
+    `ignore` and `tolerances` take globs over the golden's keys (the checkpoint's, for unexpected
+    ones); of several tolerances that fit, the last wins. `key_map` renames the golden's keys, or
+    prefixes that end in a dot; `strip_prefix` is taken off the checkpoint's keys.
+    """
+
+    atol: float = 1e-5
+    rtol: float = 1e-5
+    exact: bool = False
+    ignore: tuple[str, ...] = ()
+    tolerances: tuple[tuple[str, float, float], ...] = ()
+    key_map: tuple[tuple[str, str], ...] = ()
+    strip_prefix: str = ""
+    check_dtype: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ignore, str):  # whose letters would be globs, "*" among them
+            raise UsageError(
+                f"ignore takes a tuple of globs, not {self.ignore!r}", hint=f"({self.ignore!r},)"
+            )
+        for name, given, entry, example in (
+            ("key_map", self.key_map, "(OLD, NEW)", (("encoder.", "model.encoder."),)),
+            ("tolerances", self.tolerances, "(GLOB, ATOL, RTOL)", (("encoder.*", 1e-4, 1e-5),)),
+        ):
+            # The keys of a mapping, or the letters of a text, could pass for pairs.
+            if not isinstance(given, (tuple, list)) or any(
+                not isinstance(one, (tuple, list)) or len(one) != len(example[0]) for one in given
+            ):
+                raise UsageError(
+                    f"{name} takes a tuple of {entry}, not {given!r}", hint=f"{name}={example!r}"
+                )
+        for glob, atol, rtol in [("", self.atol, self.rtol), *self.tolerances]:
+            if not (0 <= atol <= _GREATEST and 0 <= rtol <= _GREATEST):
+                where = f" for {glob}" if glob else ""
+                raise UsageError(
+                    f"a tolerance must be a finite number from 0 up (in float32), not atol {atol}, "
+                    f"rtol {rtol}{where}",
+                    hint="leave it out for 1e-5, or allow no difference at all: --exact",
+                )
+
+    def tolerance(self, key: str) -> Tolerance:
+        """The tolerance for a golden's key."""
+
+        atol, rtol = self.atol, self.rtol
+        for glob, its_atol, its_rtol in self.tolerances:
+            if _fits(key, glob):
+                atol, rtol = its_atol, its_rtol
+        return Tolerance(atol=atol, rtol=rtol, exact=self.exact)
+
+    def ignores(self, key: str) -> bool:
+        return any(_fits(key, glob) for glob in self.ignore)
+
+    def renamed(self, key: str) -> str:
+        """The name under which the checkpoint should have a golden's key."""
+        found = self.map_of(key)
+        return key if found is None else found[1] + key[len(found[0]) :]
+
+    def map_of(self, key: str) -> tuple[str, str] | None:
+        """The one of `key_map` that renames a golden's key: the first that fits."""
+        for old, new in self.key_map:
+            if key == old or (old.endswith(".") and key.startswith(old)):
+                return old, new
+        return None
+
+    def at_stage(self, keys: Collection[str], elsewhere: Collection[str]) -> Policy:
+        """Leave out the globs that fit none of a stage's `keys`, but some of another one's."""
+
+        def is_here(glob: str) -> bool:
+            return fits(glob, keys) or not fits(glob, elsewhere)
+
+        return replace(
+            self,
+            ignore=tuple(glob for glob in self.ignore if is_here(glob)),
+            tolerances=tuple(one for one in self.tolerances if is_here(one[0])),
+        )
+
+    def at_live_stage(
+        self, keys: Collection[str], theirs: Collection[str], of_file: Collection[str]
+    ) -> Policy:
+        """Leave out what fits the file's keys and not the model's, which may have names of its own.
+
+        `keys` are the golden's, `theirs` the model's.
+        """
+        prefix = self.strip_prefix
+        in_file = {key.removeprefix(prefix) for key in of_file}
+        there = {key.removeprefix(prefix) for key in theirs}
+
+        def is_here(old: str, new: str) -> bool:
+            def fit(names: Collection[str]) -> bool:
+                return any(n.startswith(new) if old.endswith(".") else n == new for n in names)
+
+            return fit(there) or not fit(in_file)
+
+        strips = any(k.startswith(prefix) for k in theirs) or not (
+            any(k.startswith(prefix) for k in of_file)
+        )
+        return replace(
+            self.at_stage({*keys, *theirs}, {*of_file, *in_file}),
+            strip_prefix=prefix if strips else "",
+            key_map=tuple(pair for pair in self.key_map if is_here(*pair)),
+        )
+
+
+def fits(glob: str, keys: Iterable[str]) -> bool:
+    return any(_fits(key, glob) for key in keys)
+
+
+def _fits(key: str, glob: str) -> bool:
+    """Whether a glob fits a key; every key fits itself, also one with brackets."""
+    return key == glob or fnmatchcase(key, glob)

@@ -1,0 +1,201 @@
+"""A comparison as text: one line for the whole, then findings by kind, worst first.
+
+In: a `Comparison` and a `Style`. Out: lines of text, with colour codes only where the style says,
+and no wider than it says; or the sections that they are made of, for other reports to set out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness.comparison.findings import Departure, Finding, FindingKind
+from harness.text.fitting import Style
+from harness.text.folding import fold, in_order, printable
+
+if TYPE_CHECKING:
+    from harness.comparison.difference import Difference, Element
+
+
+_MAX_GROUPS = 12
+_DIGITS = re.compile(r"\d+")
+_HEADINGS: dict[FindingKind, str] = {
+    "damaged": "damaged: not the bytes that were saved",
+    "missing": "missing: expected, and not there",
+    "unexpected": "unexpected: there, and not expected",
+    "prefix": "prefix: the same keys under another prefix",
+    "renamed": "renamed: equal weights under another key",
+    "shape": "shape",
+    "dtype": "dtype",
+    "unwritten": "unwritten: left by the load as the model initialised them",
+    "different": "different: allclose is false",
+    "alias": "alias: tied weights came apart, or were tied",
+    "requires_grad": "requires_grad: parameters were frozen, or thawed",
+    "optimizer": "optimizer: its state does not survive",
+    "hyperparameter": "hyperparameter: does not survive the reload",
+    "undecided": "undecided: the golden cannot tell whether allclose holds",
+    "close": "close: within the tolerance, but not identical",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One part of a report: its heading, and lines that are indented by four spaces or more."""
+
+    heading: str
+    lines: tuple[str, ...]
+
+
+def _departure(departure: Departure) -> Iterator[str]:
+    finding = departure.finding
+    if finding.difference is not None:
+        yield f"    {printable(finding.key)}  {finding.expected}"
+        yield from (f"      {line}" for line in _differences([finding.difference]))
+    else:
+        yield f"    {printable(finding.key)}: {finding.kind}"
+        yield f"      expected {finding.expected}, actual {finding.actual}"
+    inputs = [f"{name} agrees" for name in departure.agreeing]
+    inputs += [f"{name} departs" for name in departure.departing]
+    before = f"{departure.num_before:,} places before it agree"
+    yield f"    its inputs: {', '.join(inputs) or 'none'}; {before}"
+
+
+def _findings(findings: Sequence[Finding], style: Style) -> Iterator[str]:
+    groups = list(_grouped(findings, style))
+    said = None
+    for pattern, members in groups[:_MAX_GROUPS]:
+        first = members[0]
+        if first.kind in ("dtype", "shape"):
+            # One cast, or one change of width, shows in many tensors: say it once above them.
+            if said != (first.expected, first.actual):
+                said = (first.expected, first.actual)
+                yield f"    expected {first.expected}, actual {first.actual}:"
+            yield f"      {pattern}{_many(members)}"
+        else:
+            yield from _group(pattern, members, style)
+    hidden = groups[_MAX_GROUPS:]
+    if hidden:
+        count = sum(len(members) for _, members in hidden)
+        yield f"    {style.ellipsis} and {count:,} more (--format json lists all)"
+
+
+def _grouped(findings: Sequence[Finding], style: Style) -> Iterator[tuple[str, list[Finding]]]:
+    """Fold the keys of findings that say the same, in the order of the worst of each."""
+    alike: dict[tuple[str | None, str | None], list[Finding]] = {}
+    for finding in findings:
+        said = (
+            (finding.expected, finding.actual)
+            if finding.kind not in ("renamed", "alias")
+            else (_template(finding.expected), _template(finding.actual))
+        )
+        alike.setdefault(said, []).append(finding)
+    order = {finding.key: index for index, finding in enumerate(findings)}
+    groups = []
+    for members in alike.values():
+        # What is said once above its tensors must stay together.
+        together = order[members[0].key] if members[0].kind in ("dtype", "shape") else None
+        for pattern, folded in _folded(members, style):
+            place = min(order[finding.key] for finding in folded)
+            groups.append(((place if together is None else together, place), pattern, folded))
+    for _, pattern, members in sorted(groups, key=lambda group: group[0]):
+        yield pattern, members
+
+
+def _folded(findings: Sequence[Finding], style: Style) -> Iterator[tuple[str, list[Finding]]]:
+    """Fold keys; not those of new names that stand in another order, which a pattern would hide."""
+    by_key = {finding.key: finding for finding in findings}
+    for pattern, keys in fold(list(by_key), ellipsis=style.ellipsis):
+        folded = [by_key[key] for key in keys]
+        if folded[0].kind == "renamed" and not in_order(keys, [f.actual or "" for f in folded]):
+            yield from ((printable(finding.key), [finding]) for finding in folded)
+        else:
+            yield pattern, folded
+
+
+def _many(members: Sequence[Finding]) -> str:
+    return f"  ({len(members):,} tensors)" if len(members) > 1 else ""
+
+
+def _template(text: str | None) -> str | None:
+    return None if text is None else _DIGITS.sub("#", text)
+
+
+def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[str]:
+    first = members[0]
+    many = _many(members)
+    if first.kind == "missing":
+        yield f"    {pattern}  {first.expected}{many}"
+    elif first.kind == "unexpected":
+        yield f"    {pattern}  {first.actual}{many}"
+    elif first.kind == "renamed":
+        [(now, _)] = fold([member.actual or "" for member in members], ellipsis=style.ellipsis)
+        yield f"    {pattern}{many}"
+        yield f"      is now {now}"
+    elif first.kind == "prefix":
+        yield f"    {first.count:,} keys: expected {first.expected}, actual {first.actual}"
+    elif first.difference is None:  # an alias
+        yield f"    {pattern}{many}"
+        yield f"      expected {first.expected or 'nothing'}"
+        yield f"      actual   {first.actual or 'nothing'}"
+    else:
+        yield f"    {pattern}  {first.expected}{many}"
+        differences = [member.difference for member in members if member.difference is not None]
+        yield from (f"      {line}" for line in _differences(differences))
+
+
+def _differences(differences: Sequence[Difference]) -> Iterator[str]:
+    from harness.comparison.difference import enough, outward  # there is one
+
+    worst = max(differences, key=lambda d: (d.max_abs[0], d.max_abs[1]))
+    if len(differences) == 1:
+        yield worst.why
+    if worst.verdict == "different" and math.isinf(worst.max_abs[1]) and worst.max_abs[0] == 0.0:
+        return  # nothing is known but that the digest differs
+    endless = math.isinf(worst.max_abs[0])
+    size = "is no number" if endless else _interval(outward(worst.max_abs))
+    rms = (
+        ""
+        if math.isnan(worst.rms) or endless
+        else f", rms {'' if worst.is_exact else 'about '}{worst.rms:.1e}"
+    )
+    where = f", {worst.where}" if worst.where and len(differences) == 1 else ""
+    yield f"{'worst: ' if len(differences) > 1 else ''}max |actual - expected| {size}{rms}{where}"
+    if worst.verdict in ("different", "undecided") and not worst.tolerance.exact:
+        least = (
+            max(d.min_atol[0] for d in differences),
+            max(d.min_atol[1] for d in differences),
+        )
+        if math.isinf(least[0]):
+            yield "would pass at no atol"
+        else:
+            now = f"(now {worst.tolerance.atol:g}, rtol {worst.tolerance.rtol:g})"
+            yield f"would pass at atol {_interval(enough(least))} {now}"
+    if len(differences) == 1 and worst.verdict != "close":
+        yield from (_element(element) for element in worst.elements)
+        if worst.num_beyond is not None and worst.num_beyond > len(worst.elements) > 0:
+            more = worst.num_beyond - len(worst.elements)
+            yield f"and {more:,} more element{'s' if more > 1 else ''}"
+    if any(any(d.num_nonfinite) for d in differences):
+        counts = [sum(d.num_nonfinite[side] for d in differences) for side in (0, 1)]
+        yield f"NaN and infinities: {counts[0]:,} expected, {counts[1]:,} actual"
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    low, high = ends
+    if low == high:
+        return f"{low:.2e}"
+    if math.isinf(high):
+        return f"at least {low:.1e}" if low else "unknown"
+    return f"up to {high:.1e}" if low == 0.0 else f"{low:.1e} to {high:.1e}"
+
+
+def _element(element: Element) -> str:
+    index = list(element.index)
+    return f"{index}  expected {_value(element.expected)}  actual {_value(element.actual)}"
+
+
+def _value(value: float | complex | int | bool) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""`Checkpoint` -> `Fingerprint`: digests, statistics, sketches, and what is damaged."""

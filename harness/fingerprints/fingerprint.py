@@ -1,0 +1,123 @@
+"""What a fingerprint is: per tensor digest, statistics and sketch, and one root for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from blake3 import blake3
+
+from harness.checkpoint.dtypes import DType, component_nbytes
+from harness.checkpoint.tensors import Checkpoint
+from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, MatrixDType, Sketch
+from harness.fingerprints.stats import (
+    Stats,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPrint:
+    """The fingerprint of one tensor; `values` are its logical bytes where they are kept."""
+
+    key: str
+    dtype: DType
+    shape: tuple[int, ...]
+    digest: bytes | None
+    alias_of: str | None = None
+    stats: Stats | None = None
+    values: bytes | None = None
+    sketch: Sketch | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with logical bytes from `start`, if the values are kept."""
+        if self.values is None:
+            raise ValueError(f"the values of {self.key!r} are not kept")
+        buffer[:] = self.values[start : start + len(buffer)]
+
+    def part(self, start: int, nbytes: int) -> TensorPrint:
+        """The same, with these values alone."""
+        values = None if self.values is None else self.values[start : start + nbytes]
+        return _Excerpt(**{**vars(self), "values": values}, first=start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Excerpt(TensorPrint):
+    """What a large tensor's values, from byte `first` on, are to another process."""
+
+    first: int
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        super().read_into(start - self.first, buffer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """What is known of a checkpoint; `name` says where it came from.
+
+    `num_cached` tensors were not read: a cache knew their digests.
+    """
+
+    name: str
+    container: str
+    section: str
+    tensors: Mapping[str, TensorPrint]
+    keeps_aliases: bool = True
+    block_nbytes: int = DEFAULT_BLOCK_NBYTES
+    config: Mapping[str, Any] | None = None
+    num_cached: int = 0
+
+    @property
+    def matrix(self) -> MatrixDType:
+        """The P of its sketches: all that were made together have the same."""
+        sketches = (t.sketch for t in self.tensors.values() if t.sketch is not None)
+        return next((sketch.matrix for sketch in sketches), "float32")
+
+    @cached_property
+    def root(self) -> bytes:
+        """One name of 32 bytes for the whole model, the same in every container."""
+        hasher = blake3(b"checkpoint-harness root 1\n")
+        rows = ((key.encode("utf-8", "surrogatepass"), t.digest) for key, t in self.tensors.items())
+        for key, digest in sorted(rows, key=lambda row: row[0]):
+            if digest is None:
+                raise ValueError("a fingerprint without digests has no root")
+            hasher.update(len(key).to_bytes(8, "little") + key + digest)
+        return hasher.digest()
+
+
+def outline(checkpoint: Checkpoint) -> Fingerprint:
+    """The keys, dtypes and shapes alone: nothing is read but the structure."""
+    return Fingerprint(
+        name=checkpoint.name,
+        container=checkpoint.container,
+        section=checkpoint.section,
+        keeps_aliases=checkpoint.keeps_aliases,
+        tensors={
+            key: TensorPrint(
+                key=key, dtype=t.dtype, shape=t.shape, digest=None, alias_of=t.alias_of
+            )
+            for key, t in checkpoint.tensors.items()
+        },
+    )
+
+
+def block_numel(dtype: DType, block_nbytes: int) -> int:
+    """Elements of one sketch block; complex elements count as two."""
+    return max(1, block_nbytes // component_nbytes(dtype))
+
+
+def digest_of(dtype: DType, shape: tuple[int, ...], chunk_digests: list[bytes]) -> bytes:
+    """Join the digests of a tensor's chunks into the tensor's."""
+    sizes = ", ".join(map(str, shape))
+    header = f'["checkpoint-harness tensor 1", "{dtype.name}", [{sizes}]]\n'
+    return blake3(header.encode() + b"".join(chunk_digests)).digest()

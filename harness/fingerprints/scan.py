@@ -1,0 +1,259 @@
+"""Fingerprint a checkpoint: a digest per tensor, and stats, values or a sketch where asked for.
+
+In: an open `Checkpoint`. Out: a frozen `Fingerprint`. Refused: tensors without values (meta), and,
+with `check_integrity`, bytes that contradict the container's own checksums.
+
+digest = BLAKE3 over dtype, shape and the BLAKE3 digests of the 4 MiB chunks of logical bytes;
+root = BLAKE3 over the sorted (key, digest) rows. Neither depends on container, order or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from harness.checkpoint.dtypes import DType, component_nbytes, numpy_dtype
+from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
+from harness.fingerprints.arithmetic import as_floats, moments_of_runs
+from harness.fingerprints.cache import DigestCache
+from harness.fingerprints.fingerprint import Fingerprint, TensorPrint, block_numel, digest_of
+from harness.fingerprints.integrity import (
+    Run,
+    crc32s_of,
+    crc32s_of_runs,
+    cuts_of,
+    cuts_within,
+    others,
+    refuse_damaged,
+    runs_of_tensors,
+)
+from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, MatrixDType, Sketch, sketch_values
+from harness.fingerprints.stats import (
+    Moments,
+    NonFinite,
+    Stats,
+    extremes_of,
+    moments_of,
+    stats_of,
+    take_out_nonfinite,
+)
+from harness.streaming.chunks import Chunk, Progress, buffers, map_chunks
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MAX_KEPT_NUMEL = 4096
+# Elements of a part, 2 MiB as float32. On two threads float32 took 0.174 ns a byte, bfloat16 0.29;
+# with an eighth of it 0.28 and 0.62, for projections want many rows, and threads waited for each
+# other; with twice as much 0.176 and 0.29: it leaves the cache between the passes.
+_PART_NUMEL = 1 << 19
+
+
+Wanted = Callable[[Tensor], bool]
+
+
+def fingerprint(
+    checkpoint: Checkpoint,
+    *,
+    details: Wanted = lambda tensor: True,
+    keep_values: Wanted = lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,
+    block_nbytes: int = DEFAULT_BLOCK_NBYTES,
+    matrix: MatrixDType = "float32",
+    check_integrity: bool = False,
+    cache: DigestCache | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Fingerprint:
+    """Fingerprint every tensor: digests of all, stats and values or sketch where `details` says.
+
+    What `cache` knows and `details` does not ask for is not read. Memory: 20 MB a thread, plus
+    what is kept. Raises CheckpointError, and UsageError for a cache that cannot be used.
+    """
+    originals = [t for t in checkpoint.tensors.values() if t.alias_of is None]
+    prints = _cached(originals, details, cache)
+    num_cached = len(prints)
+    originals = [t for t in originals if t.key not in prints]
+    runs: dict[str, list[Run]] = {}
+    rest: list[Checksum] = []
+    if check_integrity:
+        runs = runs_of_tensors(checkpoint.checksums, originals)
+        rest = others(checkpoint.checksums, (run.checksum for of in runs.values() for run in of))
+
+    scans = []
+    for tensor in originals:
+        wants = details(tensor)
+        keeps = wants and keep_values(tensor)
+        block = block_nbytes if wants and not keeps and tensor.dtype.is_floating else None
+        # Large values are read again, where they are kept: another rank need not send them.
+        carries = keeps and tensor.numel <= MAX_KEPT_NUMEL
+        cuts = cuts_of(runs[tensor.key]) if tensor.key in runs else None
+        scans.append(_Scan(tensor, cuts, wants, carries, block, matrix))
+    if progress is not None:
+        progress.expect(sum(scan.nbytes for scan in scans) + sum(entry.nbytes for entry in rest))
+    scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
+    if check_integrity:
+        known = [
+            checked
+            for tensor, parts in zip(originals, scanned, strict=True)
+            if tensor.key in runs
+            for checked in crc32s_of_runs(
+                runs[tensor.key], tensor.nbytes, [crc32 for part in parts for crc32 in part.crc32s]
+            )
+        ]
+        refuse_damaged(known, rest, jobs, progress)
+    for tensor, scan, parts in zip(originals, scans, scanned, strict=True):
+        joined = _join(scan, parts)
+        if joined.values is None and details(tensor) and keep_values(tensor):
+            kept = bytearray(tensor.nbytes)
+            tensor.read_into(0, memoryview(kept))
+            joined = replace(joined, values=bytes(kept))
+        prints[tensor.key] = joined
+        parts.clear()  # the sketches of a large checkpoint are not held twice
+    if cache is not None:
+        digests = {key: t.digest for key, t in prints.items() if t.digest is not None}
+        cache.keep(originals, digests)
+    table = {}
+    for key, tensor in checkpoint.tensors.items():
+        if tensor.alias_of is None:
+            table[key] = prints[key]
+        else:
+            table[key] = replace(prints[tensor.alias_of], key=key, alias_of=tensor.alias_of)
+    return Fingerprint(
+        name=checkpoint.name,
+        container=checkpoint.container,
+        section=checkpoint.section,
+        tensors=table,
+        keeps_aliases=checkpoint.keeps_aliases,
+        block_nbytes=block_nbytes,
+        num_cached=num_cached,
+    )
+
+
+def _cached(
+    tensors: Sequence[Tensor], details: Wanted, cache: DigestCache | None
+) -> dict[str, TensorPrint]:
+    """What need not be read, by key."""
+    if cache is None:
+        return {}
+    wanted = [tensor for tensor in tensors if not details(tensor)]
+    known = cache.known(wanted)
+    return {
+        t.key: TensorPrint(key=t.key, dtype=t.dtype, shape=t.shape, digest=known[t.key])
+        for t in wanted
+        if t.key in known
+    }
+
+
+def statistics(
+    tensors: Sequence[Tensor | TensorPrint],
+    *,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> list[Stats]:
+    """The stats of tensors whose values can be read. Memory: 20 MB a thread."""
+    scans = [_Scan(tensor, None, True, False, None) for tensor in tensors]
+    scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
+    return [stats_of([m for part in parts for m in part.moments]) for parts in scanned]
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunkPrint:
+    digest: bytes
+    crc32s: tuple[int, ...] = ()
+    moments: tuple[Moments, ...] = ()
+    sketches: tuple[Sketch, ...] = ()
+    values: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """What is asked of one tensor, beside its digest, as work for `map_chunks`.
+
+    `cuts` are where a chunk is cut into pieces that have a CRC-32 each; None wants none.
+    """
+
+    tensor: Tensor | TensorPrint
+    cuts: Sequence[int] | None
+    wants_stats: bool
+    carries_values: bool
+    block_nbytes: int | None
+    matrix: MatrixDType = "float32"
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def part(self, chunk: Chunk) -> _Scan:
+        tensor = self.tensor.part(chunk.start, chunk.nbytes)
+        return replace(self, tensor=tensor, cuts=self.cuts and cuts_within(self.cuts, chunk))
+
+
+def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
+    tensor, block_nbytes = scan.tensor, scan.block_nbytes
+    data = buffers.get("chunk", chunk.nbytes)
+    tensor.read_into(chunk.start, data.data)
+    digest = blake3(data.data).digest()
+    crc32s = () if scan.cuts is None else crc32s_of(data, chunk, scan.cuts)
+    if not scan.wants_stats:
+        return _ChunkPrint(digest, crc32s)
+    moments, sketches = [], []
+    # Of the whole chunk at once, where it is all finite: fewer calls let threads wait less.
+    of_chunk = extremes_of(data.view(numpy_dtype(tensor.dtype))) if _is_ieee(tensor.dtype) else None
+    for part in _parts(data, tensor.dtype, block_nbytes):
+        values = as_floats(part, tensor.dtype)
+        finite, nonfinite = values, NonFinite()
+        extremes = of_chunk if of_chunk and of_chunk.are_finite else extremes_of(values)
+        if not extremes.are_finite:
+            values = values.copy()  # which may be the data itself
+            finite, nonfinite = take_out_nonfinite(values)
+            extremes = extremes_of(finite)
+        # Runs of the same length whatever the blocks are, for stats of the same last bits.
+        run = block_numel(tensor.dtype, DEFAULT_BLOCK_NBYTES)
+        runs = moments_of_runs(values, run)
+        if block_nbytes is not None:
+            numel = block_numel(tensor.dtype, block_nbytes)
+            squares = _joined(runs.squares, numel // run) if numel % run == 0 else None
+            sketches.append(sketch_values(values, numel, squares, scan.matrix))
+        moments.append(moments_of(finite, runs, extremes, nonfinite))
+    kept = data.tobytes() if scan.carries_values else b""
+    return _ChunkPrint(digest, crc32s, tuple(moments), tuple(sketches), kept)
+
+
+def _joined(squares: Array, count: int) -> Array:
+    """Sums of `count` neighbours each, the last perhaps of fewer."""
+    return np.add.reduceat(squares, np.arange(0, len(squares), count))
+
+
+def _parts(data: Array, dtype: DType, block_nbytes: int | None) -> Iterator[Array]:
+    """Cut a chunk near every _PART_NUMEL elements, where a block ends."""
+    block = 1 if block_nbytes is None else block_numel(dtype, block_nbytes)
+    step = max(1, _PART_NUMEL // block) * block * component_nbytes(dtype)
+    return (data[start : start + step] for start in range(0, data.size, step))
+
+
+def _is_ieee(dtype: DType) -> bool:
+    """Whether its numbers are ordered as their bits are, and NaN and infinity have the greatest."""
+    return dtype.is_floating and component_nbytes(dtype) > 1
+
+
+def _join(scan: _Scan, parts: Sequence[_ChunkPrint]) -> TensorPrint:
+    tensor = scan.tensor
+    sketches = [sketch for part in parts for sketch in part.sketches]
+    return TensorPrint(
+        key=tensor.key,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        digest=digest_of(tensor.dtype, tensor.shape, [part.digest for part in parts]),
+        stats=stats_of([m for part in parts for m in part.moments]) if scan.wants_stats else None,
+        values=b"".join(part.values for part in parts) if scan.carries_values else None,
+        sketch=Sketch(
+            projections=np.concatenate([sketch.projections for sketch in sketches]),
+            norms=np.concatenate([sketch.norms for sketch in sketches]),
+            matrix=scan.matrix,
+        )
+        if sketches
+        else None,
+    )

@@ -1,0 +1,1 @@
+"""`Fingerprint` <-> golden file, and which golden belongs to a checkpoint."""

@@ -1,0 +1,146 @@
+"""What a golden is: a fingerprint, where it came from, and its history."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from harness.checkpoint.sources.paths import AnyPath, is_there, is_url, to_path
+from harness.fingerprints.fingerprint import Fingerprint
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """One entry of a golden's history: the root that was replaced, and why."""
+
+    root: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveRecord:
+    """What the code under test made of the checkpoint when the golden was recorded.
+
+    `target` builds the model (`package.module:Name`, None for what the registry has); `config`
+    and `inputs` are files, relative to the golden's folder as its source is; `parameters` are
+    names and requires_grad in the order of the optimizer; `buffers` are the non-persistent ones,
+    `outputs` the inputs and outputs of every submodule in execution order.
+    """
+
+    target: str | None
+    stages: tuple[str, ...]
+    config: str | None = None
+    inputs: str | None = None
+    parameters: tuple[tuple[str, bool], ...] = ()
+    buffers: Fingerprint | None = None
+    outputs: Fingerprint | None = None
+
+    def tells_as(self, other: LiveRecord | None) -> bool:
+        """Whether both are of the same code, and of the same bits of what it made."""
+
+        def told(record: LiveRecord) -> list[object]:
+            parts = (record.buffers, record.outputs)
+            roots = [None if p is None else (p.root, *p.tensors) for p in parts]
+            return [replace(record, buffers=None, outputs=None), *roots]
+
+        return other is not None and told(self) == told(other)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    """A fingerprint in a file.
+
+    `source` is the checkpoint's path relative to the golden's folder, its bare name where it lies
+    outside of the project, its URL without secrets, "" where it was no file; `section` is what the
+    user asked for, None for the state dict; `live` is there where the golden was recorded with a
+    model.
+    """
+
+    path: AnyPath
+    fingerprint: Fingerprint
+    source: str
+    section: str | None = None
+    history: tuple[Update, ...] = ()
+    live: LiveRecord | None = None
+
+    def beside(self, source: str | None) -> Path | None:
+        """A file that the golden names, as a path from here."""
+        if source is None or not isinstance(self.path, Path):
+            return None
+        # A link may lead to another depth; without one, what was typed is what is shown.
+        real = _real(self.path)
+        path = self.path if real == _spelled_out(self.path) else real
+        return Path(os.path.normpath(path.parent / source))
+
+    @property
+    def parts(self) -> dict[str, Fingerprint]:
+        """The fingerprints in the file, by the prefix of their values' names."""
+        found = {"value": self.fingerprint}
+        if self.live is not None and self.live.buffers is not None:
+            found["buffers"] = self.live.buffers
+        if self.live is not None and self.live.outputs is not None:
+            found["outputs"] = self.live.outputs
+        return found
+
+    @property
+    def checkpoint(self) -> AnyPath | None:
+        """Where the recorded checkpoint should be, if the golden knows."""
+        if is_url(self.source):
+            return to_path(self.source)
+        path = self.beside(self.source or None)
+        return path if path is not None and ("/" in self.source or is_there(path)) else None
+
+
+def source_of(checkpoint: AnyPath, golden: AnyPath) -> str:
+    """The checkpoint's path as a golden may keep it: no path of this machine, and no secret."""
+    if not isinstance(checkpoint, Path):
+        return str(checkpoint)
+    if not isinstance(golden, Path):
+        return checkpoint.name
+    project, real = _project(golden), _real(checkpoint)
+    # A link inside of the project keeps its name: where it leads to may be of this machine.
+    named = _spelled_out(checkpoint)
+    if not named.is_relative_to(project) or _real(named) != real:
+        named = real
+    if not named.is_relative_to(project):
+        return checkpoint.name
+    relative = os.path.relpath(named, _real(golden).parent)
+    return PurePosixPath(*Path(relative).parts).as_posix()
+
+
+def _spelled_out(path: Path) -> Path:
+    """An absolute path without dots, and with the links that are in it."""
+    return Path(os.path.normpath(path.absolute()))
+
+
+def _real(path: Path) -> Path:
+    """A path without links; where they go round in circles, with them."""
+    return Path(os.path.realpath(path))
+
+
+def _project(golden: Path) -> Path:
+    folder = _real(golden).parent
+    for candidate in (folder, *folder.parents):
+        if any(is_there(candidate / name) for name in (".git", "pyproject.toml")):
+            return candidate
+    return folder.parent if folder.name == "golden" else folder
+
+
+def without_paths(value: Any) -> Any:
+    """Configurations hold paths of the machine that trained: keep their last part only."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(child) for child in value]
+    if isinstance(value, str) and (
+        value.startswith("~")
+        or PurePosixPath(value).is_absolute()
+        or PureWindowsPath(value).is_absolute()
+    ):
+        return f"…/{PureWindowsPath(value).name}"
+    return value

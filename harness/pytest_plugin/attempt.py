@@ -1,0 +1,227 @@
+"""One use of the fixture `checkpoint_golden`: verify, create or update."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from harness.errors import GoldenError, HarnessError, NotRecorded, UsageError
+from harness.pytest_plugin.tally import (
+    Event,
+    Folder,
+    Verb,
+)
+from harness.text.shell import command_line
+
+if TYPE_CHECKING:
+    from harness.api import KeptValues
+    from harness.comparison.comparison import Comparison
+    from harness.comparison.policy import Policy, Stage
+    from harness.golden.golden import Golden
+    from harness.model.stages import LiveOptions
+    from harness.subjects import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What the command line and the configuration say.
+
+    `options` are those by which pytest finds the goldens; `written` are those that this process
+    has written, and the tests that did it.
+    """
+
+    mode: str
+    reason: str
+    root: Path
+    folder: Folder
+    options: tuple[str, ...]
+    written: dict[str, str] = field(default_factory=dict)
+
+    def command(self, node: str, mode: str) -> str:
+        """The command that runs one test again, in another mode."""
+        path, sign, test = node.partition("::")
+        here = os.path.relpath(self.root / path, self.folder.invoked)
+        options = [*self.options, f"--golden-mode={mode}"]
+        command = command_line(["pytest", f"{here}{sign}{test}", *options])
+        return f'{command} --golden-reason "why"' if mode == "update" else command
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """What a test asks for: a subject, and how it is compared and recorded."""
+
+    subject: Subject
+    policy: Policy
+    reference: str | Path | None
+    section: str | None
+    values: KeptValues
+    stage: Stage = "file"
+    live: LiveOptions | None = None
+
+    def compare(self, golden: Golden) -> Iterator[Comparison]:
+        from harness import api
+        from harness.subjects import only_of_files
+
+        if self.section not in (None, golden.section):
+            raise UsageError(
+                f"{golden.fingerprint.name}: holds "
+                f"{'the state dict' if golden.section is None else f'section {golden.section!r}'}, "
+                f"not section {self.section!r}",
+                hint="give this one another name",
+            )
+        if self.stage == "file":
+            yield api.verify(self.subject, golden, policy=self.policy, reference=self.reference)
+            return
+        only_of_files(self.subject, stage=self.stage)
+        yield from api.verify_stages(
+            cast("str | Path", self.subject),
+            golden,
+            policy=self.policy,
+            stage=self.stage,
+            live=self.live,
+            reference=self.reference,
+        )
+
+    def record(self, path: Path) -> None:
+        from harness import api
+
+        api.record(
+            self.subject,
+            path,
+            section=self.section,
+            values=self.values,
+            stage=self.stage,
+            live=self.live,
+        )
+
+    def update(self, golden: Golden, reason: str) -> None:
+        from harness import api
+
+        stage = None if self.stage == "file" else self.stage
+        api.update(self.subject, golden, reason=reason, stage=stage, live=self.live)
+
+
+@dataclass(kw_only=True)
+class _Attempt:
+    """What one call comes to: `run` fills it in."""
+
+    settings: _Settings
+    node: str
+    case: _Case
+    golden: str
+    verb: Verb = "verified"
+    recorded: Golden | None = None
+    stages: list[Comparison] = field(default_factory=list)
+    error: HarnessError | None = None
+
+    @property
+    def passes(self) -> bool:
+        return self.error is None and all(stage.ok for stage in self.stages)
+
+    @property
+    def event(self) -> Event:
+        root = "" if self.recorded is None else self.recorded.fingerprint.root.hex()
+        return Event(self.golden, self.verb if self.passes else "failed", root)
+
+    def run(self) -> None:
+        try:
+            self._create_missing()
+            try:
+                self._compare()
+            except NotRecorded as error:
+                hint = self.settings.command(self.node, "update")
+                self.error = NotRecorded(str(error), hint=hint)
+            # What this run has written stands: who differs from it disagrees with another test.
+            first = self.golden not in self.settings.written
+            if self.settings.mode == "update" and not self.passes and first and self.recorded:
+                self.error = None
+                self.case.update(self.recorded, self.settings.reason)
+                self._wrote("updated")
+                self._compare()  # what is accepted has to pass from now on
+        except HarnessError as error:
+            self.error = error
+
+    def _create_missing(self) -> None:
+        from harness.checkpoint.sources.paths import is_there
+
+        path = self.settings.folder.file(self.golden)
+        if is_there(path):
+            return
+        if self.settings.mode == "verify":
+            raise GoldenError(
+                f"{self.settings.folder.shown(self.golden)}: no golden is recorded for this test",
+                hint=self.settings.command(self.node, "create"),
+            )
+        try:
+            self.case.record(path)
+        except GoldenError:
+            if not is_there(path):
+                raise
+        else:  # or else another process was first, and its golden counts
+            self._wrote("created")
+
+    def _wrote(self, verb: Verb) -> None:
+        self.verb = verb
+        self.settings.written[self.golden] = self.node
+
+    def _compare(self) -> None:
+        """Hold the subject against the golden as it is now."""
+        from harness.golden.file import read_golden
+
+        golden = read_golden(self.settings.folder.file(self.golden))
+        shown = replace(golden.fingerprint, name=self.settings.folder.shown(self.golden))
+        self.recorded = golden = replace(golden, fingerprint=shown)
+        self.stages.clear()
+        for stage in self.case.compare(golden):
+            self.stages.append(stage)
+
+    def report(self) -> Iterator[str]:
+        """What a person reads: every stage, what went wrong, and the next step last."""
+        from harness.comparison.comparison import render
+        from harness.text.folding import error_lines
+
+        for stage in self.stages:
+            yield from (render(stage), "")
+        if self.error is None:
+            yield from (f"  {step}" for step in self._next_steps())
+        else:
+            yield from error_lines(self.error)
+
+    def _next_steps(self) -> Iterator[str]:
+        from harness.report.outcome import worst_stage
+        from harness.report.steps import GET_IT_AGAIN, MEND_THE_CODE, is_of_the_code, ways_past
+
+        found = worst_stage(self.stages)
+        if found is None:
+            return
+        writer = self.settings.written.get(self.golden)
+        if found.count("damaged"):
+            yield GET_IT_AGAIN
+        elif is_of_the_code(found):
+            yield MEND_THE_CODE
+        elif self.verb != "verified":
+            yield (
+                f"the golden was {self.verb} from this, and it does not pass: look at key_map and "
+                "strip_prefix, or for what differs from run to run"
+            )
+        elif writer is not None:
+            yield f"{writer} has written this golden in this run: give one of the two another name"
+        else:
+            if found.verdict == "undecided" and found.stage == "file":
+                yield f"to decide exactly:  verify(…, reference={self._reference()!r})"
+            for what, policy in ways_past(found):
+                keywords = ", ".join(f"{name}={value!r}" for name, value in policy.items())
+                yield f"to look past {what}:  verify(…, {keywords})"
+            yield f"if this is meant:  {self.settings.command(self.node, 'update')}"
+
+    def _reference(self) -> str:
+        """The recorded checkpoint as a test would name it, where it is not what is verified."""
+        from harness.golden.places import other_reference
+
+        there = other_reference(self.recorded, self.case.subject) if self.recorded else None
+        if not isinstance(there, Path):
+            return "RECORDED_CKPT" if there is None else str(there)
+        return os.path.relpath(there, self.settings.folder.invoked)

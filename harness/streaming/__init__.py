@@ -1,0 +1,1 @@
+"""Tensors of any size, a chunk at a time, over threads and ranks."""

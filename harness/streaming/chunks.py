@@ -1,0 +1,158 @@
+"""Run through tensors of any size in bounded memory, on as many threads as there are cores.
+
+In: tensors, and a function from (tensor, chunk) to a small result. Out: the results per tensor, in
+order, whatever the number of threads, and of ranks where a `Team` shares the work. Memory: one
+buffer of `CHUNK_NBYTES` a side and thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import numpy as np
+
+from harness.streaming.ranks import current_team
+from harness.streaming.threads import _Result, parallel
+
+CHUNK_NBYTES = 4 << 20
+_Item = TypeVar("_Item", bound="Item")
+
+
+class Progress(Protocol):
+    """Who watches bytes that are read, from any thread."""
+
+    def expect(self, nbytes: int) -> None:
+        """So many more will be read."""
+
+    def advance(self, nbytes: int) -> None:
+        """So many more were read."""
+
+
+class Item(Protocol):
+    """What is run through: a tensor, or several of one shape."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def part(self, chunk: Chunk) -> Self:
+        """As much of it as another process needs for a chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A range of a tensor's logical bytes; `index` counts from 0."""
+
+    index: int
+    start: int
+    nbytes: int
+
+
+def chunks(nbytes: int) -> Iterator[Chunk]:
+    """Cut logical bytes into chunks; an empty tensor has none."""
+    for index, start in enumerate(range(0, nbytes, CHUNK_NBYTES)):
+        yield Chunk(index, start, min(CHUNK_NBYTES, nbytes - start))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part(Generic[_Item]):
+    """A chunk of an item."""
+
+    item: _Item
+    chunk: Chunk
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Part, (self.item.part(self.chunk), self.chunk)
+
+
+class Buffers(threading.local):
+    """Scratch memory of the running thread, kept from chunk to chunk."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, str], np.ndarray[Any, np.dtype[Any]]] = {}
+
+    def get(self, name: str, size: int, dtype: str = "|u1") -> np.ndarray[Any, np.dtype[Any]]:
+        """Return an uninitialised array of `size` elements; the same memory for the same name."""
+        array = self._arrays.get((name, dtype))
+        if array is None or array.size < size:
+            array = self._arrays[name, dtype] = np.empty(size, dtype)
+        return array[:size]
+
+
+buffers = Buffers()
+
+
+def map_chunks(
+    items: Sequence[_Item],
+    function: Callable[[_Item, Chunk], _Result],
+    *,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> list[list[_Result]]:
+    """Apply `function` to every chunk of every item; returns the results per item, in order.
+
+    The first exception ends the run and is raised here. `jobs` defaults to the cores allowed.
+    `progress` advances; what to expect is known to the caller, who may have more to read.
+    Function and items must be such as can be pickled, to be shared with other ranks.
+    """
+    units = list(_units(items))
+    tasks = [[_Part(items[index], chunk) for index, chunk in unit] for unit in units]
+
+    def finished(task: Sequence[_Part[_Item]]) -> None:
+        if progress is not None:
+            progress.advance(sum(part.chunk.nbytes for part in task))
+
+    results: list[list[_Result]] = [[] for _ in items]
+    shared = share(partial(_apply, function), tasks, jobs=jobs, finished=finished)
+    for unit, done in zip(units, shared, strict=True):
+        for (index, _), result in zip(unit, done, strict=True):
+            results[index].append(result)
+    return results
+
+
+def _apply(
+    function: Callable[[_Item, Chunk], _Result], task: Sequence[_Part[_Item]]
+) -> list[_Result]:
+    return [function(part.item, part.chunk) for part in task]
+
+
+def share(
+    function: Callable[[Any], _Result],
+    tasks: Sequence[Any],
+    *,
+    jobs: int | None = None,
+    finished: Callable[[Any], None] | None = None,
+) -> list[_Result]:
+    """Map in order over tasks of about equal cost, on all threads of all ranks of the team.
+
+    `finished` is called with each task that is done, from any thread.
+    """
+    team = current_team()
+    if team is not None:
+        return team.map(function, tasks, jobs=jobs, finished=finished)
+
+    def run(task: Any) -> _Result:
+        result = function(task)
+        if finished is not None:
+            finished(task)
+        return result
+
+    return parallel(run, tasks, jobs=jobs)
+
+
+def _units(items: Sequence[_Item]) -> Iterator[list[tuple[int, Chunk]]]:
+    """Group the chunks into tasks of about a chunk's size, so that small tensors cost little."""
+    unit: list[tuple[int, Chunk]] = []
+    nbytes = 0
+    for index, item in enumerate(items):
+        for chunk in chunks(item.nbytes):
+            unit.append((index, chunk))
+            nbytes += chunk.nbytes + 4096  # what a tensor costs beyond its bytes
+            if nbytes >= CHUNK_NBYTES // 2:
+                yield unit
+                unit, nbytes = [], 0
+    if unit:
+        yield unit
