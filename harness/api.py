@@ -20,23 +20,23 @@ from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.comparison.compare import compare, with_damages
 from harness.comparison.comparison import Comparison
 from harness.comparison.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
-from harness.comparison.policy import Policy, Stage, refuse_stage
+from harness.comparison.policy import Policy, Stage, check_stage
 from harness.errors import UsageError
 from harness.fingerprints.cache import DigestCache
-from harness.fingerprints.fingerprint import Fingerprint, outline
+from harness.fingerprints.fingerprint import Fingerprint, structure
 from harness.fingerprints.integrity import damages
 from harness.fingerprints.scan import MAX_KEPT_NUMEL
 from harness.fingerprints.scan import fingerprint as fingerprint_checkpoint
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES
-from harness.golden.file import is_golden, read_golden, refuse_changed, write_golden
+from harness.golden.file import check_unchanged, is_golden, read_golden, write_golden
 from harness.golden.golden import Golden, LiveRecord, Update, source_of
 from harness.golden.places import (
     GOLDEN_FOLDER,
+    check_reference,
     choose_golden,
     golden_path,
     named_source,
     new_golden,
-    refuse_reference,
     source_after,
 )
 from harness.streaming.chunks import CHUNK_NBYTES, Progress
@@ -209,7 +209,7 @@ def verify(
         )
         beside = None
         if reference is not None:
-            refuse_reference(to_path(reference), recorded, subject)
+            check_reference(to_path(reference), recorded, subject)
             beside = stack.enter_context(opened_for(recorded, reference))
         found = fingerprint_checkpoint(
             actual,
@@ -225,7 +225,7 @@ def verify(
             jobs=jobs,
             progress=progress,
         )
-        # What fits buffers alone, which the live stages compare, is no typing error. Outputs have a
+        # What fits buffers alone, which the live stages compare, is no typo. Outputs have a
         # tolerance of their own, and none of them is left out.
         buffers = recorded.parts.get("buffers")
         here = {*recorded.fingerprint.tensors, *found.tensors}
@@ -258,7 +258,7 @@ def verify_stages(
     """
     policy, golden = policy or Policy(), _read(path, golden)
     last = stage or (golden.live.stages[-1] if golden.live is not None else "file")
-    refuse_stage(last)
+    check_stage(last)
     yield verify(
         path,
         golden,
@@ -347,7 +347,7 @@ def update(
     if updated.fingerprint.root != old.root or updated.live is not golden.live:
         entry = Update(root=old.root.hex(), reason=reason)
         updated = replace(updated, history=(*golden.history, entry))
-    refuse_changed(golden, updated)
+    check_unchanged(golden, updated)
     write_golden(updated, overwrite=True)
     return updated
 
@@ -393,7 +393,7 @@ def diff(
             found, recorded.fingerprint, policy, BySketches(recorded.fingerprint.block_nbytes)
         )
     with open_checkpoint(one) as left, open_checkpoint(other) as right:
-        ours, theirs = outline(left), outline(right)
+        ours, theirs = structure(left), structure(right)
         # Renames are told by digest: only keys that stand on one side alone need one.
         alone = set(left.tensors) ^ set(right.tensors)
         ours = _with_digests(ours, part(left, alone), jobs, progress)

@@ -35,7 +35,7 @@ from harness.comparison.difference import Difference
 from harness.comparison.measuring import AgainstCheckpoint, AgainstGolden, Triple, nothing, part
 from harness.comparison.policy import Policy, Stage, Tolerance
 from harness.errors import GoldenMismatch, UsageError
-from harness.fingerprints.fingerprint import Fingerprint, TensorPrint, outline
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, structure
 from harness.fingerprints.scan import fingerprint
 from harness.golden.file import read_golden
 from harness.model.stages import LiveOptions
@@ -298,7 +298,9 @@ class GoldenCheckpoint(pl.Callback):
         with open_checkpoint(path, section=self._section) as written:
             written = replace(written, keeps_aliases=held.keeps_ties)
             measure = AgainstCheckpoint(expected=weights, actual=written)
-            yield compare(outline(weights), outline(written), self._policy, measure, stage="save")
+            yield compare(
+                structure(weights), structure(written), self._policy, measure, stage="save"
+            )
         if self._golden is not None:
             with open_checkpoint(path, section=self._golden.section) as written:
                 written = replace(written, keeps_aliases=held.keeps_ties)
@@ -360,7 +362,7 @@ def _but_trained(
 ) -> Comparison:
     """Compare keys, shapes and dtypes of all tensors, but values of frozen parameters only."""
     digests = fingerprint(part(written, {*frozen}), details=nothing).tensors
-    found = outline(written)
+    found = structure(written)
     tensors = {
         key: replace(tensor, digest=digests[key].digest) if key in digests else tensor
         for key, tensor in found.tensors.items()
@@ -387,7 +389,7 @@ def _but_trained(
     return replace(comparison, findings=findings, notes=notes)
 
 
-def _unmeasured(expected: TensorPrint, tolerance: Tolerance) -> Difference:
+def _unmeasured(expected: TensorFingerprint, tolerance: Tolerance) -> Difference:
     """Stands for values that nobody looked at; its finding is left out."""
     anything = (0.0, math.inf)
     return Difference(

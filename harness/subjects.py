@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.sources.paths import Location, path_of, to_local
 from harness.checkpoint.tensors import Checkpoint
-from harness.comparison.policy import refuse_stage
+from harness.comparison.policy import check_stage
 from harness.errors import NoSection, UsageError
 from harness.golden.golden import Golden
-from harness.golden.places import GOLDEN_FOLDER, _refuse_golden
+from harness.golden.places import GOLDEN_FOLDER, check_not_golden
 
 if TYPE_CHECKING:
     from harness.checkpoint.sources.remote import RemotePath
@@ -47,7 +47,7 @@ def only_of_files(
     stage: str = "file",
 ) -> None:
     """Refuse what only a path has, of a subject that is none, and a URL; raises UsageError."""
-    refuse_stage(stage)
+    check_stage(stage)
     path = path_of(subject)
     if path is not None:
         if stage != "file":
@@ -73,7 +73,7 @@ def opened(subject: Subject, section: str | None) -> Iterator[Checkpoint]:
         assert isinstance(subject, Checkpoint)  # of_live_ones_too has opened all others
         yield subject
     else:
-        _refuse_golden(path)
+        check_not_golden(path)
         with open_checkpoint(path, section=section) as checkpoint:
             yield checkpoint
 

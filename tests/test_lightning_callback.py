@@ -139,8 +139,11 @@ def test_a_tensor_zeroed_on_write_stops_the_run_and_is_named(
         (training.zero, "different: allclose is false (1)\n    head.bias"),
         (training.zero_in_place, "different: allclose is false (1)\n    head.bias"),
         (training.halve, "expected float32, actual float16:\n      head.bias"),
-        (training.drop, "missing: expected, and not there (1)\n    head.bias"),
-        (training.tear, "alias: tied weights came apart, or were tied (1)\n    head.weight"),
+        (training.drop, "missing: in the golden, not in the checkpoint (1)\n    head.bias"),
+        (
+            training.tear,
+            "alias: tied weights are now separate, or the reverse (1)\n    head.weight",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -19,7 +19,7 @@ import torch
 from blake3 import blake3
 
 from harness.checkpoint.dtypes import DTYPES
-from harness.fingerprints.fingerprint import Fingerprint, TensorPrint, block_numel, digest_of
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, block_numel, digest_of
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, NUM_PROJECTIONS, Sketch, num_blocks
 from harness.fingerprints.stats import Stats
 from harness.golden.file import write_golden
@@ -47,7 +47,7 @@ def write_holes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def zeros_print(key: str, shape: tuple[int, ...]) -> TensorPrint:
+def zeros_print(key: str, shape: tuple[int, ...]) -> TensorFingerprint:
     """The fingerprint of float32 zeros, without their being there."""
     dtype, numel = DTYPES["float32"], math.prod(shape)
     whole = blake3(bytes(CHUNK_NBYTES)).digest()
@@ -56,7 +56,7 @@ def zeros_print(key: str, shape: tuple[int, ...]) -> TensorPrint:
         for chunk in chunks(4 * numel)
     ]
     blocks = num_blocks(numel, block_numel(dtype, DEFAULT_BLOCK_NBYTES))
-    return TensorPrint(
+    return TensorFingerprint(
         key=key,
         dtype=dtype,
         shape=shape,

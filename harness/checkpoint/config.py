@@ -16,7 +16,7 @@ _MAX_YAML_DEPTH = 64
 _MAX_YAML_SCALAR = 1 << 16
 
 
-def _yaml(path: AnyPath, text: bytes) -> Mapping[str, Any] | None:
+def config_of_yaml(path: AnyPath, text: bytes) -> Mapping[str, Any] | None:
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -49,7 +49,7 @@ def _yaml(path: AnyPath, text: bytes) -> Mapping[str, Any] | None:
     return plain if isinstance(plain, dict) else None
 
 
-def _hparams(root: Any) -> Mapping[str, Any] | None:
+def hyperparameters_of(root: Any) -> Mapping[str, Any] | None:
     value = root.get("hyper_parameters") if isinstance(root, dict) else None
     if not isinstance(value, (dict, Record)):
         return None

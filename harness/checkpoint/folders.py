@@ -33,7 +33,7 @@ _FOREIGN = (
 )
 
 
-def _checkpoint_in(folder: AnyPath) -> AnyPath:
+def checkpoint_in(folder: AnyPath) -> AnyPath:
     """The file to open in a folder; the folder itself where its safetensors are ranks' shards.
 
     `.metadata` comes first: the other files can be given by their own names, its folder cannot.
@@ -85,7 +85,7 @@ _PART = re.compile(r"-\d{5}-of-\d{5}\.")
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".nemo", ".safetensors")
 
 
-def _did_you_mean(path: AnyPath) -> str:
+def similar_path(path: AnyPath) -> str:
     """The path with the part that is not there replaced by one alike, else what to look at."""
     from difflib import get_close_matches
 
@@ -109,7 +109,7 @@ def _did_you_mean(path: AnyPath) -> str:
     return f"see what is there: ls {quoted(str(folder))}"
 
 
-def _not_a_checkpoint(path: AnyPath, head: bytes) -> CheckpointError:
+def not_a_checkpoint(path: AnyPath, head: bytes) -> CheckpointError:
     if not head:
         return CheckpointError(f"{path}: the file is empty", hint="save or copy it again")
     if head.startswith(b"version https://git-lfs"):

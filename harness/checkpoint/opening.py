@@ -12,8 +12,8 @@ import stat
 from functools import partial
 from pathlib import Path
 
-from harness.checkpoint.config import _hparams, _yaml
-from harness.checkpoint.folders import _checkpoint_in, _did_you_mean, _not_a_checkpoint
+from harness.checkpoint.config import config_of_yaml, hyperparameters_of
+from harness.checkpoint.folders import checkpoint_in, not_a_checkpoint, similar_path
 from harness.checkpoint.formats.nemo import is_tar, read_nemo
 from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.formats.torchfile import TorchFile, read_torch_legacy, read_torch_zip
@@ -38,11 +38,11 @@ def open_checkpoint(path: Location, *, section: str | None = None) -> Checkpoint
     try:
         is_folder = _is_folder(folder)
         if is_folder:
-            path = _checkpoint_in(folder)
+            path = checkpoint_in(folder)
     except OSError as error:
         raise CheckpointError(
             f"{path}: {(error.strerror or 'cannot be read').lower()}",
-            hint=_did_you_mean(path),
+            hint=similar_path(path),
         ) from error
     if is_folder and path.name == METADATA:
         return _distributed(folder, section)
@@ -105,7 +105,7 @@ def _open(path: AnyPath, source: Source, section: str | None) -> Checkpoint:
         )
     if head.startswith(b"PK") or head[:1] == b"\x80":
         return _torch_checkpoint(path, source, _torch_file(source), section)
-    raise _not_a_checkpoint(path, head)
+    raise not_a_checkpoint(path, head)
 
 
 def _torch_file(source: Source) -> TorchFile:
@@ -145,9 +145,9 @@ def _torch_checkpoint(
             else "is it the right file?",
         ),
         sources=(source,),
-        read_config=partial(_yaml, path, config_text)
+        read_config=partial(config_of_yaml, path, config_text)
         if config_text is not None
-        else partial(_hparams, file.root),
+        else partial(hyperparameters_of, file.root),
         checksums=file.checksums,
     )
 
@@ -193,7 +193,7 @@ def _distributed(folder: AnyPath, section: str | None) -> Checkpoint:
         sources=sources,
         # Tied tensors are saved one by one.
         keeps_aliases=False,
-        read_config=partial(_hparams, file.root),
+        read_config=partial(hyperparameters_of, file.root),
         checksums=file.checksums,
     )
 

@@ -1,7 +1,8 @@
 """The command line: arguments in, reports and exit codes out; what verbs do is in `harness.api`.
 
-Exit codes: 0 all identical or close, 1 something differs, 2 could not tell (unreadable, usage),
-3 nothing differs but something is undecided. Of several goldens the worst counts: 2, 1, 3, 0.
+Exit codes: 0 all identical or close, 1 something differs, 2 could not be checked (unreadable,
+usage), 3 nothing differs but something is undecided. Of several goldens the worst counts:
+2, 1, 3, 0.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import click
 from harness.cli.options import (
     PATH,
     Command,
+    check_update,
     live_of,
     live_options,
     policy_of,
     policy_options,
-    refuse_on_update,
     report_options,
     run_options,
     stage_of,
@@ -154,7 +155,7 @@ class _Commands(click.Group):
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 identical or close, 1 different, 2 could not tell, 3 undecided.",
+    epilog="Exit codes: 0 identical or close, 1 different, 2 could not be checked, 3 undecided.",
 )
 @click.version_option(__version__, prog_name="harness")
 def cli() -> None:
@@ -301,7 +302,7 @@ def verify(
         raise UsageError("--reason goes with --update-golden")
     policy = policy_of(options)
     if update_golden:
-        refuse_on_update(policy)
+        check_update(policy)
     run = Verification(
         policy=policy,
         stage=stage,
@@ -368,7 +369,7 @@ def diff(
     jobs: int | None,
     **options: Any,
 ) -> int:
-    """Compare two checkpoints, or goldens.
+    """Compare two checkpoints or goldens.
 
     Two checkpoints are compared element by element, a golden by what it keeps.
     """

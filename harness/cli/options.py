@@ -133,7 +133,7 @@ def policy_of(options: dict[str, Any]) -> Policy:
 NOT_ON_UPDATE = ("--ignore", "--map", "--strip-prefix")
 
 
-def refuse_on_update(policy: Policy) -> None:
+def check_update(policy: Policy) -> None:
     """Raise UsageError for a policy that looks past what an update would accept."""
     given = (policy.ignore, policy.key_map, policy.strip_prefix)
     for option, value in zip(NOT_ON_UPDATE, given, strict=True):

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The next steps at the end of a report, as options and whole lines of the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
     for what, policy in ways_past(comparison):
         again = without(command, ["--strip-prefix"]) if "strip_prefix" in policy else command
         options = command_line(as_options(policy))
-        lines.append(f"to look past {what}:  {with_options(again, options)}")
+        lines.append(f"to {what}:  {with_options(again, options)}")
     return lines
 
 
@@ -77,4 +77,4 @@ def next_steps(
         decide = with_options(command, f"--reference {quoted(reference)}")
         lines.insert(0, f"to decide exactly:  {decide}")
     accept = with_options(update, '--update-golden --reason "why"')
-    return [*lines, f"if this is meant:  {accept}"]
+    return [*lines, f"if this change is intended:  {accept}"]

@@ -173,10 +173,10 @@ class Verification:
             )
         changed = read_file(recorded.path) != before
         if self.form == "text" and not changed:
-            click.echo(escaped(f"{recorded.path} is up to date, and was not touched"))
+            click.echo(escaped(f"{recorded.path} is already up to date"))
         elif self.form == "text":
             roots = (recorded.fingerprint.root.hex()[:16], updated.fingerprint.root.hex()[:16])
-            said = "is as it was" if roots[0] == roots[1] else f"is now {roots[1]}"
+            said = "is unchanged" if roots[0] == roots[1] else f"is now {roots[1]}"
             click.echo(escaped(f"updated {recorded.path}: root {roots[0]} {said}"))
             for entry in updated.history:
                 click.echo(f"  replaced {told_entry(entry)}")

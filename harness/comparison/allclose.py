@@ -1,8 +1,8 @@
 """allclose element by element, in the arithmetic that torch would use.
 
-In: two tensors of one shape whose logical bytes can be read, chunk by chunk. Out: a `Tally` per
-chunk: how many elements differ, by how much, which are worst. Memory: two chunks and the scratch of
-one pass, per thread.
+In: two tensors of one shape whose logical bytes can be read, chunk by chunk. Out: a `ChunkResult`
+per chunk: how many elements differ, by how much, which are worst. Memory: two chunks and the
+scratch of one pass, per thread.
 
 `torch.allclose(actual, expected, rtol, atol)` is |actual - expected| <= atol + rtol * |expected| in
 the arithmetic of the dtype, and false where a NaN is. Integer, bool and packed tensors must be
@@ -35,7 +35,7 @@ MAX_ELEMENTS = 5
 
 
 class Values(Protocol):
-    """A tensor whose logical bytes can be read: a `Tensor`, or a `TensorPrint` with values."""
+    """A tensor whose bytes can be read: a `Tensor`, or a `TensorFingerprint` with values."""
 
     @property
     def key(self) -> str: ...
@@ -51,7 +51,7 @@ class Values(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class ChunkResult:
     """What one chunk adds to an exact difference.
 
     `squares` are sums of squared differences over runs of `run_numel` elements. `worst` are beyond
@@ -70,7 +70,7 @@ class Tally:
 
     @property
     def least_worst(self) -> float:
-        """What an element must exceed to be among the worst of this and later tallies."""
+        """What an element must exceed to be among the worst of this and later results."""
         return self.worst[-1][0] if len(self.worst) == MAX_ELEMENTS else -math.inf
 
 
@@ -99,9 +99,9 @@ def run_numel(numel: int) -> int:
     return run
 
 
-def tally_chunk(
+def sum_up_chunk(
     expected: Values, actual: Values, chunk: Chunk, tolerance: Tolerance
-) -> Tally | None:
+) -> ChunkResult | None:
     """Compare one chunk of two tensors of one shape; None where their bytes are the same.
 
     `chunk` counts the bytes of `expected`. Memory: two chunks and the scratch of one pass.
@@ -113,7 +113,7 @@ def tally_chunk(
             return None
         at_once = differing.first == chunk.start // expected.dtype.itemsize
         passes = chain([differing], passes) if at_once else _passes(expected, actual, chunk)
-    return _tally_passes(expected, actual, passes, tolerance)
+    return _sum_up_passes(expected, actual, passes, tolerance)
 
 
 class _Pass(NamedTuple):
@@ -137,11 +137,11 @@ def _passes(expected: Values, actual: Values, chunk: Chunk) -> Iterator[_Pass]:
         yield _Pass(start, ours, theirs)
 
 
-def tally_nonfinite(tensor: Values, chunk: Chunk, tolerance: Tolerance) -> Tally | None:
+def sum_up_nonfinite(tensor: Values, chunk: Chunk, tolerance: Tolerance) -> ChunkResult | None:
     """Compare a chunk of two tensors that is the same in both; None where all of it is finite.
 
     Of tensors that differ elsewhere NaN and infinities are counted: to `torch.allclose` NaN is
-    close to nothing, not even to itself.
+    never close, not even to itself.
     """
     if not tensor.dtype.is_floating:
         return None
@@ -150,23 +150,23 @@ def tally_nonfinite(tensor: Values, chunk: Chunk, tolerance: Tolerance) -> Tally
     with np.errstate(invalid="ignore"):  # signalling NaN
         if np.isfinite(data.view(numpy_dtype(tensor.dtype))).all():
             return None
-    return _tally_passes(tensor, tensor, _passes(tensor, tensor, chunk), tolerance)
+    return _sum_up_passes(tensor, tensor, _passes(tensor, tensor, chunk), tolerance)
 
 
-def _tally_passes(
+def _sum_up_passes(
     expected: Values, actual: Values, passes: Iterable[_Pass], tolerance: Tolerance
-) -> Tally:
+) -> ChunkResult:
     kernel = _Kernel(expected.dtype, actual.dtype, tolerance, run_numel(expected.numel))
-    tallies: list[Tally] = []
+    results: list[ChunkResult] = []
     least = {True: -math.inf, False: -math.inf}
     for one in passes:
-        tally = kernel.tally(one.expected, one.actual, one.first, least)
-        tallies.append(tally)
-        is_beyond = tally.num_beyond > 0
-        least[is_beyond] = max(least[is_beyond], tally.least_worst)
+        result = kernel.sum_up(one.expected, one.actual, one.first, least)
+        results.append(result)
+        is_beyond = result.num_beyond > 0
+        least[is_beyond] = max(least[is_beyond], result.least_worst)
         if is_beyond:
             least[False] = math.inf  # none within the tolerance is among the worst any more
-    return add_tallies(tallies)
+    return add_results(results)
 
 
 def _are_equal(one: Array, other: Array) -> bool:
@@ -194,10 +194,10 @@ class _Kernel:
         narrow = self.same_type and expected.name in ("float16", "bfloat16", "complex32")
         self.narrow = numpy_dtype(expected) if narrow else None
 
-    def tally(self, expected: Array, actual: Array, first: int, least: Least) -> Tally:
-        """Tally one pass; of its worst elements only those that are worse than `least`."""
+    def sum_up(self, expected: Array, actual: Array, first: int, least: Least) -> ChunkResult:
+        """ChunkResult one pass; of its worst elements only those that are worse than `least`."""
         if not self.floating:
-            return self._tally_exact(expected, actual, first, least)
+            return self._sum_up_exact(expected, actual, first, least)
         # Where values are widened, they are spent for what is made of them: less to cache.
         e = self._values(expected, self.expected, "scaled")
         a = self._values(actual, self.actual, "error")
@@ -249,7 +249,7 @@ class _Kernel:
                     if not finite:
                         beyond |= ~np.isfinite(error)
             min_atol = max(0.0, min_atol)
-            return _tally(
+            return _compare_chunk(
                 error, tops, differing, beyond, min_atol, squares, first, least, nonfinite
             )
 
@@ -327,7 +327,9 @@ class _Kernel:
     def _round(self, values: Any) -> Any:
         return values.astype(self.narrow).astype("<f4")
 
-    def _tally_exact(self, expected: Array, actual: Array, first: int, least: Least) -> Tally:
+    def _sum_up_exact(
+        self, expected: Array, actual: Array, first: int, least: Least
+    ) -> ChunkResult:
         nonfinite = (0, 0)
         with np.errstate(all="ignore"):
             if self.expected.is_floating or self.actual.is_floating:
@@ -345,7 +347,9 @@ class _Kernel:
             squares = self._squares(np.where(np.isfinite(error), error, 0))
         needed = math.inf if differing.any() else 0.0  # no tolerance makes these equal
         tops = _tops(error)
-        return _tally(error, tops, differing, differing, needed, squares, first, least, nonfinite)
+        return _compare_chunk(
+            error, tops, differing, differing, needed, squares, first, least, nonfinite
+        )
 
 
 def _distance(e: Array, a: Array) -> Array:
@@ -368,7 +372,7 @@ def roundings(dtype: DType) -> tuple[float, float]:
     return 8 * unit, 4 * least
 
 
-def _tally(
+def _compare_chunk(
     error: Array,
     tops: Array,
     differing: Flags,
@@ -378,7 +382,7 @@ def _tally(
     first: int,
     least: Least,
     num_nonfinite: tuple[int, int] = (0, 0),
-) -> Tally:
+) -> ChunkResult:
     num_differing, num_beyond = _count(differing, error.size), _count(beyond, error.size)
     max_abs = float(tops.max())
     candidates = beyond if num_beyond else differing
@@ -387,7 +391,7 @@ def _tally(
         worst = _worst(error, tops, candidates, first, least[num_beyond > 0])
     # The ends of all are known, and to find others costs a copy.
     ends = b"\1" if num_differing == error.size else np.asarray(differing).tobytes()
-    return Tally(
+    return ChunkResult(
         num_differing=num_differing,
         num_beyond=num_beyond,
         max_abs=max_abs,
@@ -455,22 +459,22 @@ def _worst(
     return tuple(found)
 
 
-def add_tallies(tallies: Sequence[Tally]) -> Tally:
-    """Join the tallies of several chunks."""
-    changed = [tally for tally in tallies if tally.num_differing]
-    of_interest = [tally for tally in changed if tally.num_beyond] or changed
+def add_results(results: Sequence[ChunkResult]) -> ChunkResult:
+    """Join the results of several chunks."""
+    changed = [result for result in results if result.num_differing]
+    of_interest = [result for result in changed if result.num_beyond] or changed
     worst = sorted((w for t in of_interest for w in t.worst), key=lambda item: (-item[0], item[1]))
-    return Tally(
-        num_differing=sum(t.num_differing for t in tallies),
-        num_beyond=sum(t.num_beyond for t in tallies),
-        max_abs=max((t.max_abs for t in tallies), default=0.0),
-        min_atol=max((t.min_atol for t in tallies), default=0.0),
-        squares=tuple(square for tally in tallies for square in tally.squares),
+    return ChunkResult(
+        num_differing=sum(t.num_differing for t in results),
+        num_beyond=sum(t.num_beyond for t in results),
+        max_abs=max((t.max_abs for t in results), default=0.0),
+        min_atol=max((t.min_atol for t in results), default=0.0),
+        squares=tuple(square for result in results for square in result.squares),
         first=min((t.first for t in changed), default=-1),
         last=max((t.last for t in changed), default=-1),
         worst=tuple(worst[:MAX_ELEMENTS]),
         num_nonfinite=(
-            sum(t.num_nonfinite[0] for t in tallies),
-            sum(t.num_nonfinite[1] for t in tallies),
+            sum(t.num_nonfinite[0] for t in results),
+            sum(t.num_nonfinite[1] for t in results),
         ),
     )

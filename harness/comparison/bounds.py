@@ -16,14 +16,14 @@ from harness.comparison.allclose import (
 from harness.comparison.difference import (
     Difference,
     Verdict,
-    _strip,
-    _where,
     element,
     exact_difference,
-    outward,
+    place_of,
+    profile_of,
+    round_outward,
 )
 from harness.comparison.policy import Tolerance
-from harness.fingerprints.fingerprint import TensorPrint, block_numel, digest_of
+from harness.fingerprints.fingerprint import TensorFingerprint, block_numel, digest_of
 from harness.fingerprints.sketch import (
     CHANCE,
     NUM_PROJECTIONS,
@@ -38,8 +38,8 @@ from harness.streaming.chunks import buffers, chunks
 
 
 def difference_from_sketch(
-    expected: TensorPrint,
-    actual: TensorPrint,
+    expected: TensorFingerprint,
+    actual: TensorFingerprint,
     tolerance: Tolerance,
     block_nbytes: int,
     values: Values | None,
@@ -97,7 +97,9 @@ def difference_from_sketch(
     return bounded
 
 
-def _across_types(blank: Difference, expected: TensorPrint, actual: TensorPrint) -> Difference:
+def _across_types(
+    blank: Difference, expected: TensorFingerprint, actual: TensorFingerprint
+) -> Difference:
     """Decide whether elements of two dtypes are equal: digests are of the dtype as well."""
     ours, theirs = expected.stats, actual.stats
     if (
@@ -122,7 +124,7 @@ def _across_types(blank: Difference, expected: TensorPrint, actual: TensorPrint)
 
 
 def _bounded(
-    blank: Difference, gap: Gap, expected: TensorPrint, actual: TensorPrint, size: int
+    blank: Difference, gap: Gap, expected: TensorFingerprint, actual: TensorFingerprint, size: int
 ) -> Difference:
     """Decide by the bounds of the sketches, and by the stats."""
     ours, theirs, sketch = expected.stats, actual.stats, expected.sketch
@@ -154,8 +156,8 @@ def _bounded(
         max_abs=(lower, upper),
         min_atol=(max(0.0, needed), upper),
         rms=gap.rms * math.sqrt(factor),
-        where=_where(expected.shape, ranges),
-        strip=_strip((gap.squares * factor).tolist(), size, expected.numel * factor),
+        where=place_of(expected.shape, ranges),
+        strip=profile_of((gap.squares * factor).tolist(), size, expected.numel * factor),
         chance=CHANCE * 2 * len(gap.upper),
     )
     if any(blank.num_nonfinite):
@@ -169,7 +171,7 @@ def _bounded(
         return replace(found, why="its bytes differ, and --exact allows nothing", chance=0.0)
     if num_nan:
         why = f"holds NaN ({ours.num_nan:,} expected, {theirs.num_nan:,} actual)"
-        return replace(beyond_any, why=f"{why}, which is close to nothing")
+        return replace(beyond_any, why=f"{why}, which never compares close")
     if (ours.num_posinf, ours.num_neginf) != (theirs.num_posinf, theirs.num_neginf):
         why = f"its infinities changed in number ({blank.num_nonfinite[0]:,} expected, "
         return replace(beyond_any, why=f"{why}{blank.num_nonfinite[1]:,} actual)")
@@ -187,7 +189,7 @@ def _bounded(
     if proofs:
         return replace(found, why=f"proved by the sketch of {proofs:,} of {len(numels):,} blocks")
     if not any(blank.num_nonfinite) and allows and upper * (1 + relative) <= tolerance.atol:
-        why = f"no element is off by more than {outward((lower, upper))[1]:.1e}"
+        why = f"no element is off by more than {round_outward((lower, upper))[1]:.1e}"
         return replace(found, verdict="close", why=why)
     return replace(
         found,
@@ -201,7 +203,7 @@ def _recovered(
     bounded: Difference,
     gap: Gap,
     size: int,
-    expected: TensorPrint,
+    expected: TensorFingerprint,
     actual: Values,
     thorough: bool,
 ) -> Difference:

@@ -18,7 +18,7 @@ from harness.comparison.findings import FINDING_KINDS, Finding, describe
 from harness.comparison.matching import Matching, Pair, match
 from harness.comparison.policy import Policy
 from harness.errors import CheckpointError
-from harness.fingerprints.fingerprint import Fingerprint, TensorPrint
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 
 if TYPE_CHECKING:
     from harness.comparison.difference import Measure
@@ -226,7 +226,7 @@ def _alias_changes(
     return findings
 
 
-def _groups(tensors: Iterator[TensorPrint]) -> dict[str, frozenset[str]]:
+def _groups(tensors: Iterator[TensorFingerprint]) -> dict[str, frozenset[str]]:
     groups: dict[str, set[str]] = defaultdict(set)
     for tensor in tensors:
         groups[tensor.alias_of or tensor.key].add(tensor.key)

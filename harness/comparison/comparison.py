@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.comparison.policy import Policy
-from harness.comparison.words import _HEADINGS, Section, _departure, _findings
+from harness.comparison.words import HEADINGS, Section, divergence_lines, finding_lines
 from harness.errors import GoldenMismatch
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.text.fitting import PLAIN, Style
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 from typing import TYPE_CHECKING, Any
 
-from harness.comparison.findings import FINDING_KINDS, Departure, Finding, FindingKind
+from harness.comparison.findings import FINDING_KINDS, Divergence, Finding, FindingKind
 from harness.text.fitting import fit
 from harness.text.folding import escaped, printable
 
@@ -39,7 +39,7 @@ class Comparison:
     num_ignored: int = 0
     num_nan: int = 0
     stage: str = "file"
-    departure: Departure | None = None
+    divergence: Divergence | None = None
     notes: tuple[str, ...] = ()
     are_strangers: bool = False
     is_of_reload: bool = False
@@ -100,11 +100,11 @@ def headline(comparison: Comparison, style: Style = PLAIN) -> str:
     mark = SYMBOLS[verdict] if style.unicode else "ok" if comparison.ok else "FAIL"
     return (
         style.paint(f"{mark} {verdict}", _COLORS[verdict])
-        + f"  {printable(comparison.expected.name)}  {comparison.stage}: {tally(comparison)}"
+        + f"  {printable(comparison.expected.name)}  {comparison.stage}: {counts_of(comparison)}"
     )
 
 
-def tally(comparison: Comparison) -> str:
+def counts_of(comparison: Comparison) -> str:
     """How many tensors are identical, and how many there are of each kind of finding."""
     counts = [f"{comparison.num_identical:,} identical"]
     counts += [
@@ -123,9 +123,9 @@ def _lines(
     yield headline(comparison, style)
     yield from (f"  {line}" for line in sides(comparison))
     yield from (f"  note: {escaped(note)}" for note in comparison.notes)
-    departed = departure_section(comparison)
-    if departed is not None:
-        yield from _set_out(departed, style)
+    diverged = divergence_section(comparison)
+    if diverged is not None:
+        yield from _set_out(diverged, style)
     if note := nan_note(comparison):
         yield f"  note: {note}"
     told = {
@@ -174,31 +174,31 @@ def chance_note(comparison: Comparison) -> str:
 
 
 def finding_sections(comparison: Comparison, style: Style) -> Iterator[Section]:
-    """The findings by kind, worst first, without the aftermath of what departs first."""
+    """The findings by kind, worst first, without the aftermath of what diverges first."""
     for kind in FINDING_KINDS:
         findings = [finding for finding in comparison.findings if finding.kind == kind]
         if findings and not _is_aftermath(kind, comparison):
             yield Section(
-                heading=f"{_HEADINGS[kind]} ({comparison.count(kind):,})",
-                lines=tuple(map(escaped, _findings(findings, style))),
+                heading=f"{HEADINGS[kind]} ({comparison.count(kind):,})",
+                lines=tuple(map(escaped, finding_lines(findings, style))),
             )
 
 
 def _is_aftermath(kind: FindingKind, comparison: Comparison) -> bool:
-    """Rounding shows in every output, and what departs once departs everywhere behind it."""
+    """Rounding shows in every output, and what diverges once diverges everywhere behind it."""
     if comparison.stage != "outputs":
         return False
-    departed = comparison.departure is not None
-    return kind == "close" or (departed and kind in ("different", "undecided"))
+    diverged = comparison.divergence is not None
+    return kind == "close" or (diverged and kind in ("different", "undecided"))
 
 
-def departure_section(comparison: Comparison) -> Section | None:
+def divergence_section(comparison: Comparison) -> Section | None:
     """The first place in a computation that is not as recorded."""
-    if comparison.departure is None:
+    if comparison.divergence is None:
         return None
     return Section(
-        heading=f"first departs: {printable(comparison.departure.culprit)}",
-        lines=tuple(map(escaped, _departure(comparison.departure))),
+        heading=f"first diverges: {printable(comparison.divergence.diverging_module)}",
+        lines=tuple(map(escaped, divergence_lines(comparison.divergence))),
     )
 
 

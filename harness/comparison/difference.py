@@ -4,7 +4,7 @@ In: two tensors with different digests: both with their values, or one known by 
 Out: a `Difference` with one of four verdicts. Nothing is guessed: what cannot be proved from what
 is there is *undecided*.
 
-Where both values are known, `harness.comparison.allclose` decides; else the bounds of `harness.fingerprints.sketch` do.
+Where both values are known, `allclose` decides; else the bounds of `fingerprints.sketch` do.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import numpy as np
 from harness.checkpoint.dtypes import DType, decode
 from harness.comparison.allclose import (
     MAX_STRIP,
-    Tally,
+    ChunkResult,
     Values,
-    add_tallies,
+    add_results,
     run_numel,
-    tally_chunk,
-    tally_nonfinite,
+    sum_up_chunk,
+    sum_up_nonfinite,
 )
 from harness.comparison.policy import Tolerance
 from harness.fingerprints.arithmetic import total_squares
-from harness.fingerprints.fingerprint import TensorPrint
+from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.fingerprints.stats import Stats
 from harness.streaming.chunks import chunks
 
@@ -78,7 +78,7 @@ class Difference:
     chance: float = 0.0
 
 
-def outward(ends: tuple[float, float]) -> tuple[float, float]:
+def round_outward(ends: tuple[float, float]) -> tuple[float, float]:
     """Round bounds to the two digits that a person reads, so that they still hold.
 
     Equal ends are no bounds, but a number: it stays.
@@ -89,10 +89,10 @@ def outward(ends: tuple[float, float]) -> tuple[float, float]:
     return _rounded(low, 2, ROUND_FLOOR), _rounded(high, 2, ROUND_CEILING)
 
 
-def enough(min_atol: tuple[float, float]) -> tuple[float, float]:
-    """Round a least tolerance as `outward` does, and to three digits up where it is known."""
+def sufficient_atol(min_atol: tuple[float, float]) -> tuple[float, float]:
+    """Round a least tolerance as `round_outward` does, and to three digits up where it is known."""
     low, high = min_atol
-    return outward(min_atol) if low != high else (_rounded(high, 3, ROUND_CEILING),) * 2
+    return round_outward(min_atol) if low != high else (_rounded(high, 3, ROUND_CEILING),) * 2
 
 
 def _rounded(value: float, digits: int, rounding: str) -> float:
@@ -102,23 +102,23 @@ def _rounded(value: float, digits: int, rounding: str) -> float:
 
 
 def conclude(
-    expected: Values, actual: Values, tallies: Sequence[Tally | None], tolerance: Tolerance
+    expected: Values, actual: Values, results: Sequence[ChunkResult | None], tolerance: Tolerance
 ) -> Difference:
-    """Join the tallies of all chunks into the exact difference of two tensors.
+    """Join the results of all chunks into the exact difference of two tensors.
 
     Chunks that are the same are read once more where others are not: they may hold NaN or infinity.
     """
-    if any(tally is not None for tally in tallies):
-        tallies = [
-            tally_nonfinite(actual, chunk, tolerance) if tally is None else tally
-            for chunk, tally in zip(chunks(expected.nbytes), tallies, strict=True)
+    if any(result is not None for result in results):
+        results = [
+            sum_up_nonfinite(actual, chunk, tolerance) if result is None else result
+            for chunk, result in zip(chunks(expected.nbytes), results, strict=True)
         ]
-    total = add_tallies([tally for tally in tallies if tally is not None])
+    total = add_results([result for result in results if result is not None])
     numel = expected.numel
     if total.num_differing == 0:
         verdict: Verdict = "identical" if expected.dtype == actual.dtype else "close"
         # Bytes may differ where values do not: -0.0 and 0.0, or two dtypes.
-        verdict = "close" if any(tally is not None for tally in tallies) else verdict
+        verdict = "close" if any(result is not None for result in results) else verdict
         why = "every element is equal"
     elif total.num_beyond == 0:
         verdict, why = "close", f"all {numel:,} elements are within the tolerance"
@@ -148,24 +148,24 @@ def conclude(
             )
             for _, index in total.worst
         ),
-        where=_where(expected.shape, [(total.first, total.last + 1)])
+        where=place_of(expected.shape, [(total.first, total.last + 1)])
         if total.num_differing
         else None,
-        strip=_exact_strip(expected, tallies) if total.num_differing else (),
+        strip=_exact_strip(expected, results) if total.num_differing else (),
         num_nonfinite=total.num_nonfinite,
     )
 
 
-def _exact_strip(tensor: Values, tallies: Sequence[Tally | None]) -> tuple[float, ...]:
+def _exact_strip(tensor: Values, results: Sequence[ChunkResult | None]) -> tuple[float, ...]:
     run = run_numel(tensor.numel)
     squares: list[float] = []
-    for chunk, tally in zip(chunks(tensor.nbytes), tallies, strict=True):
+    for chunk, result in zip(chunks(tensor.nbytes), results, strict=True):
         num_runs = -(-chunk.nbytes // tensor.dtype.itemsize // run)
-        squares += [0.0] * num_runs if tally is None else tally.squares
-    return _strip(squares, run, tensor.numel)
+        squares += [0.0] * num_runs if result is None else result.squares
+    return profile_of(squares, run, tensor.numel)
 
 
-def _strip(squares: Sequence[float], run: int, numel: int) -> tuple[float, ...]:
+def profile_of(squares: Sequence[float], run: int, numel: int) -> tuple[float, ...]:
     """The rms over at most MAX_STRIP ranges, from sums of squares over runs of elements."""
     per_range = -(-len(squares) // MAX_STRIP)
     if len(squares) < 2:
@@ -186,7 +186,7 @@ def unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(indices))
 
 
-def _where(shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]) -> str | None:
+def place_of(shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]) -> str | None:
     """Name ranges of elements by the rows (indices of the first axis) that they touch."""
     if len(shape) < 2 or not ranges:
         return None
@@ -207,11 +207,13 @@ def _where(shape: tuple[int, ...], ranges: Sequence[tuple[int, int]]) -> str | N
 
 def exact_difference(expected: Values, actual: Values, tolerance: Tolerance) -> Difference:
     """Compare two tensors whose values can be read, on this thread."""
-    tallies = [tally_chunk(expected, actual, c, tolerance) for c in chunks(expected.nbytes)]
-    return conclude(expected, actual, tallies, tolerance)
+    results = [sum_up_chunk(expected, actual, c, tolerance) for c in chunks(expected.nbytes)]
+    return conclude(expected, actual, results, tolerance)
 
 
-Measure = Callable[[Sequence[tuple[TensorPrint, TensorPrint, Tolerance]]], Sequence[Difference]]
+Measure = Callable[
+    [Sequence[tuple[TensorFingerprint, TensorFingerprint, Tolerance]]], Sequence[Difference]
+]
 """Measures pairs (expected, actual, tolerance) of tensors that have the same shape."""
 
 

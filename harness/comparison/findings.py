@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from harness.fingerprints.fingerprint import TensorPrint
+from harness.fingerprints.fingerprint import TensorFingerprint
 
 if TYPE_CHECKING:
     from harness.comparison.difference import Difference
@@ -56,20 +56,20 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Departure:
+class Divergence:
     """The first place in a computation that is not as recorded, in execution order.
 
-    `culprit` is the submodule whose own code computed it; `agreeing` and `departing` are that
-    submodule's inputs, by name.
+    `diverging_module` is the submodule whose own code computed it; `agreeing` and `diverging` are
+    that submodule's inputs, by name.
     """
 
     finding: Finding
-    culprit: str
+    diverging_module: str
     agreeing: tuple[str, ...]
-    departing: tuple[str, ...]
+    diverging: tuple[str, ...]
     num_before: int
 
 
-def describe(tensor: TensorPrint) -> str:
+def describe(tensor: TensorFingerprint) -> str:
     """A tensor in words: dtype and shape."""
     return f"{tensor.dtype} {list(tensor.shape)}"

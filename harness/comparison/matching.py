@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from harness.comparison.policy import Policy, fits
 from harness.errors import UsageError
-from harness.fingerprints.fingerprint import Fingerprint, TensorPrint
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 
 # Inserted into keys by torch.compile, data parallelism and activation checkpointing.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
@@ -26,8 +26,8 @@ _MAX_ALIKE = 64
 class Pair(NamedTuple):
     """Two tensors that stand for each other."""
 
-    expected: TensorPrint
-    actual: TensorPrint
+    expected: TensorFingerprint
+    actual: TensorFingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +51,12 @@ class Matching:
     pairs: tuple[Pair, ...]
     prefix: PrefixChange | None
     renamed: tuple[Pair, ...]
-    missing: tuple[TensorPrint, ...]
-    unexpected: tuple[TensorPrint, ...]
+    missing: tuple[TensorFingerprint, ...]
+    unexpected: tuple[TensorFingerprint, ...]
     num_ignored: int
 
     @property
-    def expected(self) -> Iterator[TensorPrint]:
+    def expected(self) -> Iterator[TensorFingerprint]:
         """The golden's tensors but the ignored ones."""
         yield from (pair.expected for pair in (*self.pairs, *self.renamed))
         yield from self.missing
@@ -105,7 +105,7 @@ def match(expected: Fingerprint, actual: Fingerprint, policy: Policy) -> Matchin
 
 
 def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> None:
-    """An option that fits nothing is a typing error, and would silently weaken or do nothing."""
+    """An option that fits nothing is a typo, and would silently weaken or do nothing."""
     keys = list(expected.tensors)
     both = [*keys, *actual.tensors]
     options = [("--ignore", glob, both) for glob in policy.ignore]
@@ -122,7 +122,9 @@ def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> 
             raise UsageError(f"{option} {glob}: fits no key of {expected.name}", hint=hint)
 
 
-def _check_map(policy: Policy, expected: Fingerprint, theirs: Mapping[str, TensorPrint]) -> None:
+def _check_map(
+    policy: Policy, expected: Fingerprint, theirs: Mapping[str, TensorFingerprint]
+) -> None:
     keys = list(expected.tensors)
     for old, new in policy.key_map:
         option = f"--map {old}={new}"
@@ -159,7 +161,9 @@ def _names(name: str, keys: Iterable[str]) -> bool:
     return any(key == name or (name.endswith(".") and key.startswith(name)) for key in keys)
 
 
-def _stripped(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> dict[str, TensorPrint]:
+def _stripped(
+    policy: Policy, expected: Fingerprint, actual: Fingerprint
+) -> dict[str, TensorFingerprint]:
     prefix = policy.strip_prefix
     if not prefix:
         return dict(actual.tensors)
@@ -176,7 +180,7 @@ def _stripped(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> dic
             f"--strip-prefix {prefix}: leaves keys that begin with a dot",
             hint=f"take the dot, too: --strip-prefix {prefix}.",
         )
-    stripped: dict[str, TensorPrint] = {}
+    stripped: dict[str, TensorFingerprint] = {}
     for key, tensor in actual.tensors.items():
         short = key.removeprefix(prefix)
         if short in stripped:
@@ -204,7 +208,7 @@ def _most_alike(name: str, keys: Sequence[str]) -> str:
 
 
 def _find_prefix(
-    missing: Mapping[str, TensorPrint], unexpected: Mapping[str, TensorPrint]
+    missing: Mapping[str, TensorFingerprint], unexpected: Mapping[str, TensorFingerprint]
 ) -> tuple[list[tuple[str, str]], PrefixChange | None]:
     """Find one change of prefix that explains most of the missing and unexpected keys."""
     votes: Counter[tuple[str, str]] = Counter()  # (expected prefix, actual prefix)
@@ -257,7 +261,7 @@ def _wrappers(keys: Iterable[str]) -> str:
 
 
 def _find_renamed(
-    missing: Mapping[str, TensorPrint], unexpected: Mapping[str, TensorPrint]
+    missing: Mapping[str, TensorFingerprint], unexpected: Mapping[str, TensorFingerprint]
 ) -> list[tuple[str, str]]:
     """Pair missing and unexpected keys of equal digest; among equals, the most alike names.
 

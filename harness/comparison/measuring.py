@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.errors import CheckpointError
-from harness.fingerprints.fingerprint import Fingerprint, TensorPrint
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.scan import fingerprint, statistics
 from harness.fingerprints.sketch import MatrixDType
 from harness.streaming.chunks import Chunk, Progress, map_chunks
 
 # What measures is imported where something differs: a verify that passes starts without.
 if TYPE_CHECKING:
-    from harness.comparison.allclose import Tally
+    from harness.comparison.allclose import ChunkResult
     from harness.comparison.difference import Difference
     from harness.comparison.policy import Tolerance
 
 
-Triple: TypeAlias = "tuple[TensorPrint, TensorPrint, Tolerance]"
+Triple: TypeAlias = "tuple[TensorFingerprint, TensorFingerprint, Tolerance]"
 
 
 @dataclass(frozen=True)
 class _Exact:
     """A pair of tensors whose values are both at hand, as work for `map_chunks`."""
 
-    expected: Tensor | TensorPrint
+    expected: Tensor | TensorFingerprint
     actual: Tensor
     tolerance: Tolerance
 
@@ -50,16 +50,16 @@ class _Exact:
         )
 
 
-def _tally(pair: _Exact, chunk: Chunk) -> Tally | None:
-    from harness.comparison.allclose import tally_chunk
+def _compare_chunk(pair: _Exact, chunk: Chunk) -> ChunkResult | None:
+    from harness.comparison.allclose import sum_up_chunk
 
-    return tally_chunk(pair.expected, pair.actual, chunk, pair.tolerance)
+    return sum_up_chunk(pair.expected, pair.actual, chunk, pair.tolerance)
 
 
 def _measure_exactly(
     pairs: Sequence[_Exact], jobs: int | None, progress: Progress | None, *, stats: bool
 ) -> list[Difference]:
-    """Tally every pair; with `stats`, one more pass over both sides of each."""
+    """ChunkResult every pair; with `stats`, one more pass over both sides of each."""
     from harness.comparison.difference import conclude
 
     expected, actual = [pair.expected for pair in pairs], [pair.actual for pair in pairs]
@@ -67,10 +67,10 @@ def _measure_exactly(
         nbytes = sum(pair.nbytes for pair in pairs)
         again = nbytes + sum(tensor.nbytes for tensor in actual)
         progress.expect(nbytes + again if stats else nbytes)
-    tallies = map_chunks(pairs, _tally, jobs=jobs, progress=progress)
+    results = map_chunks(pairs, _compare_chunk, jobs=jobs, progress=progress)
     differences = [
-        conclude(pair.expected, pair.actual, tally, pair.tolerance)
-        for pair, tally in zip(pairs, tallies, strict=True)
+        conclude(pair.expected, pair.actual, result, pair.tolerance)
+        for pair, result in zip(pairs, results, strict=True)
     ]
     if not stats:
         return differences
@@ -124,7 +124,7 @@ class AgainstGolden:
         exact: dict[int, _Exact] = {}
         sketched: dict[int, Triple] = {}
         for index, (expected, actual, tolerance) in enumerate(triples):
-            known: Tensor | TensorPrint | None = references.get(expected.key)
+            known: Tensor | TensorFingerprint | None = references.get(expected.key)
             if known is None and expected.values is not None:
                 known = expected
             if known is not None:
@@ -137,7 +137,7 @@ class AgainstGolden:
         found |= self._from_sketches(sketched)
         return [found[index] for index in range(len(triples))]
 
-    def _references(self, expected: Sequence[TensorPrint]) -> dict[str, Tensor]:
+    def _references(self, expected: Sequence[TensorFingerprint]) -> dict[str, Tensor]:
         """The reference's tensors, where they are still what the golden recorded."""
         reference = self.reference or self.partial_reference
         if reference is None:
@@ -167,7 +167,7 @@ class AgainstGolden:
         for expected, actual, _ in triples.values():
             matrix = expected.sketch.matrix if expected.sketch is not None else "float32"
             by_form[self._block_nbytes(expected, actual), matrix].add(actual.key)
-        details: dict[str, TensorPrint] = {}
+        details: dict[str, TensorFingerprint] = {}
         for (block_nbytes, matrix), keys in by_form.items():
             details |= fingerprint(
                 part(self.actual, keys),
@@ -191,7 +191,7 @@ class AgainstGolden:
             found[index] = replace(difference, stats=(expected.stats, detailed.stats))
         return found
 
-    def _block_nbytes(self, expected: TensorPrint, actual: TensorPrint) -> int:
+    def _block_nbytes(self, expected: TensorFingerprint, actual: TensorFingerprint) -> int:
         ours, theirs = (
             t.dtype.itemsize // (2 if t.dtype.kind == "complex" else 1) for t in (expected, actual)
         )

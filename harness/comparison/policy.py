@@ -29,7 +29,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 _GREATEST = 3.4028234663852886e38
 
 
-def refuse_stage(name: str) -> None:
+def check_stage(name: str) -> None:
     """Raise UsageError for what is no stage."""
     if name not in STAGES:
         raise UsageError(f"stage={name!r}: there is none", hint=f"one of {', '.join(STAGES)}")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.comparison.findings import Departure, Finding, FindingKind
+from harness.comparison.findings import Divergence, Finding, FindingKind
 from harness.text.fitting import Style
 from harness.text.folding import fold, in_order, printable
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 _MAX_GROUPS = 12
 _DIGITS = re.compile(r"\d+")
-_HEADINGS: dict[FindingKind, str] = {
+HEADINGS: dict[FindingKind, str] = {
     "damaged": "damaged: not the bytes that were saved",
-    "missing": "missing: expected, and not there",
-    "unexpected": "unexpected: there, and not expected",
+    "missing": "missing: in the golden, not in the checkpoint",
+    "unexpected": "unexpected: in the checkpoint, not in the golden",
     "prefix": "prefix: the same keys under another prefix",
     "renamed": "renamed: equal weights under another key",
     "shape": "shape",
     "dtype": "dtype",
     "unwritten": "unwritten: left by the load as the model initialised them",
     "different": "different: allclose is false",
-    "alias": "alias: tied weights came apart, or were tied",
-    "requires_grad": "requires_grad: parameters were frozen, or thawed",
-    "optimizer": "optimizer: its state does not survive",
-    "hyperparameter": "hyperparameter: does not survive the reload",
+    "alias": "alias: tied weights are now separate, or the reverse",
+    "requires_grad": "requires_grad: requires_grad changed",
+    "optimizer": "optimizer: its state is lost, or belongs to another parameter",
+    "hyperparameter": "hyperparameter: lost in the reload",
     "undecided": "undecided: the golden cannot tell whether allclose holds",
     "close": "close: within the tolerance, but not identical",
 }
@@ -49,21 +49,30 @@ class Section:
     lines: tuple[str, ...]
 
 
-def _departure(departure: Departure) -> Iterator[str]:
-    finding = departure.finding
+def divergence_lines(divergence: Divergence) -> Iterator[str]:
+    finding = divergence.finding
     if finding.difference is not None:
         yield f"    {printable(finding.key)}  {finding.expected}"
         yield from (f"      {line}" for line in _differences([finding.difference]))
     else:
         yield f"    {printable(finding.key)}: {finding.kind}"
         yield f"      expected {finding.expected}, actual {finding.actual}"
-    inputs = [f"{name} agrees" for name in departure.agreeing]
-    inputs += [f"{name} departs" for name in departure.departing]
-    before = f"{departure.num_before:,} places before it agree"
-    yield f"    its inputs: {', '.join(inputs) or 'none'}; {before}"
+    yield f"    {_inputs_of(divergence)}"
 
 
-def _findings(findings: Sequence[Finding], style: Style) -> Iterator[str]:
+def _inputs_of(divergence: Divergence) -> str:
+    agreeing, diverging = divergence.agreeing, divergence.diverging
+    total = len(agreeing) + len(diverging)
+    before = f"the {divergence.num_before:,} activations computed before it"
+    if diverging:
+        return f"of its {total} inputs {', '.join(diverging)} changed; unchanged: {before}"
+    if total == 0:
+        return f"unchanged: {before}"
+    inputs = "its input is" if total == 1 else f"all {total} of its inputs are"
+    return f"{inputs} unchanged, and so are {before}"
+
+
+def finding_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]:
     groups = list(_grouped(findings, style))
     said = None
     for pattern, members in groups[:_MAX_GROUPS]:
@@ -147,7 +156,7 @@ def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[s
 
 
 def _differences(differences: Sequence[Difference]) -> Iterator[str]:
-    from harness.comparison.difference import enough, outward  # there is one
+    from harness.comparison.difference import round_outward, sufficient_atol  # there is one
 
     worst = max(differences, key=lambda d: (d.max_abs[0], d.max_abs[1]))
     if len(differences) == 1:
@@ -155,7 +164,7 @@ def _differences(differences: Sequence[Difference]) -> Iterator[str]:
     if worst.verdict == "different" and math.isinf(worst.max_abs[1]) and worst.max_abs[0] == 0.0:
         return  # nothing is known but that the digest differs
     endless = math.isinf(worst.max_abs[0])
-    size = "is no number" if endless else _interval(outward(worst.max_abs))
+    size = "is no number" if endless else _interval(round_outward(worst.max_abs))
     rms = (
         ""
         if math.isnan(worst.rms) or endless
@@ -169,10 +178,10 @@ def _differences(differences: Sequence[Difference]) -> Iterator[str]:
             max(d.min_atol[1] for d in differences),
         )
         if math.isinf(least[0]):
-            yield "would pass at no atol"
+            yield "no tolerance accepts it"
         else:
             now = f"(now {worst.tolerance.atol:g}, rtol {worst.tolerance.rtol:g})"
-            yield f"would pass at atol {_interval(enough(least))} {now}"
+            yield f"would pass at atol {_interval(sufficient_atol(least))} {now}"
     if len(differences) == 1 and worst.verdict != "close":
         yield from (_element(element) for element in worst.elements)
         if worst.num_beyond is not None and worst.num_beyond > len(worst.elements) > 0:

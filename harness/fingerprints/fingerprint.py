@@ -19,7 +19,7 @@ from harness.fingerprints.stats import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorPrint:
+class TensorFingerprint:
     """The fingerprint of one tensor; `values` are its logical bytes where they are kept."""
 
     key: str
@@ -45,14 +45,14 @@ class TensorPrint:
             raise ValueError(f"the values of {self.key!r} are not kept")
         buffer[:] = self.values[start : start + len(buffer)]
 
-    def part(self, start: int, nbytes: int) -> TensorPrint:
+    def part(self, start: int, nbytes: int) -> TensorFingerprint:
         """The same, with these values alone."""
         values = None if self.values is None else self.values[start : start + nbytes]
         return _Excerpt(**{**vars(self), "values": values}, first=start)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Excerpt(TensorPrint):
+class _Excerpt(TensorFingerprint):
     """What a large tensor's values, from byte `first` on, are to another process."""
 
     first: int
@@ -71,7 +71,7 @@ class Fingerprint:
     name: str
     container: str
     section: str
-    tensors: Mapping[str, TensorPrint]
+    tensors: Mapping[str, TensorFingerprint]
     keeps_aliases: bool = True
     block_nbytes: int = DEFAULT_BLOCK_NBYTES
     config: Mapping[str, Any] | None = None
@@ -95,7 +95,7 @@ class Fingerprint:
         return hasher.digest()
 
 
-def outline(checkpoint: Checkpoint) -> Fingerprint:
+def structure(checkpoint: Checkpoint) -> Fingerprint:
     """The keys, dtypes and shapes alone: nothing is read but the structure."""
     return Fingerprint(
         name=checkpoint.name,
@@ -103,7 +103,7 @@ def outline(checkpoint: Checkpoint) -> Fingerprint:
         section=checkpoint.section,
         keeps_aliases=checkpoint.keeps_aliases,
         tensors={
-            key: TensorPrint(
+            key: TensorFingerprint(
                 key=key, dtype=t.dtype, shape=t.shape, digest=None, alias_of=t.alias_of
             )
             for key, t in checkpoint.tensors.items()

@@ -1,7 +1,7 @@
 """Whether bytes still are those that were saved: the checksums that containers have of themselves.
 
 In: an open `Checkpoint`. Out: which of its tensors are damaged (`damages`); or an error where a
-golden would be made of damaged bytes (`refuse_damaged`). Zip archives have a CRC-32 of each entry,
+golden would be made of damaged bytes (`check_undamaged`). Zip archives have a CRC-32 of each entry,
 safetensors files have none.
 """
 
@@ -104,7 +104,7 @@ def others(checksums: Iterable[Checksum], known: Iterable[Checksum]) -> list[Che
     return [checksum for checksum in checksums if id(checksum) not in done]
 
 
-def refuse_damaged(
+def check_undamaged(
     known: Iterable[tuple[Checksum, int]],
     rest: Sequence[Checksum],
     jobs: int | None,

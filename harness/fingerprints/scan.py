@@ -20,15 +20,15 @@ from harness.checkpoint.dtypes import DType, component_nbytes, numpy_dtype
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
 from harness.fingerprints.arithmetic import as_floats, moments_of_runs
 from harness.fingerprints.cache import DigestCache
-from harness.fingerprints.fingerprint import Fingerprint, TensorPrint, block_numel, digest_of
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, block_numel, digest_of
 from harness.fingerprints.integrity import (
     Run,
+    check_undamaged,
     crc32s_of,
     crc32s_of_runs,
     cuts_of,
     cuts_within,
     others,
-    refuse_damaged,
     runs_of_tensors,
 )
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, MatrixDType, Sketch, sketch_values
@@ -103,7 +103,7 @@ def fingerprint(
                 runs[tensor.key], tensor.nbytes, [crc32 for part in parts for crc32 in part.crc32s]
             )
         ]
-        refuse_damaged(known, rest, jobs, progress)
+        check_undamaged(known, rest, jobs, progress)
     for tensor, scan, parts in zip(originals, scans, scanned, strict=True):
         joined = _join(scan, parts)
         if joined.values is None and details(tensor) and keep_values(tensor):
@@ -134,21 +134,21 @@ def fingerprint(
 
 def _cached(
     tensors: Sequence[Tensor], details: Wanted, cache: DigestCache | None
-) -> dict[str, TensorPrint]:
+) -> dict[str, TensorFingerprint]:
     """What need not be read, by key."""
     if cache is None:
         return {}
     wanted = [tensor for tensor in tensors if not details(tensor)]
     known = cache.known(wanted)
     return {
-        t.key: TensorPrint(key=t.key, dtype=t.dtype, shape=t.shape, digest=known[t.key])
+        t.key: TensorFingerprint(key=t.key, dtype=t.dtype, shape=t.shape, digest=known[t.key])
         for t in wanted
         if t.key in known
     }
 
 
 def statistics(
-    tensors: Sequence[Tensor | TensorPrint],
+    tensors: Sequence[Tensor | TensorFingerprint],
     *,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -175,7 +175,7 @@ class _Scan:
     `cuts` are where a chunk is cut into pieces that have a CRC-32 each; None wants none.
     """
 
-    tensor: Tensor | TensorPrint
+    tensor: Tensor | TensorFingerprint
     cuts: Sequence[int] | None
     wants_stats: bool
     carries_values: bool
@@ -239,10 +239,10 @@ def _is_ieee(dtype: DType) -> bool:
     return dtype.is_floating and component_nbytes(dtype) > 1
 
 
-def _join(scan: _Scan, parts: Sequence[_ChunkPrint]) -> TensorPrint:
+def _join(scan: _Scan, parts: Sequence[_ChunkPrint]) -> TensorFingerprint:
     tensor = scan.tensor
     sketches = [sketch for part in parts for sketch in part.sketches]
-    return TensorPrint(
+    return TensorFingerprint(
         key=tensor.key,
         dtype=tensor.dtype,
         shape=tensor.shape,

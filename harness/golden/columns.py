@@ -24,7 +24,7 @@ from blake3 import blake3
 from harness.checkpoint.dtypes import DTYPES, DType, numpy_dtype
 from harness.checkpoint.keys import format_key
 from harness.checkpoint.tensors import Tensor
-from harness.fingerprints.fingerprint import Fingerprint, TensorPrint, block_numel, digest_of
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, block_numel, digest_of
 from harness.fingerprints.sketch import NUM_PROJECTIONS, MatrixDType, Sketch, num_blocks
 from harness.fingerprints.stats import Stats
 from harness.streaming.chunks import CHUNK_NBYTES, chunks
@@ -76,7 +76,7 @@ def seal_of(description: str, columns: Mapping[str, Array]) -> bytes:
     return hasher.digest()
 
 
-def _native(tensor: TensorPrint) -> Array:
+def _native(tensor: TensorFingerprint) -> Array:
     """The values as safetensors can write them: as what they are, or as bytes."""
     values = np.frombuffer(tensor.values or b"", "|u1")
     if tensor.dtype.name not in _NATIVE:
@@ -145,13 +145,13 @@ class Columns:
 
     def prints(
         self, prefix: str, table: list[Any], block_nbytes: int, matrix: MatrixDType
-    ) -> Iterator[tuple[str, TensorPrint]]:
+    ) -> Iterator[tuple[str, TensorFingerprint]]:
         """Read the fingerprints of one table of tensors."""
         if not 0 < block_nbytes <= CHUNK_NBYTES:
             raise ValueError(f"blocks of {block_nbytes} bytes")
         if matrix not in get_args(MatrixDType):
             raise ValueError(f"projections by {matrix}")
-        known: dict[str, TensorPrint] = {}
+        known: dict[str, TensorFingerprint] = {}
         for name, dtype_name, sizes, alias_of, kept in table:
             if self._row >= min(len(self._digests), len(self._stats)):
                 raise ValueError("the columns end early")
@@ -167,7 +167,7 @@ class Columns:
                 sketch = self._take_sketch(key, dtype, shape, block_nbytes, matrix)
             if key in known:
                 raise ValueError(f"two tensors have the key {key!r}")
-            known[key] = tensor = TensorPrint(
+            known[key] = tensor = TensorFingerprint(
                 key=key,
                 dtype=dtype,
                 shape=shape,

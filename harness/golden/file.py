@@ -29,7 +29,7 @@ from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.sketch import NUM_PROJECTIONS, SEED
 from harness.golden.atomic import write_whole
 from harness.golden.columns import Columns, columns_of, rows_of, seal_of
-from harness.golden.golden import SUFFIX, Golden, LiveRecord, Update, _real, without_paths
+from harness.golden.golden import SUFFIX, Golden, LiveRecord, Update, real_path, without_paths
 from harness.streaming.chunks import CHUNK_NBYTES
 from harness.text.shell import quoted
 
@@ -54,9 +54,9 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
                 return False
             if not overwrite:
                 raise _is_recorded(path)
-            refuse_other(path)
+            check_is_golden(path)
         if isinstance(path, Path):
-            path = _real(path)  # a link stays one
+            path = real_path(path)  # a link stays one
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             _put(path, data, overwrite=overwrite)
@@ -92,7 +92,7 @@ def _is_recorded(path: AnyPath) -> GoldenError:
     )
 
 
-def refuse_changed(before: Golden, after: Golden) -> None:
+def check_unchanged(before: Golden, after: Golden) -> None:
     """Raise GoldenError where a golden is no longer what was read, and `after` would undo that."""
     if not is_there(before.path):
         return
@@ -106,7 +106,7 @@ def refuse_changed(before: Golden, after: Golden) -> None:
         )
 
 
-def refuse_other(path: AnyPath) -> None:
+def check_is_golden(path: AnyPath) -> None:
     """Raise GoldenError for a file that is neither a golden, whole or damaged, nor empty."""
     with contextlib.closing(open_source(path)) as source:
         is_empty = source.nbytes == 0
@@ -235,7 +235,7 @@ def _refuse_no_file(path: AnyPath) -> None:
             hint=f"-g {quoted(str(inside or path / f'NAME{SUFFIX}'))}",
         )
     if not path.is_file():
-        close = close_golden(path)
+        close = similar_golden(path)
         raise GoldenError(
             f"{path}: no golden there",
             hint=f"did you mean -g {quoted(str(close))}?"
@@ -244,7 +244,7 @@ def _refuse_no_file(path: AnyPath) -> None:
         )
 
 
-def close_golden(path: AnyPath) -> Path | None:
+def similar_golden(path: AnyPath) -> Path | None:
     """A golden beside the place, with a name much like it; None by URL."""
     if not isinstance(path, Path):
         return None

@@ -73,7 +73,7 @@ class Golden:
         if source is None or not isinstance(self.path, Path):
             return None
         # A link may lead to another depth; without one, what was typed is what is shown.
-        real = _real(self.path)
+        real = real_path(self.path)
         path = self.path if real == _spelled_out(self.path) else real
         return Path(os.path.normpath(path.parent / source))
 
@@ -102,14 +102,14 @@ def source_of(checkpoint: AnyPath, golden: AnyPath) -> str:
         return str(checkpoint)
     if not isinstance(golden, Path):
         return checkpoint.name
-    project, real = _project(golden), _real(checkpoint)
+    project, real = _project(golden), real_path(checkpoint)
     # A link inside of the project keeps its name: where it leads to may be of this machine.
     named = _spelled_out(checkpoint)
-    if not named.is_relative_to(project) or _real(named) != real:
+    if not named.is_relative_to(project) or real_path(named) != real:
         named = real
     if not named.is_relative_to(project):
         return checkpoint.name
-    relative = os.path.relpath(named, _real(golden).parent)
+    relative = os.path.relpath(named, real_path(golden).parent)
     return PurePosixPath(*Path(relative).parts).as_posix()
 
 
@@ -118,13 +118,13 @@ def _spelled_out(path: Path) -> Path:
     return Path(os.path.normpath(path.absolute()))
 
 
-def _real(path: Path) -> Path:
+def real_path(path: Path) -> Path:
     """A path without links; where they go round in circles, with them."""
     return Path(os.path.realpath(path))
 
 
 def _project(golden: Path) -> Path:
-    folder = _real(golden).parent
+    folder = real_path(golden).parent
     for candidate in (folder, *folder.parents):
         if any(is_there(candidate / name) for name in (".git", "pyproject.toml")):
             return candidate

@@ -10,7 +10,7 @@ from typing import NoReturn
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.sources.paths import AnyPath, Location, is_there, path_of, to_path
 from harness.errors import CheckpointError, GoldenError, UsageError
-from harness.golden.file import close_golden, is_golden, read_golden, refuse_other
+from harness.golden.file import check_is_golden, is_golden, read_golden, similar_golden
 from harness.golden.golden import SUFFIX, Golden, source_of
 from harness.text.shell import command_line, quoted
 
@@ -35,7 +35,7 @@ def choose_golden(subject: object, golden: Location | None) -> AnyPath:
     if golden is not None:
         chosen = to_path(golden)
         with _as_golden_error(chosen):
-            if path is not None and not chosen.exists() and close_golden(chosen) is None:
+            if path is not None and not chosen.exists() and similar_golden(chosen) is None:
                 _no_golden(chosen, path, named=f" -g {_typed(chosen)}")
             if path is not None and isinstance(chosen, Path):  # of a URL it is not worth asking
                 own = chosen / golden_path(path).name
@@ -45,7 +45,7 @@ def choose_golden(subject: object, golden: Location | None) -> AnyPath:
     if subject is None:
         raise UsageError("give a checkpoint, a golden, or both")
     chosen = _default_golden(subject)
-    _refuse_golden(path)
+    check_not_golden(path)
     with _as_golden_error(chosen):
         if not chosen.exists():
             _no_golden(chosen, path)
@@ -59,7 +59,7 @@ def _typed(path: AnyPath | None) -> str:
 
 def _no_golden(chosen: AnyPath, path: AnyPath | None, *, named: str = "") -> NoReturn:
     if path is not None:
-        close = None if is_there(path) else close_golden(path)
+        close = None if is_there(path) else similar_golden(path)
         if close is not None:
             raise CheckpointError(
                 f"{path}: no such file or directory", hint=f"harness verify -g {_typed(close)}"
@@ -85,7 +85,7 @@ def new_golden(
     """
     path = path_of(subject)
     target = _default_golden(subject) if golden is None else to_path(golden)
-    _refuse_golden(path)
+    check_not_golden(path)
     with _as_golden_error(target):
         if not target.exists():
             return target
@@ -98,7 +98,7 @@ def new_golden(
         if target.is_dir():
             name = "NAME" + SUFFIX if path is None else golden_path(path).name
             raise _a_folder(target, target / name)
-        refuse_other(target)
+        check_is_golden(target)
     if overwrite:
         return target
     raise _is_taken(target, path, section, live, is_named=golden is not None)
@@ -174,14 +174,14 @@ def _default_golden(subject: object) -> Path:
     return golden_path(path)
 
 
-def _refuse_golden(path: AnyPath | None) -> None:
+def check_not_golden(path: AnyPath | None) -> None:
     if path is not None and is_golden(path):
         raise UsageError(
             f"{path}: is a golden, not a checkpoint", hint=f"harness verify -g {_typed(path)}"
         )
 
 
-def refuse_reference(path: AnyPath, golden: Golden, subject: object) -> None:
+def check_reference(path: AnyPath, golden: Golden, subject: object) -> None:
     """Refuse a golden in the place of the checkpoint that was recorded; raises UsageError."""
     if is_golden(path):
         there = other_reference(golden, subject)

@@ -55,8 +55,9 @@ def _tensors_of(live: Live) -> tuple[dict[str, torch.Tensor], str]:
                     "StateDictOptions(flatten_optimizer_state_dict=True)",
                 )
     else:
+        kind = type(live).__name__
         raise UsageError(
-            f"a {type(live).__name__} is nothing that can be fingerprinted",
+            f"cannot fingerprint {'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}",
             hint="give a path, an open checkpoint, a torch.nn.Module, or its state_dict()",
         )
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}

@@ -23,7 +23,7 @@ from torch import nn
 
 from harness.checkpoint import open_checkpoint
 from harness.errors import ModelError
-from harness.fingerprints.fingerprint import Fingerprint, TensorPrint
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.scan import fingerprint
 from harness.fingerprints.sketch import MatrixDType
 from harness.model.loading import seeded, tensors_of
@@ -107,7 +107,7 @@ def outputs_of(
 class _Recorder:
     def __init__(self, matrix: MatrixDType) -> None:
         self._matrix: MatrixDType = matrix
-        self.prints: dict[str, TensorPrint] = {}
+        self.prints: dict[str, TensorFingerprint] = {}
         self._first: dict[bytes, str] = {}
         self._calls: Counter[str] = Counter()
         self._running: dict[int, list[str]] = defaultdict(list)  # by thread

@@ -21,7 +21,7 @@ from harness.checkpoint.keys import format_key
 from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
-from harness.comparison.findings import FINDING_KINDS, Departure, Finding
+from harness.comparison.findings import FINDING_KINDS, Divergence, Finding
 from harness.comparison.measuring import AgainstGolden, BySketches
 from harness.comparison.policy import STAGES, Policy
 from harness.errors import ModelError, NotRecorded
@@ -261,7 +261,7 @@ def _parameters(module: nn.Module, *, every_name: bool = False) -> tuple[tuple[s
 def _changed_gradients(
     before: tuple[tuple[str, bool], ...], module: nn.Module
 ) -> Iterator[Finding]:
-    """Parameters that are frozen, thawed, or no longer parameters but buffers."""
+    """Parameters that are frozen, unfrozen, or no longer parameters but buffers."""
     now = dict(_parameters(module, every_name=True))
     state = {format_key((name,)) for name in module.state_dict()}
     words = {True: "trainable", False: "frozen", None: "a buffer"}
@@ -368,13 +368,13 @@ def _departing(
         atol=options.output_atol, rtol=options.output_rtol, exact=policy.exact, check_dtype=True
     )
     compared = compare(ours, theirs, tolerances, BySketches(ours.block_nbytes), stage="outputs")
-    return replace(compared, departure=first_departure(compared))
+    return replace(compared, divergence=first_departure(compared))
 
 
-def first_departure(comparison: Comparison) -> Departure | None:
+def first_departure(comparison: Comparison) -> Divergence | None:
     """Find the first place, in the golden's execution order, that fails; and whose doing it is.
 
-    An output departs by its own module's code; an input by the code of the module around it.
+    An output diverges by its own module's code; an input by the code of the module around it.
     """
     failing = {f.key: f for f in comparison.findings if f.fails}
     if not failing:
@@ -382,13 +382,13 @@ def first_departure(comparison: Comparison) -> Departure | None:
     order = list(comparison.expected.tensors)
     first = next((key for key in order if key in failing), next(iter(failing)))
     module, _, kind = first.rpartition(":")
-    culprit = _around(module, order) if kind.startswith("in.") else module
-    inputs = [key for key in order if key.startswith(f"{culprit}:in.")]
-    return Departure(
+    diverging_module = _around(module, order) if kind.startswith("in.") else module
+    inputs = [key for key in order if key.startswith(f"{diverging_module}:in.")]
+    return Divergence(
         finding=failing[first],
-        culprit=culprit,
+        diverging_module=diverging_module,
         agreeing=tuple(key.rpartition(":in.")[2] for key in inputs if key not in failing),
-        departing=tuple(key.rpartition(":in.")[2] for key in inputs if key in failing),
+        diverging=tuple(key.rpartition(":in.")[2] for key in inputs if key in failing),
         num_before=order.index(first) if first in order else 0,
     )
 

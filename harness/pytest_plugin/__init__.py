@@ -7,7 +7,7 @@ from harness.pytest_plugin.plugin import (
     pytest_addoption,
     pytest_configure,
 )
-from harness.pytest_plugin.tally import golden_name
+from harness.pytest_plugin.summary import golden_name
 
 __all__ = [
     "CheckpointGolden",

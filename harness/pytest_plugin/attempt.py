@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from harness.errors import GoldenError, HarnessError, NotRecorded, UsageError
-from harness.pytest_plugin.tally import (
+from harness.pytest_plugin.summary import (
     Event,
     Folder,
     Verb,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
+class Settings:
     """What the command line and the configuration say.
 
     `options` are those by which pytest finds the goldens; `written` are those that this process
@@ -50,7 +50,7 @@ class _Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Case:
+class Case:
     """What a test asks for: a subject, and how it is compared and recorded."""
 
     subject: Subject
@@ -105,12 +105,12 @@ class _Case:
 
 
 @dataclass(kw_only=True)
-class _Attempt:
+class Attempt:
     """What one call comes to: `run` fills it in."""
 
-    settings: _Settings
+    settings: Settings
     node: str
-    case: _Case
+    case: Case
     golden: str
     verb: Verb = "verified"
     recorded: Golden | None = None
@@ -214,8 +214,8 @@ class _Attempt:
                 yield f"to decide exactly:  verify(…, reference={self._reference()!r})"
             for what, policy in ways_past(found):
                 keywords = ", ".join(f"{name}={value!r}" for name, value in policy.items())
-                yield f"to look past {what}:  verify(…, {keywords})"
-            yield f"if this is meant:  {self.settings.command(self.node, 'update')}"
+                yield f"to {what}:  verify(…, {keywords})"
+            yield f"if this change is intended:  {self.settings.command(self.node, 'update')}"
 
     def _reference(self) -> str:
         """The recorded checkpoint as a test would name it, where it is not what is verified."""

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, TypedDict
 import pytest
 
 from harness.errors import UsageError
-from harness.pytest_plugin.attempt import _Attempt, _Case, _Settings
-from harness.pytest_plugin.tally import (
+from harness.pytest_plugin.attempt import Attempt, Case, Settings
+from harness.pytest_plugin.summary import (
     SUFFIX,
     Event,
     Folder,
-    Tally,
+    Summary,
     events_of,
     golden_name,
     node_of,
@@ -58,7 +58,7 @@ class PolicyKeywords(TypedDict, total=False):
     check_dtype: bool
 
 
-_SETTINGS = pytest.StashKey[_Settings]()
+_SETTINGS = pytest.StashKey[Settings]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -89,14 +89,14 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = Folder(
         path=config.rootpath / config.getini("golden_dir"), invoked=config.invocation_params.dir
     )
-    config.stash[_SETTINGS] = _Settings(
+    config.stash[_SETTINGS] = Settings(
         mode=mode,
         reason=reason,
         root=config.rootpath,
         folder=folder,
         options=tuple(_finding_options(config)),
     )
-    config.pluginmanager.register(Tally(config, folder), "checkpoint_harness_tally")
+    config.pluginmanager.register(Summary(config, folder), "checkpoint_harness_summary")
 
 
 def _finding_options(config: pytest.Config) -> Iterator[str]:
@@ -126,7 +126,7 @@ def checkpoint_golden(request: pytest.FixtureRequest) -> CheckpointGolden:
 class CheckpointGolden:
     """The fixture: holds what a test has made against the goldens that belong to it."""
 
-    _settings: _Settings
+    _settings: Settings
     _node: str
     _events: list[Event]
     _numbers: Iterator[int] = field(default_factory=lambda: count(1))
@@ -152,7 +152,7 @@ class CheckpointGolden:
         identical or close.
         """
         __tracebackhide__ = True
-        case = _Case(
+        case = Case(
             subject=subject,
             policy=_policy_of(policy, keywords),
             reference=reference,
@@ -180,7 +180,7 @@ class CheckpointGolden:
         in `verify`.
         """
         __tracebackhide__ = True
-        case = _Case(
+        case = Case(
             subject=path,
             policy=_policy_of(policy, keywords),
             reference=reference,
@@ -191,11 +191,11 @@ class CheckpointGolden:
         )
         return self._settle(case, name)
 
-    def _settle(self, case: _Case, name: str | None) -> tuple[Comparison, ...]:
+    def _settle(self, case: Case, name: str | None) -> tuple[Comparison, ...]:
         """Do what the mode asks for, keep account of it, and fail the test unless it passes."""
         __tracebackhide__ = True
         own = golden_name(self._node, next(self._numbers)) if name is None else _named(name)
-        attempt = _Attempt(settings=self._settings, node=self._node, case=case, golden=own)
+        attempt = Attempt(settings=self._settings, node=self._node, case=case, golden=own)
         attempt.run()
         self._events.append(attempt.event)
         if not attempt.passes:

@@ -34,7 +34,7 @@ _SCRIPTS = tuple(
 )
 
 _WORDS = {
-    "error": "Could not tell",
+    "error": "Could not be checked",
     "different": "Different",
     "undecided": "Undecided",
     "accepted": "Accepted",
@@ -45,7 +45,7 @@ _WORST_FIRST = (*_WORDS,)
 _CODES = {
     0: "everything is identical or close",
     1: "something differs",
-    2: "could not tell",
+    2: "could not be checked",
     3: "nothing differs, but something is undecided",
 }
 # How a kind is drawn; all others are of the structure.

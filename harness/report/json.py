@@ -4,8 +4,8 @@ The schema, to which later versions only add:
 
     verify, diff  {"exit_code", "goldens": [{"golden", "checkpoint", "root": {"expected", "actual"},
                    "stages": [{"stage", "verdict", "num_identical", "num_ignored", "findings",
-                   "notes", "first_departure": {"culprit", "key", "inputs_agree",
-                   "inputs_depart", "num_before"} | null}],
+                   "notes", "first_departure": {"diverging_module", "key", "inputs_agreeing",
+                   "inputs_diverging", "num_before"} | null}],
                    "error"?, "updated"?, "next_steps"}],
                    "error"?: the first, where it left nothing to compare}
     finding       {"kind", "key", "expected", "actual", "actual_key"?, "count"?}, and for
@@ -34,7 +34,7 @@ from typing import Any
 
 from harness.comparison.comparison import Comparison
 from harness.comparison.difference import Difference
-from harness.comparison.findings import Departure, Finding
+from harness.comparison.findings import Divergence, Finding
 from harness.errors import HarnessError
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.stats import Stats
@@ -92,18 +92,18 @@ def comparison_as_json(comparison: Comparison) -> Json:
         "findings": [_finding(finding) for finding in comparison.findings],
         "notes": list(comparison.notes),
         "first_departure": None
-        if comparison.departure is None
-        else _departure(comparison.departure),
+        if comparison.divergence is None
+        else divergence_lines(comparison.divergence),
     }
 
 
-def _departure(departure: Departure) -> Json:
+def divergence_lines(divergence: Divergence) -> Json:
     return {
-        "culprit": departure.culprit,
-        "key": departure.finding.key,
-        "inputs_agree": list(departure.agreeing),
-        "inputs_depart": list(departure.departing),
-        "num_before": departure.num_before,
+        "diverging_module": divergence.diverging_module,
+        "key": divergence.finding.key,
+        "inputs_agreeing": list(divergence.agreeing),
+        "inputs_diverging": list(divergence.diverging),
+        "num_before": divergence.num_before,
     }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from harness.comparison.comparison import Comparison, tally
+from harness.comparison.comparison import Comparison, counts_of
 from harness.comparison.comparison import render as render_text
 from harness.errors import HarnessError
 from harness.report.outcome import Outcome, Result, worst_stage
@@ -77,9 +77,9 @@ def _properties(outcome: Outcome) -> Iterator[tuple[str, str]]:
 
 
 def _message(stage: Comparison) -> str:
-    if stage.departure is not None:
-        return f"{tally(stage)}; first departs: {printable(stage.departure.culprit)}"
-    return f"{tally(stage)}; first: {printable(stage.findings[0].key)}"
+    if stage.divergence is not None:
+        return f"{counts_of(stage)}; first diverges: {printable(stage.divergence.diverging_module)}"
+    return f"{counts_of(stage)}; first: {printable(stage.findings[0].key)}"
 
 
 def _body(stage: Comparison, outcome: Outcome) -> str:

@@ -17,11 +17,11 @@ from harness.comparison.comparison import (
     SYMBOLS,
     Comparison,
     chance_note,
-    departure_section,
+    counts_of,
+    divergence_section,
     finding_sections,
     nan_note,
     sides,
-    tally,
 )
 from harness.comparison.words import Section
 from harness.report.outcome import Outcome, Result
@@ -35,7 +35,7 @@ _MAX_ROWS = 50
 _MAX_NAME = 120
 _STYLE = Style(unicode=True, width=160)
 # By exit code, worst first.
-_RESULTS = {2: "! could not tell", 1: "✗ differs", 3: "? undecided", 0: "✓ passes"}
+_RESULTS = {2: "! could not be checked", 1: "✗ differs", 3: "? undecided", 0: "✓ passes"}
 
 
 class _Part(NamedTuple):
@@ -104,10 +104,10 @@ def _parts(result: Result, outcome: Outcome) -> Iterator[_Part]:
     for stage in outcome.stages:
         if not stage.ok:
             yield _Part(f"### {title} {stage.stage}: {_cell(outcome, stage)}\n\n")
-            yield _Part(f"{tally(stage)}\n\n{_fenced(_head(stage))}")
+            yield _Part(f"{counts_of(stage)}\n\n{_fenced(_head(stage))}")
             yield from _details(stage)
     if outcome.error is not None:
-        yield _Part(f"### {title}: could not tell\n\n{_fenced(error_lines(outcome.error))}")
+        yield _Part(f"### {title}: could not be checked\n\n{_fenced(error_lines(outcome.error))}")
     for step in outcome.next_steps:
         yield _Part(_step(step))
 
@@ -119,10 +119,10 @@ def _head(stage: Comparison) -> Iterator[str]:
 
 
 def _details(stage: Comparison) -> Iterator[_Part]:
-    departed = departure_section(stage)
-    if stage.departure is not None and departed is not None:
-        culprit = _code(stage.departure.culprit)
-        yield _Part(f"**First departs: {culprit}**\n\n{_section(departed)}")
+    diverged = divergence_section(stage)
+    if stage.divergence is not None and diverged is not None:
+        diverging_module = _code(stage.divergence.diverging_module)
+        yield _Part(f"**First diverges: {diverging_module}**\n\n{_section(diverged)}")
     for place, section in enumerate(finding_sections(stage, _STYLE)):
         is_open = " open" if place == 0 else ""
         yield _Part(

@@ -18,7 +18,7 @@ _WORST_FIRST = (2, 1, 3, 0)
 
 
 def worst(codes: Iterable[int]) -> int:
-    """The exit code that stands for several: could not tell, differs, undecided, passes."""
+    """The exit code that stands for several: could not be checked, differs, undecided, passes."""
     return min(codes, key=_WORST_FIRST.index, default=0)
 
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from harness.comparison.comparison import Comparison
-from harness.comparison.difference import Difference, Element, enough, outward
+from harness.comparison.difference import Difference, Element, round_outward, sufficient_atol
 from harness.comparison.findings import FINDING_KINDS, Finding, describe
 from harness.comparison.policy import Tolerance
-from harness.fingerprints.fingerprint import Fingerprint, TensorPrint
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.stats import Stats
 from harness.report.json import number
 from harness.text.folding import printable
@@ -116,16 +116,16 @@ class Tables:
         for (_, key), row in self._rows(comparison):
             places.setdefault(key, len(numbers))
             numbers.append(self.rows.setdefault(row, len(self.rows)))
-        departs, inputs = comparison.departure, []
-        if departs is not None:
-            names = (*departs.agreeing, *departs.departing)
-            inputs = [places[f"{departs.culprit}:in.{name}"] for name in names]
+        diverges, inputs = comparison.divergence, []
+        if diverges is not None:
+            names = (*diverges.agreeing, *diverges.diverging)
+            inputs = [places[f"{diverges.diverging_module}:in.{name}"] for name in names]
         self.stages.append(
             {
                 "stage": comparison.stage,
                 "sides": [_side(comparison.expected), _side(comparison.actual)],
                 "rows": numbers,
-                "departs": None if departs is None else places[departs.finding.key],
+                "diverges": None if diverges is None else places[diverges.finding.key],
                 "inputs": inputs,
             }
         )
@@ -180,8 +180,8 @@ class Tables:
         self,
         key: str,
         kind: str,
-        expected: TensorPrint | None,
-        actual: TensorPrint | None,
+        expected: TensorFingerprint | None,
+        actual: TensorFingerprint | None,
         findings: Sequence[Finding],
     ) -> tuple[Row, Extra]:
         worst = min(findings, key=_severity, default=None)
@@ -196,10 +196,10 @@ class Tables:
         )
         return row, _extra(expected, actual, findings)
 
-    def _type(self, tensor: TensorPrint | None) -> int | None:
+    def _type(self, tensor: TensorFingerprint | None) -> int | None:
         return None if tensor is None else self.words.setdefault(describe(tensor), len(self.words))
 
-    def _told(self, finding: Finding, expected: TensorPrint | None) -> Told:
+    def _told(self, finding: Finding, expected: TensorFingerprint | None) -> Told:
         said = finding.difference is None
         said &= finding.kind not in ("missing", "unexpected", "renamed", "dtype", "shape")
         return Told(
@@ -218,8 +218,8 @@ class Tables:
             is_exact=difference.is_exact,
             tolerance=self.tolerances.setdefault(difference.tolerance, len(self.tolerances)),
             numel=difference.numel,
-            max_abs=tuple(_short(end) for end in outward(difference.max_abs)),
-            min_atol=tuple(_short(end) for end in enough(difference.min_atol)),
+            max_abs=tuple(_short(end) for end in round_outward(difference.max_abs)),
+            min_atol=tuple(_short(end) for end in sufficient_atol(difference.min_atol)),
             rms=_short(difference.rms),
             ratio=_short(_ratio(difference, expected or difference.stats[0])),
             num_differing=difference.num_differing,
@@ -237,8 +237,8 @@ def _side(side: Fingerprint) -> Json:
 
 
 def _counterpart(
-    tensor: TensorPrint, actual: Fingerprint, findings: Sequence[Finding]
-) -> TensorPrint | None:
+    tensor: TensorFingerprint, actual: Fingerprint, findings: Sequence[Finding]
+) -> TensorFingerprint | None:
     """What the actual side has for a golden's tensor: one of the same type, if nothing is said."""
     for finding in findings:
         if finding.kind == "missing":
@@ -260,7 +260,9 @@ def _rank(row: Row) -> tuple[int, float]:
 
 
 def _extra(
-    expected: TensorPrint | None, actual: TensorPrint | None, findings: Sequence[Finding]
+    expected: TensorFingerprint | None,
+    actual: TensorFingerprint | None,
+    findings: Sequence[Finding],
 ) -> Extra:
     before = None if expected is None else expected.stats
     difference = next((f.difference for f in findings if f.difference is not None), None)

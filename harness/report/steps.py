@@ -17,8 +17,8 @@ from harness.comparison.matching import match
 from harness.errors import UsageError
 
 MEND_THE_CODE = (
-    "the golden holds the file, not what the code makes of it: mend the code, "
-    "or save what it makes as a checkpoint and record that"
+    "the golden holds the file, not what the code makes of it: fix the code, "
+    "or save the model as a new checkpoint and record that"
 )
 GET_IT_AGAIN = "bytes of the checkpoint changed since they were saved: get the file again"
 _MAX_MAPPED = 3  # more make a command that nobody reads
@@ -51,20 +51,20 @@ def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]
     policy = comparison.policy
     for finding in failing:
         if finding.kind == "prefix" and finding.expected == "no prefix":
-            yield "the prefix", {"strip_prefix": policy.strip_prefix + finding.key}
+            yield "ignore the prefix", {"strip_prefix": policy.strip_prefix + finding.key}
         is_lost = finding.kind == "prefix" and finding.actual == "no prefix"
         if is_lost and not policy.key_map and "=" not in finding.key:
-            yield "the prefix", {"key_map": ((finding.key, ""),)}
+            yield "ignore the prefix", {"key_map": ((finding.key, ""),)}
     if comparison.stage == "file" and {finding.kind for finding in failing} == {"dtype"}:
-        yield "the dtype", {"check_dtype": False}
+        yield "ignore the dtype", {"check_dtype": False}
     if failing and all(finding.kind == "renamed" for finding in failing) and not policy.key_map:
         key_map = _key_map(failing, comparison)
         if 0 < len(key_map) <= _MAX_MAPPED:
-            yield "the name", {"key_map": key_map}
+            yield "accept the new name", {"key_map": key_map}
     if failing and {finding.kind for finding in failing} == {"missing", "unexpected"}:
         moved = None if policy.key_map else _moved(failing, comparison)
         if moved is not None:
-            yield "new names, if they are that", {"key_map": (moved,)}
+            yield "accept the new names, if they are renamed", {"key_map": (moved,)}
 
 
 def _key_map(renamed: Sequence[Finding], comparison: Comparison) -> tuple[tuple[str, str], ...]:

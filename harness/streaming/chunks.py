@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import numpy as np
 
 from harness.streaming.ranks import current_team
-from harness.streaming.threads import _Result, parallel
+from harness.streaming.threads import Result, parallel
 
 CHUNK_NBYTES = 4 << 20
 _Item = TypeVar("_Item", bound="Item")
@@ -87,11 +87,11 @@ buffers = Buffers()
 
 def map_chunks(
     items: Sequence[_Item],
-    function: Callable[[_Item, Chunk], _Result],
+    function: Callable[[_Item, Chunk], Result],
     *,
     jobs: int | None = None,
     progress: Progress | None = None,
-) -> list[list[_Result]]:
+) -> list[list[Result]]:
     """Apply `function` to every chunk of every item; returns the results per item, in order.
 
     The first exception ends the run and is raised here. `jobs` defaults to the cores allowed.
@@ -105,7 +105,7 @@ def map_chunks(
         if progress is not None:
             progress.advance(sum(part.chunk.nbytes for part in task))
 
-    results: list[list[_Result]] = [[] for _ in items]
+    results: list[list[Result]] = [[] for _ in items]
     shared = share(partial(_apply, function), tasks, jobs=jobs, finished=finished)
     for unit, done in zip(units, shared, strict=True):
         for (index, _), result in zip(unit, done, strict=True):
@@ -114,18 +114,18 @@ def map_chunks(
 
 
 def _apply(
-    function: Callable[[_Item, Chunk], _Result], task: Sequence[_Part[_Item]]
-) -> list[_Result]:
+    function: Callable[[_Item, Chunk], Result], task: Sequence[_Part[_Item]]
+) -> list[Result]:
     return [function(part.item, part.chunk) for part in task]
 
 
 def share(
-    function: Callable[[Any], _Result],
+    function: Callable[[Any], Result],
     tasks: Sequence[Any],
     *,
     jobs: int | None = None,
     finished: Callable[[Any], None] | None = None,
-) -> list[_Result]:
+) -> list[Result]:
     """Map in order over tasks of about equal cost, on all threads of all ranks of the team.
 
     `finished` is called with each task that is done, from any thread.
@@ -134,7 +134,7 @@ def share(
     if team is not None:
         return team.map(function, tasks, jobs=jobs, finished=finished)
 
-    def run(task: Any) -> _Result:
+    def run(task: Any) -> Result:
         result = function(task)
         if finished is not None:
             finished(task)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-_Result = TypeVar("_Result")
+Result = TypeVar("Result")
 
 
 class Team(Protocol):
@@ -19,12 +19,12 @@ class Team(Protocol):
 
     def map(
         self,
-        function: Callable[[Any], _Result],
+        function: Callable[[Any], Result],
         tasks: Sequence[Any],
         *,
         jobs: int | None = None,
         finished: Callable[[Any], None] | None = None,
-    ) -> list[_Result]:
+    ) -> list[Result]:
         """Call a function with every task, each on any rank; the results are in order, here.
 
         What cannot be pickled stays here. `finished` is called here with each task that is done,

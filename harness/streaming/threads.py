@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-_Result = TypeVar("_Result")
+Result = TypeVar("Result")
 
 
 def num_cores() -> int:
@@ -17,8 +17,8 @@ def num_cores() -> int:
 
 
 def parallel(
-    function: Callable[[Any], _Result], tasks: Sequence[Any], *, jobs: int | None = None
-) -> list[_Result]:
+    function: Callable[[Any], Result], tasks: Sequence[Any], *, jobs: int | None = None
+) -> list[Result]:
     """Map over threads in order; a single task, or a single job, runs on this one."""
     jobs = min(jobs or num_cores(), len(tasks))
     if jobs <= 1:

@@ -78,7 +78,8 @@ FAIL different  golden/nest.safetensors  file: 98 identical, 1 different
       would pass at atol 1.00e-03 (now 1e-05, rtol 1e-05)
       [3, 7]  expected 0.0388614535  actual 0.0398614518
 
-  if this is meant:  harness verify -g golden/nest.safetensors --update-golden --reason "why"
+  if this change is intended:  \
+harness verify -g golden/nest.safetensors --update-golden --reason "why"
 """,
         "",
     )
@@ -101,7 +102,7 @@ def test_a_renamed_key_is_one_finding(recorded: Path, harness: Harness, data: Pa
 def test_a_missing_key_is_one_finding(recorded: Path, harness: Harness, data: Path) -> None:
     run = harness("verify", data / "nest_tiny_missing_key.nemo", "-g", recorded)
     assert run.code == 1
-    assert "missing: expected, and not there (1)\n    quantizer.codebooks" in run.out
+    assert "missing: in the golden, not in the checkpoint (1)\n    quantizer.codebooks" in run.out
 
 
 def test_a_cast_is_said_once_above_its_tensors(
@@ -186,7 +187,7 @@ def test_update_of_an_unchanged_golden_does_not_touch_it(recorded: Path, harness
     before = recorded.stat()
     run = harness("verify", "--update-golden", "--reason", "nothing")
     assert run.code == 0
-    assert "was not touched" in run.out
+    assert "is already up to date" in run.out
     assert recorded.stat() == before or recorded.stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -614,7 +615,7 @@ def test_an_update_shows_what_else_it_records_anew(
     run = harness("verify", "models/nest.nemo", "--update-golden")
     assert run.code == 0
     assert "outputs: 190 identical" in run.out
-    assert run.out.endswith("is up to date, and was not touched\n")
+    assert run.out.endswith("is already up to date\n")
     assert golden.read_bytes() == before
 
     shutil.copy(data / "nest_tiny_perturbed_1e-3.nemo", "models/nest.nemo")

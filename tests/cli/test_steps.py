@@ -56,7 +56,7 @@ def renamed(*pairs: tuple[str, str]) -> list[str]:
 
 def test_a_prefix_to_strip_is_quoted_as_a_shell_needs_it() -> None:
     found = Finding(kind="prefix", key="a b;c.", expected="no prefix", actual="prefix 'a b;c.'")
-    assert steps(found)[0] == "to look past the prefix:  harness verify x --strip-prefix 'a b;c.'"
+    assert steps(found)[0] == "to ignore the prefix:  harness verify x --strip-prefix 'a b;c.'"
 
 
 def test_a_name_in_a_command_never_reaches_the_terminal_as_it_is() -> None:
@@ -69,16 +69,16 @@ def test_other_dtypes_alone_lead_to_a_comparison_of_their_values() -> None:
     dtype = Finding(kind="dtype", key="a", expected="float32", actual="bfloat16")
     missing = Finding(kind="missing", key="b", expected="float32 [2]")
     first, last = steps(dtype)
-    assert first == "to look past the dtype:  harness verify x --no-check-dtype"
-    assert last == 'if this is meant:  harness verify x --update-golden --reason "why"'
+    assert first == "to ignore the dtype:  harness verify x --no-check-dtype"
+    assert last == 'if this change is intended:  harness verify x --update-golden --reason "why"'
     assert len(steps(dtype, missing)) == 1
     assert len(steps(dtype, stage="outputs")) == 1
 
 
 def test_a_few_new_names_alone_lead_to_a_map_of_them() -> None:
     first, last = renamed(("a", "b"), ("c d", "e"))
-    assert first == "to look past the name:  harness verify x --map a=b --map 'c d=e'"
-    assert last.startswith("if this is meant:")
+    assert first == "to accept the new name:  harness verify x --map a=b --map 'c d=e'"
+    assert last.startswith("if this change is intended:")
     assert len(renamed(*((f"a{n}", f"b{n}") for n in range(4)))) == 1
     assert len(renamed(("a", "a"))) == 1  # a map that did not fit
     assert len(renamed(("a=b", "c"))) == 1  # which no map can say
@@ -87,9 +87,9 @@ def test_a_few_new_names_alone_lead_to_a_map_of_them() -> None:
 def test_many_new_names_lead_to_a_map_of_their_prefixes() -> None:
     moved = [(f"encoder.layers.{n}.weight", f"enc.blocks.{n}.weight") for n in range(9)]
     first, _ = renamed(*moved)
-    assert first == "to look past the name:  harness verify x --map encoder.layers.=enc.blocks."
+    assert first == "to accept the new name:  harness verify x --map encoder.layers.=enc.blocks."
     (only,) = renamed(*((old, old.replace("weight", "w.raw")) for old, _ in moved))
-    assert only.startswith("if this is meant:")
+    assert only.startswith("if this change is intended:")
 
 
 def test_a_module_under_another_name_and_with_other_weights_may_be_a_new_name() -> None:
@@ -105,10 +105,10 @@ def test_a_module_under_another_name_and_with_other_weights_may_be_a_new_name() 
         for one in found(f"enc.{n}.weight", f"encoder.{n}.weight", "float32 [2]")
     ]
     first, last = steps(*moved)
-    assert first == "to look past new names, if they are that:  " + (
+    assert first == "to accept the new names, if they are renamed:  " + (
         "harness verify x --map enc.=encoder."
     )
-    assert last.startswith("if this is meant:")
+    assert last.startswith("if this change is intended:")
     other = found("enc.9.weight", "encoder.9.weight", "float32 [3]")
     assert len(steps(*moved, *other)) == 1  # of another shape
     assert len(steps(*moved, other[0])) == 1  # and one that is gone
@@ -116,7 +116,7 @@ def test_a_module_under_another_name_and_with_other_weights_may_be_a_new_name() 
 
 
 @pytest.mark.parametrize(
-    ("stage", "words"), [("file", ["exactly", "meant"]), ("outputs", ["meant"])]
+    ("stage", "words"), [("file", ["exactly", "intended"]), ("outputs", ["intended"])]
 )
 def test_undecided_is_decided_by_a_reference_or_accepted(stage: str, words: list[str]) -> None:
     found = steps(Finding(kind="undecided", key="a.weight", expected="float32 [2]"), stage=stage)
@@ -130,7 +130,8 @@ def test_options_stand_before_what_is_no_option() -> None:
     command = ["harness", "verify", "-g", "WHY", "--", "-x.pt"]
     assert next_steps(undecided, command, command) == [
         "to decide exactly:  harness verify -g WHY --reference RECORDED_CKPT -- -x.pt",
-        'if this is meant:  harness verify -g WHY --update-golden --reason "why" -- -x.pt',
+        "if this change is intended:  "
+        'harness verify -g WHY --update-golden --reason "why" -- -x.pt',
     ]
 
 
@@ -139,19 +140,19 @@ def test_a_second_prefix_is_added_to_the_one_that_is_taken_off() -> None:
     found = told(prefix, policy=Policy(strip_prefix="module."))
     command = ["harness", "verify", "x", "--strip-prefix", "module."]
     assert past_lines(found, command) == [
-        "to look past the prefix:  harness verify x --strip-prefix module.model."
+        "to ignore the prefix:  harness verify x --strip-prefix module.model."
     ]
 
 
 def test_what_the_code_makes_of_a_file_is_not_for_a_golden_to_accept() -> None:
     (line,) = steps(Finding(kind="missing", key="a", expected="float32 [2]"), stage="load")
-    assert "mend the code" in line
+    assert "fix the code" in line
 
 
 def test_places_in_a_computation_are_renamed_by_no_policy() -> None:
     moved = Finding(kind="renamed", key="act.:out", actual_key="body:out")
     (line,) = steps(moved, stage="outputs")
-    assert line.startswith("if this is meant:")
+    assert line.startswith("if this change is intended:")
 
 
 def test_two_checkpoints_have_nothing_to_update() -> None:
@@ -206,10 +207,11 @@ def test_no_way_past_is_offered_that_would_be_refused(
 ) -> None:
     run = changed(*VERIFIED, *options, before=before, after=after)
     assert "prefix: the same keys under another prefix" in run.out
-    assert "to look past" not in run.out
+    assert "to accept" not in run.out
+    assert "to ignore" not in run.out
 
 
-def paste(harness: Harness, text: str, begins: str) -> Run:
+def paste(harness: Harness, text: str, begins: str | tuple[str, ...]) -> Run:
     """Run the one command that a report offers under these words."""
     [line] = [line for line in text.splitlines() if line.strip().startswith(begins)]
     program, *arguments = shlex.split(line.partition(":  ")[2])
@@ -228,7 +230,7 @@ def test_the_way_past_passes_when_it_is_pasted(
     before, after = CHANGES[change]
     run = changed(*command, before=before, after=after)
     assert run.code == 1
-    assert paste(harness, run.out, "to look past").code == 0
+    assert paste(harness, run.out, ("to accept", "to ignore")).code == 0
 
 
 def test_after_the_update_that_is_offered_the_next_run_passes(
@@ -237,5 +239,5 @@ def test_after_the_update_that_is_offered_the_next_run_passes(
     options = ("--ignore", "head.*", "--map=encoder.=enc.", "--strip-prefix", "model.")
     run = changed(*VERIFIED, *options, after=lambda key: f"model.{key.replace('encoder', 'enc')}x")
     assert run.code == 1
-    assert paste(harness, run.out, "if this is meant").code == 0
+    assert paste(harness, run.out, "if this change is intended").code == 0
     assert harness(*VERIFIED).code == 0

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from harness.checkpoint.dtypes import DTYPES
-from harness.comparison.allclose import MAX_ELEMENTS, Tally, run_numel
+from harness.comparison.allclose import MAX_ELEMENTS, ChunkResult, run_numel
 from harness.comparison.difference import Difference, exact_difference
 from harness.comparison.policy import Tolerance
-from harness.fingerprints.fingerprint import TensorPrint
+from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.streaming.chunks import CHUNK_NBYTES
 
 NUMEL = 100_000
@@ -20,10 +20,10 @@ TOLERANCES += [(1.1e-3, 0.1), (0.0, 0.0)]  # the narrow types round 1e-2 up, 1.1
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
-def tensor_print(tensor: torch.Tensor) -> TensorPrint:
+def tensor_fingerprint(tensor: torch.Tensor) -> TensorFingerprint:
     data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     name = str(tensor.dtype).removeprefix("torch.")
-    return TensorPrint(
+    return TensorFingerprint(
         key="x", dtype=DTYPES[name], shape=tuple(tensor.shape), digest=None, values=data
     )
 
@@ -37,7 +37,7 @@ def compared(
     exact: bool = False,
 ) -> Difference:
     tolerance = Tolerance(atol=atol, rtol=rtol, exact=exact)
-    return exact_difference(tensor_print(expected), tensor_print(actual), tolerance)
+    return exact_difference(tensor_fingerprint(expected), tensor_fingerprint(actual), tolerance)
 
 
 def num_beyond(
@@ -353,7 +353,7 @@ def test_elements_are_counted_across_chunks_and_passes(dtype: torch.dtype, extra
 
 @pytest.mark.parametrize("place", [0, 600_000, 1_048_575, 1_100_000])
 def test_what_is_the_same_before_the_first_difference_is_looked_at_too(place: int) -> None:
-    """In a pass of its own, before or after: NaN there is close to nothing."""
+    """In a pass of its own, before or after: NaN never compares close."""
     expected = torch.arange(1_200_000, dtype=torch.float32)
     expected[[5, 700_000]] = math.nan
     actual = expected.clone()
@@ -412,6 +412,6 @@ def test_infinities_of_one_sign_need_no_tolerance(dtype: torch.dtype) -> None:
     assert [e.index for e in found.elements] == [(2,)]
 
 
-def test_a_tally_of_nothing_is_no_difference() -> None:
-    assert Tally() == Tally(num_differing=0, num_beyond=0, first=-1, last=-1)
+def test_the_sum_of_nothing_is_no_difference() -> None:
+    assert ChunkResult() == ChunkResult(num_differing=0, num_beyond=0, first=-1, last=-1)
     assert compared(torch.empty(0, 3), torch.empty(0, 3)).verdict == "identical"

@@ -18,7 +18,7 @@ from harness.comparison.difference import Difference, exact_difference
 from harness.comparison.measuring import BySketches, Triple
 from harness.comparison.policy import Policy
 from harness.errors import CheckpointError
-from harness.fingerprints.fingerprint import Fingerprint, TensorPrint
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from tests.catalogue import (
     NUM_TENSORS,
     Compared,
@@ -215,7 +215,7 @@ def test_without_the_check_another_dtype_is_compared_by_value(compared: Compared
 
 def test_equal_values_of_unequal_digest_are_never_identical() -> None:
     def fingerprint(digest: bytes, dtype: str = "float32") -> Fingerprint:
-        weight = TensorPrint(key="weight", dtype=DTYPES[dtype], shape=(2,), digest=digest)
+        weight = TensorFingerprint(key="weight", dtype=DTYPES[dtype], shape=(2,), digest=digest)
         return Fingerprint(name="it", container="", section="", tensors={"weight": weight})
 
     def measure(triples: Sequence[Triple]) -> list[Difference]:
@@ -259,7 +259,7 @@ def test_without_kept_values_other_dtypes_are_different_only_where_stats_prove_i
 
 def test_exactness_does_not_compare_digests_of_two_dtypes() -> None:
     def fingerprint(dtype: str) -> Fingerprint:
-        weight = TensorPrint(key="x", dtype=DTYPES[dtype], shape=(2,), digest=dtype.encode())
+        weight = TensorFingerprint(key="x", dtype=DTYPES[dtype], shape=(2,), digest=dtype.encode())
         return Fingerprint(name="it", container="", section="", tensors={"x": weight})
 
     policy = Policy(check_dtype=False, exact=True)

@@ -18,7 +18,7 @@ from harness.comparison.comparison import headline, render
 from harness.comparison.findings import Finding
 from harness.text.fitting import PLAIN, Style, cells
 from tests.conftest import Harness, on_terminal
-from tests.report.samples import HOSTILE, comparison, departed, missing
+from tests.report.samples import HOSTILE, comparison, diverged, missing
 
 LONG = [
     f"model.encoder.backbone.stages.{stage}.blocks.11.attention.self.{name}_projection.weight"
@@ -51,7 +51,7 @@ def test_at_80_columns_long_keys_are_shortened_and_long_lines_go_on_below() -> N
   actual    models/nest.nemo (nemo)
   note: nothing of what is said here at some length is said for any other reason
 
-  missing: expected, and not there (4)
+  missing: in the golden, not in the checkpoint (4)
     model.….stages.{3,12}.blocks.11.attention.self.query_projection.weight
         float32 [2, 3]  (2 tensors)
     model.….stages.{3,12}.blocks.11.attention.self.key_projection.weight
@@ -62,7 +62,7 @@ def test_at_80_columns_long_keys_are_shortened_and_long_lines_go_on_below() -> N
       is now
           model.….stages.3.blocks.11.attention.self.query_projection.weight
 
-  alias: tied weights came apart, or were tied (1)
+  alias: tied weights are now separate, or the reverse (1)
     head.weight
       expected tied to
           model.….stages.3.blocks.11.attention.self.query_projection.weight
@@ -81,7 +81,7 @@ def test_at_200_columns_nothing_is_shortened_or_continued() -> None:
 @pytest.mark.parametrize("width", [32, 60, 80, 200])
 def test_no_line_is_wider_whatever_the_names(width: int) -> None:
     found = comparison(*(missing(key * 9) for key in HOSTILE), name="g" * 300, notes=("n" * 300,))
-    for report in (found, departed("module." * 60)):
+    for report in (found, diverged("module." * 60)):
         for line in render(report, Style(unicode=True, color=True, width=width)).split("\n"):
             assert cells(line) <= width
 
@@ -95,7 +95,7 @@ def test_names_never_reach_the_terminal_as_they_are() -> None:
             name=f"golden/{name}",
             notes=(name,),
         )
-        for report in (found, departed(name)):
+        for report in (found, diverged(name)):
             assert render(report).replace("\n", "").isprintable()
             assert headline(report).isprintable()
 
@@ -132,7 +132,7 @@ def test_on_a_real_terminal_only_commands_are_wider_than_it(project: Path, colum
     lines = [re.sub(r"\x1b\[\d+m", "", line) for line in shown.split("\n")]
     commands = [line for line in lines if "harness verify" in line]
     assert commands == [
-        "  if this is meant:  harness verify net.safetensors -g golden.safetensors "
+        "  if this change is intended:  harness verify net.safetensors -g golden.safetensors "
         '--update-golden --reason "why"'
     ]
     assert max(len(line) for line in lines if line not in commands) <= columns

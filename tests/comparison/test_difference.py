@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from harness import api
-from harness.comparison.difference import Difference, element, enough, outward
+from harness.comparison.difference import Difference, element, round_outward, sufficient_atol
 from harness.comparison.policy import Policy
-from tests.comparison.test_allclose import tensor_print
+from tests.comparison.test_allclose import tensor_fingerprint
 
 NUMEL = 50_000  # several blocks, the last one in part
 
@@ -354,8 +354,8 @@ def test_infinities_in_chunks_that_are_the_same_are_counted(tmp_path: Path) -> N
 def test_what_is_rounded_for_a_person_still_holds(
     ends: tuple[float, float], outwards: tuple[float, float], suffices: tuple[float, float]
 ) -> None:
-    assert outward(ends) == outwards
-    assert enough(ends) == suffices
+    assert round_outward(ends) == outwards
+    assert sufficient_atol(ends) == suffices
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -368,6 +368,6 @@ def test_one_element_is_read_in_its_own_type() -> None:
         (True, torch.bool),
         (-7, torch.int8),
     ]:
-        found = element(tensor_print(torch.tensor([0, value]).to(dtype)), 1)
+        found = element(tensor_fingerprint(torch.tensor([0, value]).to(dtype)), 1)
         assert found == value
         assert type(found) is type(value)

@@ -16,7 +16,7 @@ from harness.checkpoint import open_checkpoint
 from harness.checkpoint.dtypes import DTYPES, numpy_dtype
 from harness.errors import CheckpointError
 from harness.fingerprints.arithmetic import as_floats
-from harness.fingerprints.fingerprint import Fingerprint, outline
+from harness.fingerprints.fingerprint import Fingerprint, structure
 from harness.fingerprints.scan import fingerprint
 from harness.fingerprints.stats import Stats
 from harness.streaming.chunks import CHUNK_NBYTES
@@ -279,9 +279,9 @@ def test_digests_alone_read_no_stats(path: Path) -> None:
     assert all((t.stats, t.values, t.sketch) == (None, None, None) for t in found.tensors.values())
 
 
-def test_an_outline_has_keys_dtypes_and_shapes_but_no_root(path: Path) -> None:
+def test_the_structure_has_keys_dtypes_and_shapes_but_no_root(path: Path) -> None:
     with open_checkpoint(path) as checkpoint:
-        found = outline(checkpoint)
+        found = structure(checkpoint)
     assert {k: t.shape for k, t in found.tensors.items()} == {
         k: tuple(t.shape) for k, t in state_of().items()
     }

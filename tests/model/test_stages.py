@@ -1,4 +1,4 @@
-"""The live stages: what code does to a checkpoint, caught and named by stage and culprit."""
+"""The live stages: what code does to a checkpoint, caught and named by stage and module."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_bfloat16_file_that_loads_into_a_float32_model_is_named(
 
 
 @pytest.mark.parametrize(
-    ("model", "culprit"),
+    ("model", "diverging_module"),
     [
         ("WrongEpsilon", "encoder.layers.1.norm_conv"),
         ("NoScaling", "encoder.pos_enc"),
@@ -119,16 +119,16 @@ def test_a_bfloat16_file_that_loads_into_a_float32_model_is_named(
     ],
 )
 def test_changed_code_is_named_by_the_first_submodule_that_departs(
-    nest_golden: Golden, data: Path, model: str, culprit: str
+    nest_golden: Golden, data: Path, model: str, diverging_module: str
 ) -> None:
     found = verify_nest(nest_golden, data / "nest_tiny.nemo", model)
     assert {found[stage].verdict for stage in ("file", "load")} == {"identical"}
-    departure = found["outputs"].departure
+    divergence = found["outputs"].divergence
     assert found["outputs"].verdict == "different"
-    assert departure is not None
-    assert departure.culprit == culprit
-    assert departure.agreeing
-    assert not departure.departing
+    assert divergence is not None
+    assert divergence.diverging_module == diverging_module
+    assert divergence.agreeing
+    assert not divergence.diverging
 
 
 def test_a_parameter_that_was_thawed_is_named(nest_golden: Golden, data: Path) -> None:
@@ -212,8 +212,8 @@ def test_a_changed_transient_buffer_is_named(plain: Path) -> None:
     found = verify_with(record(plain, "Plain"), plain, "OtherScale")
     assert found["file"].verdict == "identical"
     assert kinds(found["load"]) == [("different", "scale")]
-    assert found["outputs"].departure is not None
-    assert found["outputs"].departure.culprit == "(model)"
+    assert found["outputs"].divergence is not None
+    assert found["outputs"].divergence.diverging_module == "(model)"
 
 
 def test_a_buffer_that_no_file_holds_may_be_left_out_at_all_stages(plain: Path) -> None:
@@ -251,9 +251,9 @@ def test_a_large_transient_buffer_is_sketched_as_the_weights_are(
 
 def test_a_changed_epsilon_is_named_in_somebody_elses_model(plain: Path) -> None:
     found = verify_with(record(plain, "Plain"), plain, "OtherNorm")
-    assert found["outputs"].departure is not None
-    assert found["outputs"].departure.culprit == "norm"
-    assert found["outputs"].departure.agreeing == ("0",)
+    assert found["outputs"].divergence is not None
+    assert found["outputs"].divergence.diverging_module == "norm"
+    assert found["outputs"].divergence.agreeing == ("0",)
 
 
 @pytest.mark.parametrize("model", ["DrawnInputs", "BuiltWithInputs"])
@@ -273,13 +273,13 @@ def test_a_weight_that_no_file_holds_is_found_by_its_outputs_and_no_update_accep
     found = by_stage(api.verify_stages(plain, golden))
     assert [found[stage].verdict for stage in ("file", "load", "reload")] == ["identical"] * 3
     assert found["outputs"].actual.name == "the reloaded Drawn"
-    departure = found["outputs"].departure
-    assert departure is not None
-    assert departure.finding.key == "(model):out.last"
+    divergence = found["outputs"].divergence
+    assert divergence is not None
+    assert divergence.finding.key == "(model):out.last"
     run = harness("verify", plain, "-g", golden.path, "--outputs")
     assert run.code == 1
     assert "note: the reloaded model was built under another seed" in run.out
-    assert "mend the code" in run.out
+    assert "fix the code" in run.out
     assert harness("verify", plain, "-g", golden.path, "--outputs", "--update-golden").code == 1
 
 
@@ -519,7 +519,7 @@ def test_what_a_save_forgets_of_frozen_parameters_is_found_by_the_reload(
         ("requires_grad", name, "frozen", "trainable") for name in ("body.weight", "body.bias")
     ]
     run = harness("verify", trained, "-g", golden.path, "--reload")
-    assert "mend the code" in run.out
+    assert "fix the code" in run.out
 
 
 def test_the_scheduler_of_a_cluster_has_no_say_in_a_save(
@@ -682,10 +682,13 @@ def test_of_several_calls_the_one_that_departs_is_named() -> None:
     x = torch.linspace(1, 2, 5)
     before, after = (outputs_of(Siamese(factor), ((x,), {})) for factor in (2.0, 3.0))
     compared = compare(before, after, Policy(), BySketches(before.block_nbytes), stage="outputs")
-    departure = first_departure(compared)
-    assert departure is not None
-    assert (departure.finding.key, departure.culprit) == ("tower.inner@2:in.0", "tower@2")
-    assert departure.agreeing == ("0",)
+    divergence = first_departure(compared)
+    assert divergence is not None
+    assert (divergence.finding.key, divergence.diverging_module) == (
+        "tower.inner@2:in.0",
+        "tower@2",
+    )
+    assert divergence.agreeing == ("0",)
 
 
 def test_inputs_come_from_the_model_or_from_a_file(tmp_path: Path) -> None:
@@ -724,8 +727,8 @@ def test_the_command_line_reports_a_line_per_stage(
         broken = ["--model", f"{HERE}:WrongEpsilon", "--outputs"]
         run = harness("verify", data / "nest_tiny.nemo", "-g", golden, *broken)
     assert run.code == 1
-    assert "first departs: encoder.layers.1.norm_conv" in run.out
-    assert "its inputs: 0 agrees" in run.out
+    assert "first diverges: encoder.layers.1.norm_conv" in run.out
+    assert "its input is unchanged, and so are the " in run.out
 
 
 def test_roundtrip_needs_no_golden_and_keeps_the_saved_file_where_asked(

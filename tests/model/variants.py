@@ -259,10 +259,10 @@ class Thaws(Tied):
     """Freezes what the checkpoint says, which its save forgets to say."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.body.requires_grad_(checkpoint.get("thawed", False))
+        self.body.requires_grad_(checkpoint.get("unfrozen", False))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["thawed"] = True
+        checkpoint["unfrozen"] = True
 
 
 class CameApart(Tied):

@@ -80,10 +80,10 @@ def test_entries_are_unit_vectors_in_float64_and_frozen() -> None:
     assert not torch.equal(module.codebooks.float().double(), module.codebooks)
     assert not any(p.requires_grad for p in module.parameters())
     assert not module.training
-    thawed = QuantizerConfig(
+    unfrozen = QuantizerConfig(
         feat_in=5, code_dim=4, num_classes=20, num_books=2, combine_time_steps=3, freeze=False
     )
-    assert all(p.requires_grad for p in quantizer(thawed).parameters())
+    assert all(p.requires_grad for p in quantizer(unfrozen).parameters())
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])

@@ -29,7 +29,7 @@ from harness.api import record
 from harness.comparison.policy import Policy
 from harness.golden.file import read_golden, write_golden
 from harness.pytest_plugin.plugin import PolicyKeywords
-from harness.pytest_plugin.tally import golden_name
+from harness.pytest_plugin.summary import golden_name
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 ONE_TEST = """
@@ -119,7 +119,7 @@ def test_loading_the_plugin_costs_nothing() -> None:
         "import harness.pytest_plugin; print(sorted(set(sys.modules) - before))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    plugin = ("", ".attempt", ".plugin", ".tally")
+    plugin = ("", ".attempt", ".plugin", ".summary")
     ours = ["harness", "harness.errors", *(f"harness.pytest_plugin{name}" for name in plugin)]
     ours += ["harness.text", "harness.text.shell"]
     assert run.stdout.strip() == str(ours)
@@ -171,7 +171,7 @@ def test_a_difference_shows_the_report_and_the_command_that_accepts_it(project: 
         "      10 of 10 elements are beyond the tolerance",
     ]
     assert lines[-1] == (
-        "  if this is meant:  pytest test_it.py::test_net --golden-mode=update "
+        "  if this change is intended:  pytest test_it.py::test_net --golden-mode=update "
         '--golden-reason "why"'
     )
     accepted = project.follow(command(run))
@@ -251,7 +251,7 @@ def test_what_is_undecided_fails_with_the_way_to_decide_it(project: Project) -> 
     assert failure(run)[0] == f"FAIL undecided  {NET}  file: 0 identical, 1 undecided"
     assert failure(run)[-2:] == [
         "  to decide exactly:  verify(…, reference='RECORDED_CKPT')",
-        "  if this is meant:  pytest test_it.py::test_net --golden-mode=update "
+        "  if this change is intended:  pytest test_it.py::test_net --golden-mode=update "
         '--golden-reason "why"',
     ]
     project.tests(
@@ -322,7 +322,7 @@ WRONG = {
     '"net.safetensors", ""': "error: a golden's name is that of a file, not ''",
     '"net.safetensors", "net", section="a"': "error: golden/net.safetensors: holds the state dict",
     "{}": "error: the live state dict: holds no tensors",
-    "7": "error: a int is nothing that can be fingerprinted",
+    "7": "error: cannot fingerprint an int",
 }
 
 
@@ -383,7 +383,7 @@ def test_parametrized_tests_and_classes_have_goldens_of_their_own(project: Proje
     ]
     project.save(2.0)
     run = project.run()
-    steps = [line for line in run.outlines if "if this is meant:" in line]
+    steps = [line for line in run.outlines if "if this change is intended:" in line]
     assert len(steps) == 5
     for number, step in enumerate(steps, 1):
         accepted = project.follow(step.partition(":  ")[2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.comparison.comparison import Comparison
-from harness.comparison.findings import Departure, Finding
+from harness.comparison.findings import Divergence, Finding
 from harness.comparison.policy import Policy
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.report.outcome import Command, Outcome, Result
@@ -48,13 +48,17 @@ def comparison(*findings: Finding, name: str = GOLDEN, **rest: Any) -> Compariso
     )
 
 
-def departed(culprit: str) -> Comparison:
-    """A stage of outputs in which one module departs."""
-    finding = Finding(kind="shape", key=f"{culprit}:out", expected="[2]", actual="[3]")
-    departure = Departure(
-        finding=finding, culprit=culprit, agreeing=("0",), departing=(), num_before=7
+def diverged(diverging_module: str) -> Comparison:
+    """A stage of outputs in which one module diverges."""
+    finding = Finding(kind="shape", key=f"{diverging_module}:out", expected="[2]", actual="[3]")
+    divergence = Divergence(
+        finding=finding,
+        diverging_module=diverging_module,
+        agreeing=("0",),
+        diverging=(),
+        num_before=7,
     )
-    return comparison(finding, stage="outputs", departure=departure)
+    return comparison(finding, stage="outputs", divergence=divergence)
 
 
 def outcome(*stages: Comparison, **rest: Any) -> Outcome:

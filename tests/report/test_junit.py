@@ -17,7 +17,7 @@ from harness.errors import GoldenError
 from harness.report.junit import render
 from harness.report.outcome import Result
 from harness.text.folding import escaped, printable
-from tests.report.samples import GOLDEN, HOSTILE, comparison, departed, missing, outcome, result
+from tests.report.samples import GOLDEN, HOSTILE, comparison, diverged, missing, outcome, result
 
 SCHEMA = xmlschema.XMLSchema(Path(__file__).with_name("junit.xsd"))
 
@@ -64,9 +64,9 @@ def test_a_failure_holds_the_text_report_and_the_next_step() -> None:
 
 
 def test_what_departs_first_is_in_the_message() -> None:
-    [suite] = suites_of(result(outcome(departed("encoder.layers.0"))))
+    [suite] = suites_of(result(outcome(diverged("encoder.layers.0"))))
     [[problem]] = [case.result for case in suite]
-    assert problem.message == "3 identical, 1 shape; first departs: encoder.layers.0"
+    assert problem.message == "3 identical, 1 shape; first diverges: encoder.layers.0"
 
 
 def test_undecided_is_a_failure_of_its_own_type() -> None:
@@ -141,7 +141,7 @@ def test_any_name_is_valid_xml_and_reads_back_as_it_is_shown(name: str) -> None:
     error = GoldenError(name, hint=name)
     for stage, what in [
         (comparison(missing(name), name=name, notes=(name,)), "1 missing; first"),
-        (departed(name), "1 shape; first departs"),
+        (diverged(name), "1 shape; first diverges"),
     ]:
         one = outcome(stage, expected=name or "x", error=error, next_steps=(name,))
         [suite] = suites_of(result(one))

@@ -18,7 +18,7 @@ from harness.errors import GoldenError
 from harness.report.markdown import MAX_NBYTES, render
 from harness.report.outcome import Outcome, Result
 from harness.text.folding import escaped, printable
-from tests.report.samples import GOLDEN, HOSTILE, comparison, departed, missing, outcome, result
+from tests.report.samples import GOLDEN, HOSTILE, comparison, diverged, missing, outcome, result
 
 GITHUB = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 
@@ -77,11 +77,11 @@ def test_the_table_holds_goldens_and_stages_worst_first() -> None:
     page = Page(render(result(passed, failed, ended)))
     assert page.rows == [
         ["result", "golden", "file", "load"],
-        ["! could not tell", "golden/third.safetensors", "–", "–"],
+        ["! could not be checked", "golden/third.safetensors", "–", "–"],
         ["✗ differs", "golden/other.safetensors", "✗ different", "–"],
         ["✓ passes", GOLDEN, "✓ identical", "✓ identical"],
     ]
-    assert page.text.startswith("harness verify: ! could not tell")
+    assert page.text.startswith("harness verify: ! could not be checked")
 
 
 def test_what_passes_is_a_table_and_no_more() -> None:
@@ -103,8 +103,8 @@ def test_findings_are_folded_away_by_kind_as_the_text_report_groups_them() -> No
     text = render(result(outcome(found)))
     page = Page(text)
     assert page.summaries == [
-        "missing: expected, and not there (3)",
-        "alias: tied weights came apart, or were tied (1)",
+        "missing: in the golden, not in the checkpoint (3)",
+        "alias: tied weights are now separate, or the reverse (1)",
     ]
     assert text.count("<details open>") == 1
     assert text.count("<details>") == 1
@@ -120,13 +120,16 @@ def test_findings_are_folded_away_by_kind_as_the_text_report_groups_them() -> No
 
 
 def test_the_first_module_that_departs_is_named() -> None:
-    text = render(result(outcome(departed("encoder.layers.0"))))
-    assert "**First departs: `encoder.layers.0`**" in text
+    text = render(result(outcome(diverged("encoder.layers.0"))))
+    assert "**First diverges: `encoder.layers.0`**" in text
     assert "encoder.layers.0:out: shape\n" in [*fences(text)][1].content
 
 
 def test_the_next_step_is_a_block_that_holds_the_command_alone() -> None:
-    steps = ('if this is meant:  harness verify x --update-golden --reason "why"', "mend: the code")
+    steps = (
+        'if this change is intended:  harness verify x --update-golden --reason "why"',
+        "mend: the code",
+    )
     text = render(result(outcome(comparison(missing("a")), next_steps=steps)))
     *_, command, prose = fences(text)
     assert (command.info, command.content) == (
@@ -134,7 +137,7 @@ def test_the_next_step_is_a_block_that_holds_the_command_alone() -> None:
         'harness verify x --update-golden --reason "why"\n',
     )
     assert prose.content == "mend: the code\n"
-    assert "If this is meant:" in Page(text).text
+    assert "If this change is intended:" in Page(text).text
 
 
 def test_an_error_is_shown_with_its_next_step() -> None:
@@ -152,9 +155,9 @@ def test_an_update_says_what_it_accepted() -> None:
 
 def named(name: str) -> Result:
     """A result in which a name stands wherever one can."""
-    stages = (comparison(missing(name), name=name, notes=(name,)), departed(name))
+    stages = (comparison(missing(name), name=name, notes=(name,)), diverged(name))
     error = GoldenError(name, hint=name)
-    step = f"if this is meant:  harness verify {shlex.quote(name)}"
+    step = f"if this change is intended:  harness verify {shlex.quote(name)}"
     return result(outcome(*stages, expected=name, error=error, next_steps=(step,)))
 
 
@@ -182,7 +185,9 @@ def many(num_goldens: int, num_kinds: int, key: str) -> Result:
         return outcome(
             comparison(*findings),
             expected=f"golden/{number}.safetensors",
-            next_steps=(f"if this is meant:  harness verify -g golden/{number}.safetensors",),
+            next_steps=(
+                f"if this change is intended:  harness verify -g golden/{number}.safetensors",
+            ),
         )
 
     return result(*map(one, range(num_goldens)))

@@ -62,7 +62,7 @@ def test_every_report_tells_what_the_run_came_to(
     assert reports["json"] == run.out
     suites = JUnitXml.fromstring(reports["xml"].encode())
     assert (suites.tests, suites.failures, suites.errors) == counts
-    word = {0: "✓ passes", 1: "✗ differs", 2: "! could not tell"}[code]
+    word = {0: "✓ passes", 1: "✗ differs", 2: "! could not be checked"}[code]
     assert reports["md"].startswith(f"## harness {arguments[0]}: {word}\n")
     [told] = run.json["goldens"]
     if code == 2:
@@ -170,7 +170,7 @@ def test_the_summary_of_a_step_is_added_to(
     assert harness("diff", "nest.nemo", "gone.nemo").code == 2
     text = summary.read_text()
     assert text.startswith("before\n## harness verify: ✗ differs\n")
-    assert "\n## harness diff: ! could not tell\n" in text
+    assert "\n## harness diff: ! could not be checked\n" in text
     assert plain.err == ""
 
 

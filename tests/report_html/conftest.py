@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from harness import api
-from harness.comparison.findings import Departure
+from harness.comparison.findings import Divergence
 from harness.errors import GoldenError
 from harness.report.html import render
 from harness.report.outcome import Result
@@ -84,7 +84,7 @@ def opened(browser: Browser, tmp_path: Path) -> Iterator[Open]:
 def small(data: Path, shipped_golden: Path) -> Result:
     """One element of one tensor of 99 changed."""
     comparison = api.verify(data / "nest_tiny_perturbed_1e-3.nemo", shipped_golden)
-    step = 'if this is meant:  harness verify x.nemo --update-golden --reason "why"'
+    step = 'if this change is intended:  harness verify x.nemo --update-golden --reason "why"'
     return result_of(comparison, next_steps=(step,))
 
 
@@ -114,13 +114,13 @@ def hostile() -> Result:
 
 @pytest.fixture(scope="session")
 def outputs() -> Result:
-    """Module b departs: the place inside of it, and all that follow."""
+    """Module b diverges: the place inside of it, and all that follow."""
     before = dict.fromkeys(PLACES, 1.0)
     after = before | dict.fromkeys(PLACES[6:], 1.5)
     comparison = compared(before, after, stage="outputs")
     first = next(f for f in comparison.findings if f.key == "b.inner:out")
-    departure = Departure(
-        finding=first, culprit="b", agreeing=("0", "1"), departing=(), num_before=6
+    divergence = Divergence(
+        finding=first, diverging_module="b", agreeing=("0", "1"), diverging=(), num_before=6
     )
     file = compared({"b.weight": 1.0}, {"b.weight": 1.0})
-    return result_of(file, replace(comparison, departure=departure))
+    return result_of(file, replace(comparison, divergence=divergence))

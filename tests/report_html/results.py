@@ -16,7 +16,7 @@ from harness.comparison.difference import Difference, Element
 from harness.comparison.findings import Finding, describe
 from harness.comparison.measuring import BySketches
 from harness.comparison.policy import Policy, Tolerance
-from harness.fingerprints.fingerprint import Fingerprint, TensorPrint
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.stats import Stats
 from harness.report.outcome import Outcome, Result
 
@@ -68,13 +68,13 @@ def compared(
     return compare(*sides, Policy(), BySketches(1024), stage=stage)
 
 
-def filled(key: str, value: float, numel: int) -> TensorPrint:
+def filled(key: str, value: float, numel: int) -> TensorFingerprint:
     values = np.full(numel, value, "<f4").tobytes()
     stats = Stats(
         min=value, max=value, mean=value, std=0.0, l2=abs(value) * numel**0.5,
         num_zero=0, num_nan=0, num_posinf=0, num_neginf=0,
     )  # fmt: skip
-    return TensorPrint(
+    return TensorFingerprint(
         key=key,
         dtype=DTYPES["float32"],
         shape=(numel,),
@@ -95,7 +95,7 @@ def all_differing(
         for suffix in suffixes:
             key = f"encoder.layers.{index // 20}.self_attention.projection_{index % 20}.{suffix}"
             shape = (1024, rng.randrange(1, 4096))
-            tensor = TensorPrint(
+            tensor = TensorFingerprint(
                 key=key, dtype=DTYPES["float32"], shape=shape, digest=None, stats=random_stats(rng)
             )
             tensors[key] = tensor
@@ -129,7 +129,7 @@ def random_stats(rng: random.Random) -> Stats:
     )  # fmt: skip
 
 
-def random_difference(rng: random.Random, tensor: TensorPrint) -> Difference:
+def random_difference(rng: random.Random, tensor: TensorFingerprint) -> Difference:
     size = 10 ** -rng.uniform(1, 6)
     return Difference(
         verdict="different",

@@ -119,7 +119,7 @@ def test_the_page_tells_its_parts_to_a_screen_reader(opened: Open, outputs: Resu
 def test_without_scripts_the_page_still_says_what_came_out(opened: Open, outputs: Result) -> None:
     page = opened(outputs, java_script_enabled=False)
     assert page.get_by_role("heading", level=1).inner_text().endswith("Different")
-    assert page.locator(".departure").is_visible()
+    assert page.locator(".divergence").is_visible()
     assert page.locator(".view:visible").count() == 2
     assert "need JavaScript" in page.get_by_role("main").inner_text()
     assert not page.locator("#explorer").is_visible()

@@ -354,11 +354,11 @@ def test_places_come_in_the_order_of_execution_with_the_first_that_departs(
     opened: Open, outputs: Result
 ) -> None:
     page = opened(outputs)
-    assert "First departs\nb" in page.get_by_role("banner").inner_text()
+    assert "First diverges\nb" in page.get_by_role("banner").inner_text()
     labels = page.locator("#map .tile").evaluate_all("all => all.map((one) => one.row.key)")
     assert labels == keys_shown(page) == PLACES
     assert column(page, "place") == [str(place + 1) for place in range(len(PLACES))]
-    assert page.locator("#map .departs").evaluate_all("all => all.map((one) => one.row.key)") == [
+    assert page.locator("#map .diverges").evaluate_all("all => all.map((one) => one.row.key)") == [
         "b.inner:out"
     ]
     remarks = {
@@ -366,19 +366,19 @@ def test_places_come_in_the_order_of_execution_with_the_first_that_departs(
         for row in page.locator("#table tr.remarked").all()
     }
     assert remarks == {
-        "b:in.0": "an input of what first departs",
-        "b:in.1": "an input of what first departs",
-        "b.inner:out": "first departs",
+        "b:in.0": "an input of what first diverges",
+        "b:in.1": "an input of what first diverges",
+        "b.inner:out": "first diverges",
     }
-    card = page.locator(".departure:visible").inner_text()
-    assert "It shows at b.inner:out; 6 places before that agree." in card
+    card = page.locator(".divergence:visible").inner_text()
+    assert "It shows at b.inner:out; 6 activations before it are unchanged." in card
     page.get_by_role("button", name="Details of this place").click()
     assert page.locator("#detail-title").inner_text() == "b.inner:out"
     page.keyboard.press("Escape")
     page.get_by_role("button", name="file 1 identical").click()
     assert keys_shown(page) == ["b.weight"]
     assert page.get_by_role("heading", name="Map of the model").is_visible()
-    assert not page.locator(".departure").is_visible()
+    assert not page.locator(".divergence").is_visible()
 
 
 def test_goldens_stages_and_errors_side_by_side(
@@ -393,8 +393,8 @@ def test_goldens_stages_and_errors_side_by_side(
     shown = (passing.outcomes[0], broken, small.outcomes[0], outputs.outcomes[0], accepted)
     page = opened(Result(command="verify", outcomes=shown))
     head = re.sub(r"\s+", " ", re.sub(r"[^\w ,.\n]", "", page.get_by_role("banner").inner_text()))
-    assert "Could not tell" in head
-    assert "1 identical 1 could not tell 2 different 1 accepted" in head
+    assert "Could not be checked" in head
+    assert "1 identical 1 could not be checked 2 different 1 accepted" in head
     articles = page.get_by_role("article").all_inner_texts()
     assert len(articles) == 5
     assert "golden/broken.safetensors: is cut off" in articles[1]

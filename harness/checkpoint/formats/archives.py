@@ -14,7 +14,7 @@ from harness.checkpoint.formats.torchfile import TorchFile, read_torch_zip
 from harness.checkpoint.formats.zips import read_zip
 from harness.checkpoint.sources.source import RangeSource, Source, read
 from harness.checkpoint.tensors import Checksum, Tensor, tensor_table
-from harness.checkpoint.unpickling.opcodes import Tally
+from harness.checkpoint.unpickling.opcodes import Budget
 
 _HEAD_NBYTES = 1024
 _TAIL_NBYTES = 2048
@@ -31,9 +31,9 @@ def ends(start: int, nbytes: int) -> list[tuple[int, int]]:
 class TensorArchives:
     """Reads archives, and remembers what they look like."""
 
-    def __init__(self, tally: Tally) -> None:
-        """`tally` as for `read_torch_zip`."""
-        self._tally = tally
+    def __init__(self, budget: Budget) -> None:
+        """`budget` as for `read_torch_zip`."""
+        self._budget = budget
         self._moulds: dict[tuple[int, bytes], _Mould] = {}
 
     def read(self, archive: Source) -> TorchFile:
@@ -45,7 +45,7 @@ class TensorArchives:
             alike = mould.cast(archive, head)
             if alike is not None:
                 return alike
-        file = read_torch_zip(archive, tally=self._tally)
+        file = read_torch_zip(archive, budget=self._budget)
         if isinstance(file.root, Tensor):
             tensor_table(archive.name, [file.root])  # checks that it is a view of its storage
         mould = _mould(archive, head, file)

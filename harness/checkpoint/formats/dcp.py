@@ -27,7 +27,7 @@ from harness.checkpoint.sources.paths import METADATA, AnyPath
 from harness.checkpoint.sources.source import RangeSource, Source
 from harness.checkpoint.tensors import Tensor
 from harness.checkpoint.unpickling.inert import Global, OpaqueKey, Record, TupleKey
-from harness.checkpoint.unpickling.opcodes import Tally, unpickle
+from harness.checkpoint.unpickling.opcodes import Budget, unpickle
 from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS, brief, torch_dtype
 from harness.errors import CheckpointError
 
@@ -56,9 +56,9 @@ def read_dcp(folder: AnyPath) -> tuple[TorchFile, tuple[Source, ...]]:
 
     Memory: about 2.5 KB per chunk of a tensor. Raises CheckpointError.
     """
-    tally = Tally()
-    plan = _read_plan(folder, tally)
-    items, sources = _read_items(folder, plan, tally)
+    budget = Budget()
+    plan = _read_plan(folder, budget)
+    items, sources = _read_items(folder, plan, budget)
     checksums = [checksum for item in items.values() for checksum in item.file.checksums]
     leaves = [
         (plan.paths.get(key, (key,)), _value(folder, key, table, items))
@@ -70,7 +70,7 @@ def read_dcp(folder: AnyPath) -> tuple[TorchFile, tuple[Source, ...]]:
         container = "Lightning sharded checkpoint"
         source = open_source(folder / LIGHTNING)
         sources.append(source)
-        beside = read_torch_zip(source, tally=tally)
+        beside = read_torch_zip(source, budget=budget)
         checksums += beside.checksums
         _join_lightning(source.name, root, beside.root)
     file = TorchFile(container=container, root=root, checksums=tuple(checksums))
@@ -112,13 +112,13 @@ class _Plan:
     places: list[_Place]
 
 
-def _read_plan(folder: AnyPath, tally: Tally) -> _Plan:
+def _read_plan(folder: AnyPath, budget: Budget) -> _Plan:
     source = open_source(folder / METADATA)
     most = min(_COST_PER_BYTE * source.nbytes, _MAX_COST_NBYTES)
-    tally.max_nbytes = max(tally.max_nbytes, most)
+    budget.max_nbytes = max(budget.max_nbytes, most)
     try:
         pickled = source.view(0, source.nbytes)
-        root, end = unpickle(pickled, name=source.name, constructors=CONSTRUCTORS, tally=tally)
+        root, end = unpickle(pickled, name=source.name, constructors=CONSTRUCTORS, budget=budget)
     finally:
         source.close()
     if end != source.nbytes:
@@ -259,12 +259,12 @@ class _Item:
 _Items = dict[tuple[str, TupleKey | None], _Item]
 
 
-def _read_items(folder: AnyPath, plan: _Plan, tally: Tally) -> tuple[_Items, list[Source]]:
+def _read_items(folder: AnyPath, plan: _Plan, budget: Budget) -> tuple[_Items, list[Source]]:
     """Open every item, file by file in the order of their bytes."""
     pool = Pool()
     items: _Items = {}
     sources: list[Source] = []
-    tensors = TensorArchives(tally)
+    tensors = TensorArchives(budget)
     groups = [list(group) for _, group in groupby(plan.places, key=lambda place: place.file)]
 
     def opened(places: list[_Place]) -> PooledSource | RemoteSource:
@@ -287,7 +287,7 @@ def _read_items(folder: AnyPath, plan: _Plan, tally: Tally) -> tuple[_Items, lis
             )
         item = RangeSource(source, place.start, place.nbytes, f"{where} at {place.start}")
         is_tensor = plan.tables[place.key] is not None
-        return tensors.read(item) if is_tensor else read_torch_zip(item, tally=tally)
+        return tensors.read(item) if is_tensor else read_torch_zip(item, budget=budget)
 
     with closing(at_once(folder, opened, groups)) as opening:
         for source, places in zip(opening, groups, strict=True):

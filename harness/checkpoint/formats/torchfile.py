@@ -21,7 +21,7 @@ from harness.checkpoint.sources.access import is_local
 from harness.checkpoint.sources.source import RangeSource, Source, check_range, read
 from harness.checkpoint.tensors import Checksum, Storage
 from harness.checkpoint.unpickling.inert import Global, Record
-from harness.checkpoint.unpickling.opcodes import MAX_STRUCTURE_NBYTES, Tally, unpickle
+from harness.checkpoint.unpickling.opcodes import MAX_STRUCTURE_NBYTES, Budget, unpickle
 from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS, STORAGE_DTYPES, StorageRef, brief
 from harness.errors import CheckpointError
 
@@ -52,10 +52,10 @@ class TorchFile:
     )
 
 
-def read_torch_zip(source: Source, *, tally: Tally | None = None) -> TorchFile:
+def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile:
     """Read a zip archive written by `torch.save` (since 1.6) or `torch.jit.save`.
 
-    `tally` as for `unpickle`, where many archives make one checkpoint.
+    `budget` as for `unpickle`, where many archives make one checkpoint.
     """
     entries = read_zip(source)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -101,7 +101,7 @@ def read_torch_zip(source: Source, *, tally: Tally | None = None) -> TorchFile:
         name=data.source.name,
         constructors=CONSTRUCTORS,
         persistent=persistent,
-        tally=tally,
+        budget=budget,
     )
     if end != data.nbytes:
         raise _damaged(data.source.name, f"has {data.nbytes - end} bytes after its pickle")

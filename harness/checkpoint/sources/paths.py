@@ -2,8 +2,8 @@
 
 In: what a person gives (text, a path). Out: `Path`, or `RemotePath` for a URL of any protocol that
 fsspec knows. What reads files uses `path / name`, `name`, `parent`, `exists()`, `is_file()`,
-`is_dir()`, `iterdir()`, `str(path)` and `harness.checkpoint.sources.access.open_source(path)`, which both
-have. Nothing of fsspec is imported before a URL is looked at.
+`is_dir()`, `iterdir()`, `str(path)` and `access.open_source(path)`, which both have. Nothing of
+fsspec is imported before a URL is looked at.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ MAX_STRUCTURE_NBYTES = 128 << 20
 
 
 @dataclass(slots=True)
-class Tally:
+class Budget:
     """What the objects of several pickles have cost so far: one limit holds for them together."""
 
     nbytes: int = 0
@@ -43,20 +43,20 @@ def unpickle(
     constructors: Constructors,
     persistent: Callable[[Any], Any] | None = None,
     max_nbytes: int | None = None,
-    tally: Tally | None = None,
+    budget: Budget | None = None,
 ) -> tuple[Any, int]:
     """Read one pickle from the start of `data`; returns the object and where the pickle ends.
 
     `constructors` maps (module, name) to functions that take the pickled arguments and return
     plain values; they must check their arguments and may raise CheckpointError, TypeError or
-    ValueError. What is read costs at most `max_nbytes`, by default those of `tally`, together with
+    ValueError. What is read costs at most `max_nbytes`, by default those of `budget`, together with
     what it counts already. Raises CheckpointError, with the offset, for everything malformed.
     """
-    tally = tally or Tally()
-    machine = Machine(data, name, constructors, persistent, max_nbytes or tally.max_nbytes)
-    machine.left -= tally.nbytes
+    budget = budget or Budget()
+    machine = Machine(data, name, constructors, persistent, max_nbytes or budget.max_nbytes)
+    machine.left -= budget.nbytes
     value = _run(machine)
-    tally.nbytes = machine.max_nbytes - machine.left
+    budget.nbytes = machine.max_nbytes - machine.left
     return value, machine.position
 
 

@@ -51,8 +51,8 @@ function explore() {
     stage = STAGES[index];
     rows = stage.rows.map((number) => ROWS[number]);
     remarks = new Map();
-    for (const place of stage.inputs) remarks.set(rows[place], "an input of what first departs");
-    if (stage.departs !== null) remarks.set(rows[stage.departs], "first departs");
+    for (const place of stage.inputs) remarks.set(rows[place], "an input of what first diverges");
+    if (stage.diverges !== null) remarks.set(rows[stage.diverges], "first diverges");
     const inOrder = stage.stage === "outputs";
     for (const view of document.querySelectorAll(".view"))
       view.hidden = view.id !== `stage-${index}`;
@@ -82,7 +82,7 @@ function explore() {
   }
 
   function openDeparture() {
-    const row = rows[stage.departs];
+    const row = rows[stage.diverges];
     show(row, tiles.get(row), true);
   }
 
@@ -90,7 +90,7 @@ function explore() {
     const remark = remarks.get(row);
     const step = row.difference ? level(row.difference.ratio) : null;
     const element = make("div", {
-      class: `item tile ${shadeOf(row)}${step === null ? "" : ` h${step}`}${remark ? " remarked" : ""}${remark === "first departs" ? " departs" : ""}`,
+      class: `item tile ${shadeOf(row)}${step === null ? "" : ` h${step}`}${remark ? " remarked" : ""}${remark === "first diverges" ? " diverges" : ""}`,
       role: "option",
       tabindex: "-1",
       "aria-selected": "false",
@@ -144,13 +144,13 @@ function explore() {
         ),
       );
     }
-    if (stage.departs !== null) {
+    if (stage.diverges !== null) {
       parts.push(
         make(
           "span",
           { class: "entry" },
-          make("i", { class: "swatch departs different" }),
-          " first departs",
+          make("i", { class: "swatch diverges different" }),
+          " first diverges",
         ),
       );
       parts.push(
@@ -278,7 +278,7 @@ function explore() {
   for (const button of document.querySelectorAll("button.stage")) {
     button.addEventListener("click", () => select(Number(button.dataset.stage)));
   }
-  for (const button of document.querySelectorAll("button.open-departure")) {
+  for (const button of document.querySelectorAll("button.open-divergence")) {
     button.hidden = false;
     button.addEventListener("click", openDeparture);
   }

@@ -12,7 +12,7 @@ from harness.checkpoint.formats import archives
 from harness.checkpoint.formats.archives import TensorArchives
 from harness.checkpoint.formats.torchfile import read_torch_zip
 from harness.checkpoint.tensors import Tensor
-from harness.checkpoint.unpickling.opcodes import Tally
+from harness.checkpoint.unpickling.opcodes import Budget
 from harness.checkpoint.unpickling.rebuild import _Literal
 from harness.errors import CheckpointError
 
@@ -28,7 +28,7 @@ class Reader:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.in_full = 0
-        self.archives = TensorArchives(Tally())
+        self.archives = TensorArchives(Budget())
         monkeypatch.setattr(archives, "read_torch_zip", self._counted)
 
     def _counted(self, *args: Any, **options: Any) -> Any:

@@ -27,7 +27,7 @@ from harness.checkpoint import open_checkpoint
 from harness.checkpoint.formats import dcp, torchfile
 from harness.checkpoint.sources import access
 from harness.checkpoint.tensors import Checkpoint
-from harness.checkpoint.unpickling.opcodes import Tally
+from harness.checkpoint.unpickling.opcodes import Budget
 from harness.errors import CheckpointError, HarnessError
 from harness.fingerprints.scan import fingerprint
 from tests.checkpoint.conftest import Assert, bits, read_bits
@@ -630,7 +630,7 @@ def test_the_limit_grows_with_what_torch_writes_of_many_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dcp(tmp_path, {"w": halves(torch.ones(400, 2), count=400)})
-    monkeypatch.setattr(dcp, "Tally", lambda: Tally(max_nbytes=1 << 16))
+    monkeypatch.setattr(dcp, "Budget", lambda: Budget(max_nbytes=1 << 16))
     open_checkpoint(tmp_path).close()
     metadata = read_metadata(tmp_path)
     metadata.planner_data = [{} for _ in range(60_000)]  # objects of a byte each

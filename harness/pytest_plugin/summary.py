@@ -95,7 +95,7 @@ def _may_own(node: str, golden: str) -> bool:
     return golden == own or golden.startswith((f"{own}+", f"{own}/", f"{own}."))
 
 
-class Tally:
+class Summary:
     """Gathers what tests did.
 
     Tests that were skipped or failed may have more goldens than they told of, and so may modules
