@@ -134,7 +134,8 @@ def _bounded(
     tolerance, factor = blank.tolerance, 2 if expected.dtype.kind == "complex" else 1
     # An element is off by no more than its block is, and some element by no less than the mean.
     numels = gap.numels / factor
-    upper = float(gap.upper.max(initial=0.0))
+    span = max(theirs.max - ours.min, ours.max - theirs.min) * math.sqrt(factor)
+    upper = min(float(gap.upper.max(initial=0.0)), span)
     # Where the expected side has its greatest element, the actual one has no greater than its own.
     # Infinities that moved may hide that element, but then no tolerance is enough.
     outer = max(abs(theirs.max - ours.max), abs(theirs.min - ours.min))
@@ -188,7 +189,10 @@ def _bounded(
     proofs = np.count_nonzero(gap.lower > np.sqrt(numels) * limit + share * norms)
     if proofs:
         return replace(found, why=f"proved by the sketch of {proofs:,} of {len(numels):,} blocks")
-    if not any(blank.num_nonfinite) and allows and upper * (1 + relative) <= tolerance.atol:
+    # |expected| is at least so much where all of it has one sign.
+    smallest = max(0.0, ours.min, -ours.max)
+    more = max(0.0, (tolerance.rtol - absolute) * smallest - absolute)
+    if not any(blank.num_nonfinite) and allows and upper * (1 + relative) <= tolerance.atol + more:
         why = f"no element is off by more than {round_outward((lower, upper))[1]:.1e}"
         return replace(found, verdict="close", why=why)
     return replace(

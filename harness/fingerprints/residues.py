@@ -42,7 +42,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from harness.streaming import buffers
+from harness.streaming.chunks import buffers
 
 BITS = 4
 BLOCK_NUMEL = 8192

@@ -371,3 +371,27 @@ def test_one_element_is_read_in_its_own_type() -> None:
         found = element(tensor_fingerprint(torch.tensor([0, value]).to(dtype)), 1)
         assert found == value
         assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_what_rtol_allows_of_the_least_element_is_close(tmp_path: Path, sign: float) -> None:
+    # As log-probabilities are: all of one sign, and far from 0.
+    x = sign * (8 + 2 * torch.rand(NUMEL, generator=torch.Generator().manual_seed(0)))
+    y = x + 1e-6 * torch.randn(NUMEL, generator=torch.Generator().manual_seed(1))
+    found = difference(tmp_path, x, y, Policy(atol=1e-8, rtol=1e-3))
+    assert found.verdict == "close"
+    assert torch.allclose(y, x, atol=1e-8, rtol=1e-3)
+    # With one element near 0, of which nothing may be added, it stays open.
+    x[77] = y[77] = 1e-3
+    assert difference(tmp_path, x, y, Policy(atol=1e-8, rtol=1e-3)).verdict == "undecided"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_no_element_is_off_by_more_than_both_ranges_span(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    x = weights(dtype) * 1e-5
+    y = weights(dtype, seed=1) * 1e-5
+    found = difference(tmp_path, x, y, Policy(atol=1e-4))
+    assert found.verdict == "close"
+    assert found.max_abs[0] <= float((x - y).abs().max()) <= found.max_abs[1] <= 1e-4
