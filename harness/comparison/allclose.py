@@ -23,6 +23,7 @@ import numpy as np
 from harness.checkpoint.dtypes import DType, decode, numpy_dtype
 from harness.comparison.policy import Tolerance
 from harness.fingerprints.arithmetic import as_floats, sums_of_squares
+from harness.fingerprints.residues import roundings
 from harness.streaming.chunks import Chunk, buffers
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -358,18 +359,6 @@ def _distance(e: Array, a: Array) -> Array:
     ours, theirs = e.astype("<u8"), a.astype("<u8")  # modulo 2**64
     exact = np.where(a > e, theirs - ours, ours - theirs)
     return np.asarray(np.where(apart < 2.0**63, exact, apart))
-
-
-def roundings(dtype: DType) -> tuple[float, float]:
-    """Relative and absolute rounding of torch's own test in this dtype, generously."""
-    unit, least = {
-        "float64": (2.0**-53, 2.0**-1074),
-        "complex128": (2.0**-53, 2.0**-1074),
-        "float16": (2.0**-11, 2.0**-24),
-        "complex32": (2.0**-11, 2.0**-24),
-        "bfloat16": (2.0**-8, 2.0**-133),
-    }.get(dtype.name, (2.0**-24, 2.0**-149))
-    return 8 * unit, 4 * least
 
 
 def _compare_chunk(

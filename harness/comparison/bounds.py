@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from blake3 import blake3
 
-from harness.checkpoint.dtypes import numpy_dtype
-from harness.comparison.allclose import (
-    Values,
-    roundings,
-)
+from harness.checkpoint.dtypes import DTYPES, numpy_dtype
+from harness.checkpoint.tensors import Tensor
+from harness.comparison.allclose import Values
 from harness.comparison.difference import (
     Difference,
+    Element,
     Verdict,
     element,
     exact_difference,
     place_of,
     profile_of,
     round_outward,
+    unravel,
 )
 from harness.comparison.policy import Tolerance
+from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel, digest_of
+from harness.fingerprints.residues import (
+    Allowance,
+    Checked,
+    Residues,
+    check,
+    judge,
+    roundings,
+)
 from harness.fingerprints.sketch import (
     CHANCE,
     NUM_PROJECTIONS,
@@ -32,7 +42,7 @@ from harness.fingerprints.sketch import (
     compare_sketches,
     recover,
 )
-from harness.streaming.chunks import buffers, chunks
+from harness.streaming.chunks import Chunk, buffers, chunks
 
 # The expected side known by its fingerprint alone.
 
@@ -201,6 +211,98 @@ def _bounded(
         why="the golden's sketch can prove neither close nor different",
         chance=0.0,
     )
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A tensor that can be read and what is kept of another, as work for `map_chunks`."""
+
+    residues: Residues
+    actual: Tensor | TensorFingerprint
+
+    @property
+    def nbytes(self) -> int:
+        return self.actual.nbytes
+
+    def part(self, chunk: Chunk) -> Beside:
+        return Beside(self.residues, self.actual.part(chunk.start, chunk.nbytes))
+
+
+def check_chunk(pair: Beside, chunk: Chunk) -> Checked:
+    """Look at one chunk beside the residues of as many elements."""
+    dtype = pair.actual.dtype
+    data = buffers.get("chunk", chunk.nbytes)
+    pair.actual.read_into(chunk.start, data.data)
+    first, numel = chunk.start // dtype.itemsize, chunk.nbytes // dtype.itemsize
+    return check(as_floats(data, dtype), pair.residues.part(first, numel))
+
+
+def can_check(
+    difference: Difference, expected: TensorFingerprint, actual: TensorFingerprint
+) -> bool:
+    """Whether residues may decide what sketches could not."""
+    has_both = expected.residues is not None and actual.dtype.kind == "float"
+    return has_both and difference.verdict == "undecided" and not difference.tolerance.exact
+
+
+def by_residues(
+    difference: Difference,
+    expected: TensorFingerprint,
+    actual: Values,
+    checked: Sequence[Checked],
+    *,
+    option: str = "--atol",
+) -> Difference:
+    """Decide what sketches could not, from the chunks of the actual side beside the residues.
+
+    `option` of `record` is what says their tolerance.
+    """
+    assert expected.residues is not None
+    assert expected.stats is not None
+    grid, tolerance, blocks = expected.residues.grid, difference.tolerance, Checked.joined(checked)
+    # Of two dtypes the values are compared as they are, in float64.
+    exact = DTYPES["float64"]
+    relative, absolute = roundings(expected.dtype if expected.dtype == actual.dtype else exact)
+    asked = Allowance(
+        atol=tolerance.atol, rtol=tolerance.rtol, relative=relative, absolute=absolute
+    )
+    found = judge(blocks, grid, asked, expected.stats.absmax)
+    low, high = difference.max_abs
+    ends = max(low, found.max_abs[0]), min(high, found.max_abs[1])
+    needed = difference.min_atol[0], min(difference.min_atol[1], ends[1])
+    if found.verdict == "different" and tolerance.rtol <= grid.rtol:
+        needed = max(needed[0], min(grid.atol, tolerance.atol)), needed[1]
+    told = replace(
+        difference,
+        verdict=found.verdict,
+        max_abs=ends,
+        about=found.about if math.isfinite(ends[1]) else None,
+        min_atol=needed,
+        chance=2.0**-64 * len(blocks.fits),
+    )
+    if found.verdict == "close":
+        return replace(told, why="every element is within the tolerance, by the golden's residues")
+    if found.verdict == "different":
+        many = f"{found.beyond:,} of {len(blocks.fits):,} blocks"
+        one = "an element is" if len(blocks.fits) == 1 else f"an element in {many} is"
+        elements = tuple(
+            Element(
+                index=unravel(index, expected.shape), expected=value, actual=element(actual, index)
+            )
+            for index, value in found.elements
+        )
+        return replace(told, why=f"{one} beyond the tolerance", elements=elements)
+    if not found.is_measured:
+        least = f"{tolerance.atol:g}"
+        return replace(
+            told,
+            why=f"recorded for atol {grid.atol:g}, rtol {grid.rtol:g}: larger differences are not "
+            f"measured; record with {option} {least}",
+            chance=0.0,
+        )
+    low, high = round_outward(found.share)
+    why = f"its greatest difference is {low:g} to {high:g} of the tolerance"
+    return replace(told, why=why, chance=0.0)
 
 
 def _recovered(

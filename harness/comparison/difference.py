@@ -52,7 +52,8 @@ class Difference:
 
     `max_abs` and `min_atol` are intervals (lower, upper), equal ends where they are known:
     the greatest |actual - expected|, and the least atol under which the tensor would pass with
-    the rtol in force. `rms` is of actual - expected, estimated unless `is_exact`. `num_differing`
+    the rtol in force. `about` is the likely size of `max_abs` where it is known well. `rms` is of
+    actual - expected, estimated unless `is_exact`. `num_differing`
     and `num_beyond` (the tolerance) are known only where the values are. `where` names the range
     of the first axis that changed. `strip` shows where: the rms of actual - expected over up to
     `MAX_STRIP` equal ranges of the tensor in logical order, 0.0 where nothing changed, empty where
@@ -68,6 +69,7 @@ class Difference:
     max_abs: tuple[float, float]
     min_atol: tuple[float, float]
     rms: float
+    about: float | None = None
     num_differing: int | None = None
     num_beyond: int | None = None
     elements: tuple[Element, ...] = ()

@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from harness.checkpoint.dtypes import DType, component_nbytes
 from harness.checkpoint.tensors import Checkpoint
+from harness.fingerprints.residues import DEFAULT_TOLERANCE, Residues
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, MatrixDType, Sketch
 from harness.fingerprints.stats import (
     Stats,
@@ -30,6 +31,7 @@ class TensorFingerprint:
     stats: Stats | None = None
     values: bytes | None = None
     sketch: Sketch | None = None
+    residues: Residues | None = None
 
     @property
     def numel(self) -> int:
@@ -65,7 +67,8 @@ class _Excerpt(TensorFingerprint):
 class Fingerprint:
     """What is known of a checkpoint; `name` says where it came from.
 
-    `num_cached` tensors were not read: a cache knew their digests.
+    `tolerance` (atol, rtol) is what residues were kept for, and what a comparison with this allows
+    by default. `num_cached` tensors were not read: a cache knew their digests.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Fingerprint:
     tensors: Mapping[str, TensorFingerprint]
     keeps_aliases: bool = True
     block_nbytes: int = DEFAULT_BLOCK_NBYTES
+    tolerance: tuple[float, float] = DEFAULT_TOLERANCE
     config: Mapping[str, Any] | None = None
     num_cached: int = 0
 

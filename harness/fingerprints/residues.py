@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -42,8 +42,10 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from harness.checkpoint.dtypes import DType
 from harness.streaming.chunks import buffers
 
+DEFAULT_TOLERANCE = 1e-5, 1e-5  # atol, rtol
 BITS = 4
 BLOCK_NUMEL = 8192
 DIGEST_NBYTES = 8
@@ -64,12 +66,21 @@ Floats = NDArray[np.floating]
 Doubles = NDArray[np.float64]
 
 
+def roundings(dtype: DType) -> tuple[float, float]:
+    """Relative and absolute rounding of torch's own test in this dtype, generously."""
+    unit, least = {
+        "float64": (2.0**-53, 2.0**-1074),
+        "complex128": (2.0**-53, 2.0**-1074),
+        "float16": (2.0**-11, 2.0**-24),
+        "complex32": (2.0**-11, 2.0**-24),
+        "bfloat16": (2.0**-8, 2.0**-133),
+    }.get(dtype.name, (2.0**-24, 2.0**-149))
+    return 8 * unit, 4 * least
+
+
 @dataclass(frozen=True, kw_only=True)
 class Allowance:
-    """A tolerance, and how far torch's own rounding in a dtype may move it.
-
-    `relative` and `absolute` are those of `harness.comparison.allclose.roundings`.
-    """
+    """A tolerance, and how far torch's own rounding in a dtype may move it (`roundings`)."""
 
     atol: float
     rtol: float
@@ -85,6 +96,13 @@ class Allowance:
 @dataclass(frozen=True, kw_only=True)
 class Grid(Allowance):
     """The grid of one tolerance and dtype."""
+
+    @classmethod
+    def of(cls, dtype: DType, atol: float, rtol: float) -> Grid | None:
+        """The grid of a dtype's values, None where there can be none."""
+        relative, absolute = roundings(dtype)
+        grid = cls(atol=atol, rtol=rtol, relative=relative, absolute=absolute)
+        return grid if dtype.kind == "float" and grid.is_usable else None
 
     @property
     def is_usable(self) -> bool:
@@ -144,10 +162,30 @@ class Grid(Allowance):
 class Residues:
     """`packed` uint8 (ceil(numel / 2),): element i in bits 4 (i mod 2) of byte i // 2; `digests`
     uint8 (num_blocks, 8): BLAKE3 of the block's integers as int32, or as int64 where one needs it,
-    little-endian. A block has 8192 elements, the last one perhaps fewer."""
+    little-endian. A block has 8192 elements, the last one perhaps fewer. They are those of a
+    tensor's elements from `first` on."""
 
+    grid: Grid
     packed: NDArray[np.uint8]
     digests: NDArray[np.uint8]
+    first: int = 0
+
+    @classmethod
+    def joined(cls, parts: Sequence[Residues | None]) -> Residues | None:
+        """Those of a tensor from those of its parts, of a whole number of blocks each."""
+        known = [part for part in parts if part is not None]
+        if not known or len(known) < len(parts):
+            return None
+        packed = np.concatenate([part.packed for part in known])
+        digests = np.concatenate([part.digests for part in known])
+        return cls(grid=known[0].grid, packed=packed, digests=digests)
+
+    def part(self, first: int, numel: int) -> Residues:
+        """Those of elements from a block's `first` on."""
+        start, begin = first - self.first, (first - self.first) // BLOCK_NUMEL
+        packed = self.packed[start // 2 : -(-(start + numel) // 2)]
+        digests = self.digests[begin : begin + num_residue_blocks(numel)]
+        return replace(self, packed=packed, digests=digests, first=first)
 
 
 def num_residue_blocks(numel: int) -> int:
@@ -180,7 +218,7 @@ def encode(values: Floats, grid: Grid) -> Residues | None:
                 low = (low ^ signs) - signs
             ours = packed[start // 2 : start // 2 + -(-part.size // 2)]
             _pack(np.bitwise_and(low, _MASK, out=low).astype("|u1"), ours)
-    return Residues(packed=packed, digests=_joined(digests))
+    return Residues(grid=grid, packed=packed, digests=_joined(digests))
 
 
 def _signs(values: Floats) -> NDArray[np.int32]:
@@ -267,24 +305,22 @@ class Checked:
         return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in names})
 
 
-def check(values: Floats, residues: Residues, grid: Grid, first: int = 0) -> Checked:
-    """Look at float values (n,), from the element `first` on, beside the residues of the others.
-
-    `first` is a multiple of 8192; `residues` are those of the whole tensor. Memory: 2 MB a thread.
-    """
+def check(values: Floats, residues: Residues) -> Checked:
+    """Look at float values (n,) beside the residues of the others. Memory: 2 MB a thread."""
+    grid = residues.grid
     digests: list[bytes] = []
     rows: list[tuple[NDArray[Any], ...]] = []
     with np.errstate(all="ignore"):
         for start in range(0, values.size, _PASS_NUMEL):
             part = values[start : start + _PASS_NUMEL]
-            at, count = first + start, part.size
+            count = part.size
             f, c = grid.measure(part), buffers.get("residue integers", count, "<f8")
             reach = _by_block(np.max, f)
             top = float(reach.max())
             if not math.isfinite(top):
                 reach = _by_block(np.max, np.where(np.isfinite(part), f, 0.0))
             signs = _signs(part)
-            low = _unpacked(residues.packed[at // 2 : at // 2 + -(-count // 2)], count)
+            low = _unpacked(residues.packed[start // 2 : -(-(start + count) // 2)], count)
             sign = signs.astype("|i1").view("|u1")
             low = ((low ^ sign) - sign) & np.uint8(_MASK)  # of |q|
             # |F(x)| / 16, rounded so that its remainder is `low`.
@@ -303,10 +339,9 @@ def check(values: Floats, residues: Residues, grid: Grid, first: int = 0) -> Che
                 f[np.isnan(f)] = 0.0  # finite, but too great for F: its block does not fit
             index = _by_block(np.argmax, f) + np.arange(0, count, BLOCK_NUMEL)
             signed = np.where(signs[index] < 0, -c[index], c[index])
-            rows.append((f[index], index + at, signed, reach))
+            rows.append((f[index], index + residues.first + start, signed, reach))
     steps, index, integer, reach = map(np.concatenate, zip(*rows, strict=True))
-    begin = first // BLOCK_NUMEL
-    fits = (residues.digests[begin : begin + len(digests)] == _joined(digests)).all(axis=1)
+    fits = (residues.digests == _joined(digests)).all(axis=1)
     return Checked(fits=fits, steps=steps, index=index, integer=integer, reach=reach)
 
 
@@ -321,7 +356,8 @@ def _by_block(function: Callable[..., Any], values: Doubles) -> NDArray[Any]:
 class Judgement:
     """What residues prove of allclose.
 
-    `max_abs` bounds the greatest |d|, `share` the greatest |d| / t of the tolerance asked for.
+    `max_abs` bounds the greatest |d|, which is `about` so much where all blocks are known; `share`
+    bounds the greatest |d| / t of the tolerance asked for.
     `beyond` counts the blocks with an element that is surely beyond it, `elements` are (index,
     about the value it had) of some of these, worst first, where they are known. `is_measured`:
     unless of some blocks nothing is known but that they differ by more than was recorded.
@@ -329,6 +365,7 @@ class Judgement:
 
     verdict: Literal["close", "different", "undecided"]
     max_abs: tuple[float, float]
+    about: float
     share: tuple[float, float]
     beyond: int
     elements: tuple[tuple[int, float], ...]
@@ -361,6 +398,7 @@ def judge(checked: Checked, grid: Grid, asked: Allowance, absmax: float) -> Judg
         is_beyond = (surely > 1) | (fits & np.isinf(checked.steps))
         lower, upper = least * (grid.A + grid.R * low), most * (grid.A + grid.R * top)
         upper[~fits] = np.inf
+        likely = grid.most(checked.steps) * (grid.A + grid.R * low)
         known = np.flatnonzero(is_beyond & fits & np.isfinite(checked.steps))
         worst = known[np.argsort(-lower[known], kind="stable")[:_MAX_ELEMENTS]]
         values = grid.inverse(checked.integer[worst])
@@ -368,6 +406,7 @@ def judge(checked: Checked, grid: Grid, asked: Allowance, absmax: float) -> Judg
     return Judgement(
         verdict="different" if is_beyond.any() else "close" if ends[3] <= 1 else "undecided",
         max_abs=(ends[0], ends[1]),
+        about=min(max(float(likely.max(initial=0.0)), ends[0]), ends[1]),
         share=(ends[2], ends[3]),
         beyond=int(np.count_nonzero(is_beyond)),
         elements=tuple(zip(checked.index[worst].tolist(), values.tolist(), strict=True)),

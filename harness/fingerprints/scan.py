@@ -31,6 +31,7 @@ from harness.fingerprints.integrity import (
     others,
     runs_of_tensors,
 )
+from harness.fingerprints.residues import DEFAULT_TOLERANCE, Grid, Residues, encode
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, MatrixDType, Sketch, sketch_values
 from harness.fingerprints.stats import (
     Moments,
@@ -62,6 +63,7 @@ def fingerprint(
     keep_values: Wanted = lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,
     block_nbytes: int = DEFAULT_BLOCK_NBYTES,
     matrix: MatrixDType = "float32",
+    residues: tuple[float, float] | None = None,
     check_integrity: bool = False,
     cache: DigestCache | None = None,
     jobs: int | None = None,
@@ -69,8 +71,9 @@ def fingerprint(
 ) -> Fingerprint:
     """Fingerprint every tensor: digests of all, stats and values or sketch where `details` says.
 
-    What `cache` knows and `details` does not ask for is not read. Memory: 20 MB a thread, plus
-    what is kept. Raises CheckpointError, and UsageError for a cache that cannot be used.
+    `residues` are kept beside sketches for this tolerance (atol, rtol). What
+    `cache` knows and `details` does not ask for is not read. Memory: 20 MB a thread, plus what is
+    kept. Raises CheckpointError, and UsageError for a cache that cannot be used.
     """
     originals = [t for t in checkpoint.tensors.values() if t.alias_of is None]
     prints = _cached(originals, details, cache)
@@ -90,7 +93,8 @@ def fingerprint(
         # Large values are read again, where they are kept: another rank need not send them.
         carries = keeps and tensor.numel <= MAX_KEPT_NUMEL
         cuts = cuts_of(runs[tensor.key]) if tensor.key in runs else None
-        scans.append(_Scan(tensor, cuts, wants, carries, block, matrix))
+        grid = None if residues is None or block is None else Grid.of(tensor.dtype, *residues)
+        scans.append(_Scan(tensor, cuts, wants, carries, block, matrix, grid))
     if progress is not None:
         progress.expect(sum(scan.nbytes for scan in scans) + sum(entry.nbytes for entry in rest))
     scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
@@ -128,6 +132,7 @@ def fingerprint(
         tensors=table,
         keeps_aliases=checkpoint.keeps_aliases,
         block_nbytes=block_nbytes,
+        tolerance=residues or DEFAULT_TOLERANCE,
         num_cached=num_cached,
     )
 
@@ -165,6 +170,7 @@ class _ChunkPrint:
     crc32s: tuple[int, ...] = ()
     moments: tuple[Moments, ...] = ()
     sketches: tuple[Sketch, ...] = ()
+    residues: tuple[Residues | None, ...] = ()
     values: bytes = b""
 
 
@@ -181,6 +187,7 @@ class _Scan:
     carries_values: bool
     block_nbytes: int | None
     matrix: MatrixDType = "float32"
+    grid: Grid | None = None
 
     @property
     def nbytes(self) -> int:
@@ -199,11 +206,13 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
     crc32s = () if scan.cuts is None else crc32s_of(data, chunk, scan.cuts)
     if not scan.wants_stats:
         return _ChunkPrint(digest, crc32s)
-    moments, sketches = [], []
+    moments, sketches, residues = [], [], []
     # Of the whole chunk at once, where it is all finite: fewer calls let threads wait less.
     of_chunk = extremes_of(data.view(numpy_dtype(tensor.dtype))) if _is_ieee(tensor.dtype) else None
     for part in _parts(data, tensor.dtype, block_nbytes):
         values = as_floats(part, tensor.dtype)
+        if scan.grid is not None:
+            residues.append(encode(values, scan.grid))
         finite, nonfinite = values, NonFinite()
         extremes = of_chunk if of_chunk and of_chunk.are_finite else extremes_of(values)
         if not extremes.are_finite:
@@ -219,7 +228,7 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
             sketches.append(sketch_values(values, numel, squares, scan.matrix))
         moments.append(moments_of(finite, runs, extremes, nonfinite))
     kept = data.tobytes() if scan.carries_values else b""
-    return _ChunkPrint(digest, crc32s, tuple(moments), tuple(sketches), kept)
+    return _ChunkPrint(digest, crc32s, tuple(moments), tuple(sketches), tuple(residues), kept)
 
 
 def _joined(squares: Array, count: int) -> Array:
@@ -256,4 +265,5 @@ def _join(scan: _Scan, parts: Sequence[_ChunkPrint]) -> TensorFingerprint:
         )
         if sketches
         else None,
+        residues=Residues.joined([one for part in parts for one in part.residues]),
     )

@@ -5,6 +5,8 @@ are. Refused (ValueError): columns that do not fit the rows, values that do not 
 
     digest      U8  [N, 32]      stats  F64 [N, 9]     one row per tensor (stats: NaN where none)
     sketch      F64 [M, 16]      block_norm F64 [M]    one row per block, tensors in table order
+    residue     U8  [bytes]      4 bits an element, each tensor from a whole byte on
+    residue_digest  U8 [B, 8]    one row per 8192 elements
     value/KEY   the tensor's own dtype and shape (U8 where safetensors lacks the dtype)
     seal        U8  [32]         BLAKE3 of the description beside the columns, and of all above it
                                  but the values, which make digests (not there in old files)
@@ -25,6 +27,7 @@ from harness.checkpoint.dtypes import DTYPES, DType, numpy_dtype
 from harness.checkpoint.keys import format_key
 from harness.checkpoint.tensors import Tensor
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, block_numel, digest_of
+from harness.fingerprints.residues import DIGEST_NBYTES, Grid, Residues, num_residue_blocks
 from harness.fingerprints.sketch import NUM_PROJECTIONS, MatrixDType, Sketch, num_blocks
 from harness.fingerprints.stats import Stats
 from harness.streaming.chunks import CHUNK_NBYTES, chunks
@@ -40,7 +43,7 @@ _NATIVE = frozenset(
         *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
     }
 )
-_SEALED = ("digest", "stats", "sketch", "block_norm")
+_SEALED = ("digest", "stats", "sketch", "block_norm", "residue", "residue_digest")
 
 
 def columns_of(parts: Mapping[str, Fingerprint]) -> dict[str, Array]:
@@ -55,11 +58,16 @@ def columns_of(parts: Mapping[str, Fingerprint]) -> dict[str, Array]:
     stats = np.array([_stats_of(t.stats) if t.stats else nothing for t in tensors], "<f8")
     rows = np.concatenate([np.empty((0, NUM_PROJECTIONS)), *(s.projections for s in sketches)])
     norms = np.concatenate([np.empty(0), *(s.norms for s in sketches)])
+    residues = [t.residues for t in originals if t.residues is not None]
     columns: dict[str, Array] = {
         "digest": np.frombuffer(digests, "|u1").reshape(-1, 32),
         "stats": stats.reshape(-1, _NUM_STATS),
         "sketch": rows,
         "block_norm": norms,
+        "residue": np.concatenate([np.empty(0, "|u1"), *(r.packed for r in residues)]),
+        "residue_digest": np.concatenate(
+            [np.empty((0, DIGEST_NBYTES), "|u1"), *(r.digests for r in residues)]
+        ),
     }
     for prefix, part in parts.items():
         for tensor in part.tensors.values():
@@ -72,7 +80,8 @@ def seal_of(description: str, columns: Mapping[str, Array]) -> bytes:
     """What tells whether a bit of a golden has changed, which only digests and values tell else."""
     hasher = blake3(description.encode())
     for name in _SEALED:
-        hasher.update(columns[name].reshape(-1).view("|u1").data)
+        if name in columns:
+            hasher.update(np.ascontiguousarray(columns[name]).reshape(-1).view("|u1").data)
     return hasher.digest()
 
 
@@ -86,17 +95,26 @@ def _native(tensor: TensorFingerprint) -> Array:
 
 
 def rows_of(part: Fingerprint) -> list[list[Any]]:
-    """The table of tensors: key, dtype, shape, alias, and whether values or a sketch are kept."""
+    """The table of tensors: key, dtype, shape, alias, and what is kept of the values."""
     return [
         [
             t.key,
             t.dtype.name,
             list(t.shape),
             t.alias_of,
-            "values" if t.values is not None else "sketch" if t.sketch is not None else None,
+            _kept(t),
         ]
         for t in part.tensors.values()
     ]
+
+
+def _kept(tensor: TensorFingerprint) -> str | None:
+    """What the columns hold of a tensor: residues stand beside a sketch."""
+    if tensor.values is not None:
+        return "values"
+    if tensor.sketch is None:
+        return None
+    return "sketch" if tensor.residues is None else "residues"
 
 
 def _value_name(prefix: str, key: str) -> str:
@@ -104,11 +122,11 @@ def _value_name(prefix: str, key: str) -> str:
     return f"{prefix}/" + key.encode("utf-8", "backslashreplace").decode()
 
 
-def _mapped(column: Tensor) -> Array:
-    """A column of float64 as file pages, which are never copied."""
-    if column.dtype.name != "float64":
-        raise ValueError(f"{column.key} is {column.dtype}, not float64")
-    return np.frombuffer(_bytes(column), "<f8").reshape(column.shape)
+def _mapped(column: Tensor, dtype: str = "float64") -> Array:
+    """A column as file pages, which are never copied."""
+    if column.dtype.name != dtype:
+        raise ValueError(f"{column.key} is {column.dtype}, not {dtype}")
+    return np.frombuffer(_bytes(column), numpy_dtype(column.dtype)).reshape(column.shape)
 
 
 def _bytes(column: Tensor) -> memoryview:
@@ -125,16 +143,26 @@ class Columns:
         self._columns = columns
         self._digests, stats = columns["digest"].array(), columns["stats"].array()
         self._sketch, self._norms = _mapped(columns["sketch"]), _mapped(columns["block_norm"])
-        if self._digests.shape[1:] != (32,) or stats.shape[1:] != (_NUM_STATS,):
+        self._residues = np.empty(0, "|u1")
+        self._residue_digests = np.empty((0, DIGEST_NBYTES), "|u1")
+        if "residue" in columns:  # else of a version that kept none
+            self._residues = _mapped(columns["residue"], "uint8")
+            self._residue_digests = _mapped(columns["residue_digest"], "uint8")
+        widths = [c.shape[1:] for c in (self._digests, stats, self._residue_digests)]
+        if widths != [(32,), (_NUM_STATS,), (DIGEST_NBYTES,)] or self._residues.ndim != 1:
             raise ValueError("the columns have other widths")
         self._stats: list[list[float]] = stats.tolist()
-        self._row = self._block = 0
+        self._row = self._block = self._residue = self._residue_block = 0
 
     def check_seal(self, description: str) -> None:
         """Raise ValueError where a bit has changed since the file was written."""
         if "seal" not in self._columns:
             return  # of a version that wrote none
-        there = {name: np.frombuffer(_bytes(self._columns[name]), "|u1") for name in _SEALED}
+        there = {
+            name: np.frombuffer(_bytes(self._columns[name]), "|u1")
+            for name in _SEALED
+            if name in self._columns
+        }
         if seal_of(description, there) != bytes(_bytes(self._columns["seal"])):
             raise ValueError("its parts do not make its seal")
 
@@ -142,9 +170,17 @@ class Columns:
         rows, blocks = {len(self._digests), len(self._stats)}, {len(self._sketch), len(self._norms)}
         if rows != {self._row} or blocks != {self._block}:
             raise ValueError(f"{self._row} tensors, but {sorted(rows)} rows in the columns")
+        ends = self._residue, self._residue_block
+        if ends != (len(self._residues), len(self._residue_digests)):
+            raise ValueError("more residues than tensors have")
 
     def prints(
-        self, prefix: str, table: list[Any], block_nbytes: int, matrix: MatrixDType
+        self,
+        prefix: str,
+        table: list[Any],
+        block_nbytes: int,
+        matrix: MatrixDType,
+        tolerance: tuple[float, float],
     ) -> Iterator[tuple[str, TensorFingerprint]]:
         """Read the fingerprints of one table of tensors."""
         if not 0 < block_nbytes <= CHUNK_NBYTES:
@@ -158,13 +194,16 @@ class Columns:
             key, dtype, shape = str(name), DTYPES[dtype_name], tuple(int(size) for size in sizes)
             digest, stats = self._digests[self._row].tobytes(), _stats(self._stats[self._row])
             self._row += 1
-            values, sketch = None, None
+            values, sketch, residues = None, None, None
             if alias_of is not None:
-                values, sketch = known[alias_of].values, known[alias_of].sketch
+                original = known[alias_of]
+                values, sketch, residues = original.values, original.sketch, original.residues
             elif kept == "values":
                 values = self._values(prefix, key, dtype, shape, digest)
-            elif kept == "sketch":
+            elif kept in ("sketch", "residues"):
                 sketch = self._take_sketch(key, dtype, shape, block_nbytes, matrix)
+            if kept == "residues" and alias_of is None:
+                residues = self._take_residues(key, dtype, math.prod(shape), tolerance)
             if key in known:
                 raise ValueError(f"two tensors have the key {key!r}")
             known[key] = tensor = TensorFingerprint(
@@ -176,6 +215,7 @@ class Columns:
                 stats=stats,
                 values=values,
                 sketch=sketch,
+                residues=residues,
             )
             yield key, tensor
 
@@ -209,6 +249,21 @@ class Columns:
         if self._block > min(len(self._sketch), len(self._norms)):
             raise ValueError(f"the sketch ends before {key!r}")
         return Sketch(projections=self._sketch[rows], norms=self._norms[rows], matrix=matrix)
+
+    def _take_residues(
+        self, key: str, dtype: DType, numel: int, tolerance: tuple[float, float]
+    ) -> Residues:
+        grid = Grid.of(dtype, *tolerance)
+        if grid is None:
+            raise ValueError(f"residues of {key!r}, of which there can be none")
+        packed = slice(self._residue, self._residue + -(-numel // 2))
+        digests = slice(self._residue_block, self._residue_block + num_residue_blocks(numel))
+        self._residue, self._residue_block = packed.stop, digests.stop
+        if packed.stop > len(self._residues) or digests.stop > len(self._residue_digests):
+            raise ValueError(f"the residues end before {key!r}")
+        return Residues(
+            grid=grid, packed=self._residues[packed], digests=self._residue_digests[digests]
+        )
 
 
 def _stats(row: Sequence[float]) -> Stats | None:

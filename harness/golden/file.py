@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from harness.checkpoint.sources.source import read
 from harness.checkpoint.tensors import Tensor
 from harness.errors import CheckpointError, GoldenError
 from harness.fingerprints.fingerprint import Fingerprint
+from harness.fingerprints.residues import BITS, BLOCK_NUMEL, DEFAULT_TOLERANCE
 from harness.fingerprints.sketch import NUM_PROJECTIONS, SEED
 from harness.golden.atomic import write_whole
 from harness.golden.columns import Columns, columns_of, rows_of, seal_of
@@ -35,7 +37,7 @@ from harness.text.shell import quoted
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SCHEMA = 2  # in 1, which is read too, P is of float64 and is not named
+SCHEMA = 3  # 2, which is read too, has no residues; in 1, P is of float64 and is not named
 _LFS = b"version https://git-lfs"
 _RESTORE = "restore it from version control, or remove it and record it again"
 _NOT_A_GOLDEN = "give the golden with -g, and the checkpoint without"
@@ -139,6 +141,7 @@ def _describe(golden: Golden) -> dict[str, Any]:
                 "seed": SEED,
                 **_describe_sketches(found),
             },
+            "residues": {"bits": BITS, "block_numel": BLOCK_NUMEL},
         },
         "source": {
             "path": golden.source,
@@ -155,7 +158,21 @@ def _describe(golden: Golden) -> dict[str, Any]:
 
 
 def _describe_sketches(part: Fingerprint) -> dict[str, Any]:
-    return {"block_nbytes": part.block_nbytes, "matrix": part.matrix}
+    atol, rtol = part.tolerance
+    return {
+        "block_nbytes": part.block_nbytes,
+        "matrix": part.matrix,
+        "tolerance": {"atol": atol, "rtol": rtol},
+    }
+
+
+def _tolerance(described: Mapping[str, Any]) -> tuple[float, float]:
+    if "tolerance" not in described:
+        return DEFAULT_TOLERANCE
+    atol, rtol = (float(described["tolerance"][name]) for name in ("atol", "rtol"))
+    if not (0 <= atol < math.inf and 0 <= rtol < math.inf):
+        raise ValueError(f"a tolerance of {atol}, {rtol}")
+    return atol, rtol
 
 
 def _how_sketched(schema: int, described: Mapping[str, Any]) -> tuple[int, Any]:
@@ -265,13 +282,14 @@ def _parse(path: AnyPath, columns: Mapping[str, Tensor], metadata: Mapping[str, 
     try:
         header = json.loads(metadata["harness"])
         schema = header["schema"]
-        if schema not in (1, SCHEMA):
+        if schema not in (1, 2, SCHEMA):
             raise GoldenError(
                 f"{path}: a golden of schema {schema}, but this version reads up to {SCHEMA}",
                 hint="upgrade: pip install --upgrade checkpoint-harness",
             )
         made, source = header["made"], header["source"]
         block_nbytes, matrix = _how_sketched(schema, made["sketch"])
+        tolerance = _tolerance(made["sketch"])
         fixed = (made["digest"], made["chunk_nbytes"], made["sketch"]["seed"])
         if fixed != ("blake3", CHUNK_NBYTES, SEED) or not 0 < block_nbytes <= CHUNK_NBYTES:
             raise GoldenError(
@@ -285,8 +303,11 @@ def _parse(path: AnyPath, columns: Mapping[str, Tensor], metadata: Mapping[str, 
             container=source["container"],
             section=source["section"] or "",
             keeps_aliases=source["keeps_aliases"],
-            tensors=dict(reader.prints("value", header["tensors"], block_nbytes, matrix)),
+            tensors=dict(
+                reader.prints("value", header["tensors"], block_nbytes, matrix, tolerance)
+            ),
             block_nbytes=block_nbytes,
+            tolerance=tolerance,
             config=header["config"],
         )
         if fingerprint.root.hex() != header["root"]:
@@ -324,13 +345,15 @@ def _parse_live(reader: Columns, schema: int, described: Any) -> LiveRecord | No
         if table is None:
             return None
         block_nbytes, matrix = _how_sketched(schema, table)
+        tolerance = _tolerance(table)
         return Fingerprint(
             name=name,
             container=f"live {name}",
             section="",
-            tensors=dict(reader.prints(name, table["tensors"], block_nbytes, matrix)),
+            tensors=dict(reader.prints(name, table["tensors"], block_nbytes, matrix, tolerance)),
             keeps_aliases=False,
             block_nbytes=block_nbytes,
+            tolerance=tolerance,
         )
 
     return LiveRecord(

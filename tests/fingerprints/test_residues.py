@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from harness.checkpoint.dtypes import DTYPES
 from harness.fingerprints.residues import (
     BLOCK_NUMEL,
     Allowance,
@@ -23,15 +24,16 @@ from harness.fingerprints.residues import (
     check,
     encode,
     judge,
+    roundings,
 )
 
-ROUNDINGS = {
-    torch.float64: (8 * 2.0**-53, 4 * 2.0**-1074),
-    torch.float32: (8 * 2.0**-24, 4 * 2.0**-149),
-    torch.float16: (8 * 2.0**-11, 4 * 2.0**-24),
-    torch.bfloat16: (8 * 2.0**-8, 4 * 2.0**-133),
-    torch.float8_e4m3fn: (8 * 2.0**-24, 4 * 2.0**-149),
-    torch.float8_e5m2: (8 * 2.0**-24, 4 * 2.0**-149),
+FLOATS = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float8_e4m3fn: "float8_e4m3fn",
+    torch.float8_e5m2: "float8_e5m2",
 }
 TOLERANCES = [(1e-5, 1e-5), (1e-4, 1e-4), (1e-3, 0.0), (1e-8, 1e-3), (1e-9, 1e-6), (2.0, 0.3)]
 EXTREME = [(1e-12, 1e-12), (1e-9, 0.0), (0.0, 1e-5), (1e-3, 0.9), (1e-30, 1e-7)]
@@ -43,7 +45,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def grid_of(dtype: torch.dtype, atol: float, rtol: float) -> Grid:
-    relative, absolute = ROUNDINGS[dtype]
+    relative, absolute = roundings(DTYPES[FLOATS[dtype]])
     return Grid(atol=atol, rtol=rtol, relative=relative, absolute=absolute)
 
 
@@ -57,7 +59,7 @@ def verdict(x: torch.Tensor, y: torch.Tensor, kept: Residues, grid: Grid, asked:
     allowance = Allowance(
         atol=asked.atol, rtol=asked.rtol, relative=asked.relative, absolute=asked.absolute
     )
-    return judge(check(floats(x), kept, grid), grid, allowance, absmax)
+    return judge(check(floats(x), kept), grid, allowance, absmax)
 
 
 def is_close(x: torch.Tensor, y: torch.Tensor, atol: float, rtol: float) -> bool:
@@ -78,7 +80,7 @@ class Case:
 
 
 def tensors(rng: np.random.Generator, *, extreme: bool) -> tuple[torch.Tensor, float, float]:
-    choice = [torch.float32, torch.float64] if extreme else [torch.float32, *ROUNDINGS]
+    choice = [torch.float32, torch.float64] if extreme else [torch.float32, *FLOATS]
     dtype = choice[rng.integers(len(choice))]
     tolerances = EXTREME if extreme else TOLERANCES
     atol, rtol = tolerances[rng.integers(len(tolerances))]
@@ -232,7 +234,7 @@ def test_beyond_the_recorded_tolerance_a_looser_one_is_not_measured() -> None:
     assert (told.verdict, told.is_measured) == ("close", True)
 
 
-@pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("numel", [1, 2, 8191, 8193, 65536, 140_001])
 def test_the_parts_of_a_tensor_make_the_whole(dtype: torch.dtype, numel: int) -> None:
     rng = np.random.default_rng(numel)
@@ -247,10 +249,13 @@ def test_the_parts_of_a_tensor_make_the_whole(dtype: torch.dtype, numel: int) ->
     assert whole.digests.shape == (-(-numel // BLOCK_NUMEL), 8)
     starts = range(0, numel, 2 * BLOCK_NUMEL)
     parts = [encode(floats(y)[i : i + 2 * BLOCK_NUMEL], grid) for i in starts]
-    for name in ("packed", "digests"):
-        assert np.array_equal(np.concatenate([vars(p)[name] for p in parts]), vars(whole)[name])
-    together = check(floats(x), whole, grid)
-    apart = [check(floats(x)[i : i + 2 * BLOCK_NUMEL], whole, grid, i) for i in starts]
+    joined = Residues.joined(parts)
+    assert joined is not None
+    assert np.array_equal(joined.packed, whole.packed)
+    assert np.array_equal(joined.digests, whole.digests)
+    assert Residues.joined([*parts, None]) is None
+    together, size = check(floats(x), whole), 2 * BLOCK_NUMEL
+    apart = [check(floats(x)[i : i + size], whole.part(i, min(size, numel - i))) for i in starts]
     for name, found in vars(Checked.joined(apart)).items():
         assert np.array_equal(found, vars(together)[name], equal_nan=True)
 
@@ -283,7 +288,7 @@ def test_what_the_grid_cannot_reach_keeps_no_residues() -> None:
     assert kept is not None
     asked = Allowance(atol=1e-12, rtol=0.0, relative=2.0**-50, absolute=0.0)
     for far in (1e6, 1e300, -1e308):
-        told = judge(check(np.array([0, far, 0.0]), kept, grid), grid, asked, 0.0)
+        told = judge(check(np.array([0, far, 0.0]), kept), grid, asked, 0.0)
         assert told.verdict == "different"
 
 

@@ -255,8 +255,8 @@ def test_a_damaged_golden_is_a_clear_error(golden: Golden, change: Any) -> None:
 
 
 def test_a_newer_schema_says_to_upgrade(golden: Golden) -> None:
-    damage(golden.path, lambda columns, header: header.__setitem__("schema", 3))
-    with pytest.raises(GoldenError, match="schema 3, but this version reads up to 2") as caught:
+    damage(golden.path, lambda columns, header: header.__setitem__("schema", 4))
+    with pytest.raises(GoldenError, match="schema 4, but this version reads up to 3") as caught:
         read_golden(golden.path)
     assert "upgrade" in (caught.value.hint or "")
 
