@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from harness.checkpoint import open_checkpoint
@@ -22,7 +21,6 @@ from harness.comparison.comparison import Comparison
 from harness.comparison.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
 from harness.comparison.policy import Policy, Stage, check_stage
 from harness.errors import UsageError
-from harness.fingerprints.cache import DigestCache
 from harness.fingerprints.fingerprint import Fingerprint, structure
 from harness.fingerprints.integrity import damages
 from harness.fingerprints.scan import MAX_KEPT_NUMEL
@@ -190,16 +188,14 @@ def verify(
     *,
     policy: Policy | None = None,
     reference: Location | None = None,
-    cache: Path | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare a checkpoint with its golden; without one, the checkpoint that the golden names.
 
-    `reference` is the checkpoint that the golden was recorded from: where it is at hand, changed
-    tensors are compared with it element by element. `cache` is a file that remembers digests
-    (`harness.cache`): what it knows is not read again. What is no path needs `golden`. Raises
-    CheckpointError, GoldenError, and UsageError for options that fit nothing.
+    `reference` is the checkpoint that the golden was recorded from: changed tensors are compared
+    with it element by element. What is no path needs `golden`. Raises CheckpointError, GoldenError,
+    and UsageError for options that fit nothing.
     """
     policy = policy or Policy()
     recorded = _read(subject, golden)
@@ -214,7 +210,6 @@ def verify(
         found = fingerprint_checkpoint(
             actual,
             details=nothing,
-            cache=None if cache is None else DigestCache(cache),
             jobs=jobs,
             progress=progress,
         )
@@ -247,7 +242,6 @@ def verify_stages(
     stage: Stage | None = None,
     live: LiveOptions | None = None,
     reference: Location | None = None,
-    cache: Path | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Comparison]:
@@ -264,7 +258,6 @@ def verify_stages(
         golden,
         policy=policy,
         reference=reference,
-        cache=cache,
         jobs=jobs,
         progress=progress,
     )

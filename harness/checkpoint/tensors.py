@@ -97,15 +97,6 @@ class Tensor:
             self.negative,
         )
 
-    def stamp(self) -> str | None:
-        """Name the logical bytes and the state of the file that they are in; see `Source.stamp`."""
-        place = self.storage
-        stamp = None if place.source is None else place.source.stamp()
-        if stamp is None:
-            return None
-        view = (place.offset, place.nbytes, place.big_endian, self.dtype.name, self.shape)
-        return repr((stamp, *view, self.offset, self.strides, self.conjugate, self.negative))
-
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with logical bytes from `start` (a multiple of the itemsize).
 

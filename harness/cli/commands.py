@@ -264,9 +264,6 @@ def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
 @click.option(
     "--reference", type=PATH, metavar="CKPT", help="The recorded checkpoint: decides exactly."
 )
-@click.option(
-    "--cache", is_flag=True, help="Do not read again what did not change since the last --cache."
-)
 @click.option("--update-golden", is_flag=True, help="Show the differences, then accept them.")
 @click.option("--reason", default="", help="Why the golden is updated; kept in its history.")
 @stage_options
@@ -281,7 +278,6 @@ def verify(
     checkpoint: AnyPath | None,
     golden: AnyPath | None,
     reference: AnyPath | None,
-    cache: bool,
     update_golden: bool,
     reason: str,
     stage: Any,
@@ -295,7 +291,6 @@ def verify(
     Without CHECKPOINT, every golden in golden/ is compared with the checkpoint that it names, in
     all the stages that it was recorded with.
     """
-    from harness.fingerprints.cache import default_cache
     from harness.report.outcome import Result
 
     if reason and not update_golden:
@@ -308,7 +303,6 @@ def verify(
         stage=stage,
         options=options,
         reference=reference,
-        cache=default_cache() if cache else None,
         jobs=jobs,
         form=form,
         updating=update_golden,

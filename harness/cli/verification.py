@@ -82,7 +82,6 @@ class Verification:
     stage: Any
     options: dict[str, Any]
     reference: AnyPath | None
-    cache: Path | None
     jobs: int | None
     form: str
     updating: bool
@@ -144,7 +143,6 @@ class Verification:
                 stage=stage,
                 live=self._live(recorded, stage),
                 reference=self.reference,
-                cache=self.cache,
                 jobs=self.jobs,
                 progress=progress,
             ):

@@ -80,7 +80,7 @@ def compare(
         num_ignored=matching.num_ignored,
         num_nan=sum(1 for t in matching.expected if t.stats is not None and t.stats.num_nan),
         stage=stage,
-        notes=tuple(_notes(actual, strangers=matching.are_strangers)),
+        notes=(_STRANGERS,) if matching.are_strangers else (),
         are_strangers=matching.are_strangers,
     )
 
@@ -141,26 +141,13 @@ def with_damages(
     return replace(comparison, findings=(*found, *comparison.findings), notes=notes)
 
 
-def _notes(actual: Fingerprint, *, strangers: bool) -> Iterator[str]:
-    if strangers:
-        yield _STRANGERS
-    if actual.num_cached:
-        count = sum(1 for tensor in actual.tensors.values() if tensor.alias_of is None)
-        yield (
-            f"{actual.num_cached:,} of {count:,} tensors were not read: the cache knows their files"
-        )
-
-
 def _refuse_contradiction(pair: Pair, actual: Fingerprint) -> None:
     """Equal bytes have equal digests, unless they were read at two times."""
     ours, theirs = pair.expected, pair.actual
     if ours.dtype == theirs.dtype and None not in (ours.digest, theirs.digest):
-        hint = "something writes to it while it is read: try again when that is done"
-        if actual.num_cached:
-            hint = f"the cache is wrong, so leave out --cache; or {hint}"
         raise CheckpointError(
             f"{actual.name}: the values of {theirs.key!r} are as expected, but their digest not",
-            hint=hint,
+            hint="something writes to it while it is read: try again when that is done",
         )
 
 

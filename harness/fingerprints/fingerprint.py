@@ -68,7 +68,7 @@ class Fingerprint:
     """What is known of a checkpoint; `name` says where it came from.
 
     `tolerance` (atol, rtol) is what residues were kept for, and what a comparison with this allows
-    by default. `num_cached` tensors were not read: a cache knew their digests.
+    by default.
     """
 
     name: str
@@ -79,7 +79,6 @@ class Fingerprint:
     block_nbytes: int = DEFAULT_BLOCK_NBYTES
     tolerance: tuple[float, float] = DEFAULT_TOLERANCE
     config: Mapping[str, Any] | None = None
-    num_cached: int = 0
 
     @property
     def matrix(self) -> MatrixDType:

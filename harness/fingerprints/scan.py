@@ -19,7 +19,6 @@ from blake3 import blake3
 from harness.checkpoint.dtypes import DType, component_nbytes, numpy_dtype
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
 from harness.fingerprints.arithmetic import as_floats, moments_of_runs
-from harness.fingerprints.cache import DigestCache
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, block_numel, digest_of
 from harness.fingerprints.integrity import (
     Run,
@@ -65,20 +64,15 @@ def fingerprint(
     matrix: MatrixDType = "float32",
     residues: tuple[float, float] | None = None,
     check_integrity: bool = False,
-    cache: DigestCache | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Fingerprint:
     """Fingerprint every tensor: digests of all, stats and values or sketch where `details` says.
 
-    `residues` are kept beside sketches for this tolerance (atol, rtol). What
-    `cache` knows and `details` does not ask for is not read. Memory: 20 MB a thread, plus what is
-    kept. Raises CheckpointError, and UsageError for a cache that cannot be used.
+    `residues` are kept beside sketches for this tolerance (atol, rtol). Memory: 20 MB a thread,
+    plus what is kept. Raises CheckpointError.
     """
     originals = [t for t in checkpoint.tensors.values() if t.alias_of is None]
-    prints = _cached(originals, details, cache)
-    num_cached = len(prints)
-    originals = [t for t in originals if t.key not in prints]
     runs: dict[str, list[Run]] = {}
     rest: list[Checksum] = []
     if check_integrity:
@@ -108,6 +102,7 @@ def fingerprint(
             )
         ]
         check_undamaged(known, rest, jobs, progress)
+    prints: dict[str, TensorFingerprint] = {}
     for tensor, scan, parts in zip(originals, scans, scanned, strict=True):
         joined = _join(scan, parts)
         if joined.values is None and details(tensor) and keep_values(tensor):
@@ -116,9 +111,6 @@ def fingerprint(
             joined = replace(joined, values=bytes(kept))
         prints[tensor.key] = joined
         parts.clear()  # the sketches of a large checkpoint are not held twice
-    if cache is not None:
-        digests = {key: t.digest for key, t in prints.items() if t.digest is not None}
-        cache.keep(originals, digests)
     table = {}
     for key, tensor in checkpoint.tensors.items():
         if tensor.alias_of is None:
@@ -133,23 +125,7 @@ def fingerprint(
         keeps_aliases=checkpoint.keeps_aliases,
         block_nbytes=block_nbytes,
         tolerance=residues or DEFAULT_TOLERANCE,
-        num_cached=num_cached,
     )
-
-
-def _cached(
-    tensors: Sequence[Tensor], details: Wanted, cache: DigestCache | None
-) -> dict[str, TensorFingerprint]:
-    """What need not be read, by key."""
-    if cache is None:
-        return {}
-    wanted = [tensor for tensor in tensors if not details(tensor)]
-    known = cache.known(wanted)
-    return {
-        t.key: TensorFingerprint(key=t.key, dtype=t.dtype, shape=t.shape, digest=known[t.key])
-        for t in wanted
-        if t.key in known
-    }
 
 
 def statistics(

@@ -34,9 +34,6 @@ class _Memory:
     def view(self, offset: int, nbytes: int) -> memoryview:
         return self._bytes[offset : offset + nbytes].cpu().numpy().data
 
-    def stamp(self) -> str | None:
-        return None
-
     def close(self) -> None:
         pass
 

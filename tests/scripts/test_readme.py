@@ -93,8 +93,7 @@ def test_the_jobs_and_hooks_run(project: Path, block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", blocks("sh"), ids=line_of)
-def test_the_shell_blocks_run(project: Path, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(project / "cache"))
+def test_the_shell_blocks_run(project: Path, block: Block) -> None:
     [tests] = [block for block in blocks("python") if "def test_" in block.text]
     Path("tests/test_net.py").write_text(tests.text)
     run(block.text)

@@ -293,11 +293,6 @@ class Assembled:
         """A copy: there is no one place in a file to map."""
         return memoryview(read(self, offset, nbytes))
 
-    def stamp(self) -> str | None:
-        stamps = [(box.start, box.extent, box.tensor.stamp()) for box, _ in self.boxes]
-        known = all(stamp is not None for _, _, stamp in stamps)
-        return repr((self.shape, stamps)) if known else None
-
     def close(self) -> None:
         """Nothing is held open here; the files of the pieces are the checkpoint's."""
 

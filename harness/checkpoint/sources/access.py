@@ -92,9 +92,6 @@ class PooledSource:
     def view(self, offset: int, nbytes: int) -> memoryview:
         return self._opened().view(offset, nbytes)
 
-    def stamp(self) -> str | None:
-        return self._opened().stamp()
-
     def _opened(self) -> Source:
         found = self._pool.opened(self.path)
         if found.version != self.version:

@@ -97,10 +97,6 @@ class RemoteSource:
                 self._mirror = Mirror(self)
             return self._mirror.view(offset, nbytes)
 
-    def stamp(self) -> str | None:
-        """None: few servers tell reliably whether a file has changed."""
-        return None
-
     def close(self) -> None:
         _blocks.drop(self)
         if self._mirror is not None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
 from pathlib import Path
 
 from harness.checkpoint.sources.source import Version, check_range
 from harness.errors import CheckpointError
-
-_SETTLED_NS = 2_000_000_000
 
 
 class FileSource:
@@ -66,15 +63,6 @@ class FileSource:
                     hint="the file may still be written, or memory is short: run again",
                 ) from error
         return memoryview(self._map)[offset : offset + nbytes]
-
-    def stamp(self) -> str | None:
-        found = os.fstat(self._descriptor())
-        # What was written a moment ago may be written again within the clock's resolution.
-        if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < _SETTLED_NS:
-            return None
-        return (
-            f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
-        )
 
     def _descriptor(self) -> int:
         if self._fd < 0:

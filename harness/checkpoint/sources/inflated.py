@@ -28,9 +28,6 @@ class Spool(FileSource):
         self.lock = threading.Lock()
         self._compressed_nbytes = compressed_nbytes
 
-    def stamp(self) -> str | None:
-        return None
-
     def append(self, data: bytes) -> None:
         """Add to the end, up to what `compressed_nbytes` may expand to; hold the lock."""
         _check_expansion(self.name, self._compressed_nbytes, self.nbytes + len(data))
@@ -88,10 +85,6 @@ class InflatedSource:
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         return self._inflated().view(offset, nbytes)
-
-    def stamp(self) -> str | None:
-        base = self._base.stamp()
-        return None if base is None else f"{base}+{self._start}:{self._wbits}"
 
     def close(self) -> None:
         self._spool.close()

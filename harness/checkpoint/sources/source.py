@@ -29,9 +29,6 @@ class Source(Protocol):
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Map a read-only view of a part: file pages, not anonymous memory."""
 
-    def stamp(self) -> str | None:
-        """Name these bytes and their state, for a cache; None where a change could go unseen."""
-
     def close(self) -> None: ...
 
 
@@ -87,10 +84,6 @@ class RangeSource:
     def view(self, offset: int, nbytes: int) -> memoryview:
         check_range(self, offset, nbytes)
         return self.base.view(self.locate() + offset, nbytes)
-
-    def stamp(self) -> str | None:
-        base = self.base.stamp()
-        return None if base is None else f"{base}+{self.locate()}"
 
     def close(self) -> None:
         self.base.close()

@@ -202,9 +202,6 @@ class _Literal:
     def view(self, offset: int, nbytes: int) -> memoryview:
         return memoryview(self._data)[offset : offset + nbytes]
 
-    def stamp(self) -> str | None:
-        return None
-
     def close(self) -> None:
         pass
 

@@ -329,9 +329,6 @@ class Shards:
         self.read_into(offset, data)
         return data
 
-    def stamp(self) -> str | None:
-        return None
-
     def close(self) -> None:
         pass
 
