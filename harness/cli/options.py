@@ -34,24 +34,26 @@ class _Location(click.Path):
 PATH = _Location()
 
 
-class _Pairs(click.ParamType[tuple[str, str]]):
-    """`LEFT=RIGHT`, split at the last or the first equals sign."""
-
-    name = "LEFT=RIGHT"
-
-    def __init__(self, *, at_last: bool) -> None:
-        self.at_last = at_last
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, str]:
-        left, sign, right = value.rpartition("=") if self.at_last else value.partition("=")
-        if not sign or not left:
-            self.fail(f"{value!r} is not of the form {param.metavar}", param, ctx)
-        return left, right
+def _pair(
+    text: str, ctx: click.Context, param: click.Parameter, *, at_last: bool = False
+) -> tuple[str, str]:
+    """Split `LEFT=RIGHT` at the first or the last equals sign."""
+    left, sign, right = text.rpartition("=") if at_last else text.partition("=")
+    if not sign or not left:
+        raise click.BadParameter(
+            f"{text!r} is not of the form {param.metavar}", ctx=ctx, param=param
+        )
+    return left, right
 
 
-def _tolerance(ctx: click.Context, param: click.Parameter, pairs: Any) -> Any:
+def _key_map(ctx: click.Context, param: click.Parameter, texts: Any) -> Any:
+    return tuple(_pair(text, ctx, param) for text in texts)
+
+
+def _tolerances(ctx: click.Context, param: click.Parameter, texts: Any) -> Any:
     found = []
-    for glob, numbers in pairs:
+    for text in texts:
+        glob, numbers = _pair(text, ctx, param, at_last=True)
         try:
             atol, *rest = (float(number) for number in numbers.split(","))
             rtol = rest.pop() if rest else None
@@ -74,8 +76,7 @@ _POLICY = [
         "--tolerance",
         "tolerances",
         multiple=True,
-        type=_Pairs(at_last=True),
-        callback=_tolerance,
+        callback=_tolerances,
         metavar="GLOB=ATOL[,RTOL]",
         help="Another tolerance for some keys; the last that fits wins. Repeatable.",
     ),
@@ -83,7 +84,7 @@ _POLICY = [
         "--map",
         "key_map",
         multiple=True,
-        type=_Pairs(at_last=False),
+        callback=_key_map,
         metavar="OLD=NEW",
         help="The golden's key OLD is now NEW; prefixes end in a dot. Repeatable.",
     ),
@@ -288,7 +289,7 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(list(args))
         seen: set[str] = set()
-        if self.get_help_option(ctx) in order:
+        if any(set(ctx.help_option_names) & set(param.opts) for param in order):
             order = []
         for param in order:
             if not isinstance(param, click.Option) or param.multiple or param.name is None:
