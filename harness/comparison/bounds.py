@@ -291,7 +291,10 @@ def by_residues(
             )
             for index, value in found.elements
         )
-        return replace(told, why=f"{one} beyond the tolerance", elements=elements)
+        # Another digest is no matter of chance; where it fits, 64 bits may collide.
+        chance = told.chance if elements else 0.0
+        why = f"{one} beyond the tolerance"
+        return replace(told, why=why, elements=elements, chance=chance)
     if not found.is_measured:
         least = f"{tolerance.atol:g}"
         return replace(
@@ -303,6 +306,27 @@ def by_residues(
     low, high = round_outward(found.share)
     why = f"its greatest difference is {low:g} to {high:g} of the tolerance"
     return replace(told, why=why, chance=0.0)
+
+
+def difference_from_values(
+    expected: TensorFingerprint,
+    actual: TensorFingerprint,
+    tolerance: Tolerance,
+    block_nbytes: int,
+    values: Tensor,
+    *,
+    option: str,
+) -> Difference:
+    """Decide allclose by all that is kept of the expected side, on this thread.
+
+    Elements are not recovered.
+    """
+    found = difference_from_sketch(expected, actual, tolerance, block_nbytes, None)
+    if expected.residues is not None and can_check(found, expected, actual):
+        pair = Beside(expected.residues, values)
+        checked = [check_chunk(pair, chunk) for chunk in chunks(values.nbytes)]
+        found = by_residues(found, expected, values, checked, option=option)
+    return replace(found, stats=(expected.stats, actual.stats))
 
 
 def _recovered(

@@ -59,8 +59,9 @@ class Finding:
 class Divergence:
     """The first place in a computation that is not as recorded, in execution order.
 
-    `diverging_module` is the submodule whose own code computed it; `agreeing` and `diverging` are
-    that submodule's inputs, by name.
+    `diverging_module` is the submodule whose own code computed it; `agreeing` (identical or close),
+    `undecided` and `diverging` are that submodule's inputs, by name. `num_undecided` of the
+    `num_before` activations before it are undecided.
     """
 
     finding: Finding
@@ -68,6 +69,8 @@ class Divergence:
     agreeing: tuple[str, ...]
     diverging: tuple[str, ...]
     num_before: int
+    undecided: tuple[str, ...] = ()
+    num_undecided: int = 0
 
 
 def describe(tensor: TensorFingerprint) -> str:

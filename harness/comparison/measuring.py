@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from harness.checkpoint.tensors import Checkpoint, Tensor
@@ -230,6 +230,43 @@ class BySketches:
                 difference_from_sketch(expected, actual, tolerance, self.block_nbytes, None),
                 stats=(expected.stats, actual.stats),
             )
+            for expected, actual, tolerance in triples
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhileRunning:
+    """Measures what a model computes while it does: `see` takes each activation with its values.
+
+    Memory: a `Difference` for each that differs.
+    """
+
+    expected: Fingerprint
+    tolerance: Tolerance
+    seen: dict[str, Difference] = field(default_factory=dict)
+
+    def see(self, actual: TensorFingerprint, values: Tensor) -> None:
+        """Measure an activation whose digest differs from that of the expected one of its key."""
+        from harness.comparison.bounds import difference_from_values
+
+        expected = self.expected.tensors.get(actual.key)
+        if expected is None or expected.shape != actual.shape or expected.digest == actual.digest:
+            return
+        self.seen[actual.key] = difference_from_values(
+            expected,
+            actual,
+            self.tolerance,
+            self.expected.block_nbytes,
+            values,
+            option="--output-atol",
+        )
+
+    def __call__(self, triples: Sequence[Triple]) -> list[Difference]:
+        by_sketches = BySketches(self.expected.block_nbytes)
+        return [
+            self.seen[actual.key]
+            if actual.key == expected.key and actual.key in self.seen
+            else by_sketches([(expected, actual, tolerance)])[0]
             for expected, actual, tolerance in triples
         ]
 

@@ -62,8 +62,15 @@ def divergence_lines(divergence: Divergence) -> Iterator[str]:
 
 def _inputs_of(divergence: Divergence) -> str:
     agreeing, diverging = divergence.agreeing, divergence.diverging
-    total = len(agreeing) + len(diverging)
+    total = len(agreeing) + len(diverging) + len(divergence.undecided)
     before = f"the {divergence.num_before:,} activations computed before it"
+    if divergence.num_undecided:
+        count, several = divergence.num_undecided, divergence.num_undecided > 1
+        text = f"{count:,} of {before} {'are' if several else 'is'} undecided"
+        names = [f"{name} changed" for name in diverging]
+        names += [f"{name} is undecided" for name in divergence.undecided]
+        inputs = f"of its {total} inputs {', '.join(names)}; " if names else ""
+        return f"{inputs}{text}: the change may begin there"
     if diverging:
         return f"of its {total} inputs {', '.join(diverging)} changed; unchanged: {before}"
     if total == 0:

@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from harness.checkpoint import open_checkpoint
+from harness.checkpoint.tensors import Tensor
 from harness.errors import ModelError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.scan import fingerprint
@@ -31,8 +32,7 @@ from harness.model.state import as_checkpoint
 from harness.model.targets import user_code
 
 _SEED = 0
-# Outputs agree to rounding only: small blocks let the sketch prove it (1 KiB: 256 float32).
-OUTPUT_BLOCK_NBYTES = 1024
+OUTPUT_TOLERANCE = 1e-4, 1e-4  # atol, rtol
 _MAX_KEPT_NUMEL = 256
 _ROOT = "(model)"
 
@@ -67,12 +67,16 @@ def outputs_of(
     module: nn.Module,
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
     matrix: MatrixDType = "float32",
+    *,
+    tolerance: tuple[float, float] = OUTPUT_TOLERANCE,
+    see: Callable[[TensorFingerprint, Tensor], None] | None = None,
 ) -> Fingerprint:
     """Run the model once and fingerprint what every submodule got and gave.
 
-    `matrix` is that of the golden to compare with.
+    `matrix` is that of the golden to compare with, `tolerance` (atol, rtol) what residues are kept
+    for. `see` is called with each fingerprint and its values, which are gone afterwards.
     """
-    recorder = _Recorder(matrix)
+    recorder = _Recorder(matrix, tolerance, see)
     positional, keyword = arguments
     with ExitStack() as stack:
         stack.enter_context(_quiet_mode(module))
@@ -100,13 +104,20 @@ def outputs_of(
         section="",
         tensors=recorder.prints,
         keeps_aliases=False,
-        block_nbytes=OUTPUT_BLOCK_NBYTES,
+        tolerance=tolerance,
     )
 
 
 class _Recorder:
-    def __init__(self, matrix: MatrixDType) -> None:
+    def __init__(
+        self,
+        matrix: MatrixDType,
+        tolerance: tuple[float, float],
+        see: Callable[[TensorFingerprint, Tensor], None] | None,
+    ) -> None:
         self._matrix: MatrixDType = matrix
+        self._tolerance = tolerance
+        self._see = see
         self.prints: dict[str, TensorFingerprint] = {}
         self._first: dict[bytes, str] = {}
         self._calls: Counter[str] = Counter()
@@ -138,16 +149,19 @@ class _Recorder:
                 found = fingerprint(
                     live,
                     keep_values=lambda tensor: tensor.numel <= _MAX_KEPT_NUMEL,
-                    block_nbytes=OUTPUT_BLOCK_NBYTES,
                     matrix=self._matrix,
+                    residues=self._tolerance,  # outputs agree to rounding only
                     jobs=1,
                 ).tensors
+                for name, tensor in found.items():
+                    if self._see is not None:
+                        self._see(tensor, live.tensors[name])
             for name, tensor in found.items():
                 # Most inputs are what another module has just put out: keep each only once.
                 first = self._first.setdefault(tensor.digest or b"", name)
-                self.prints[name] = dataclasses.replace(
-                    tensor, alias_of=None if first == name else first
-                )
+                kept = self.prints.get(first, tensor)
+                alias_of = None if first == name else first
+                self.prints[name] = dataclasses.replace(kept, key=name, alias_of=alias_of)
 
 
 def flatten(key: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,16 +22,15 @@ from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import FINDING_KINDS, Divergence, Finding
-from harness.comparison.measuring import AgainstGolden, BySketches
+from harness.comparison.measuring import AgainstGolden, WhileRunning
 from harness.comparison.policy import STAGES, Policy
 from harness.errors import ModelError, NotRecorded
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.scan import fingerprint
-from harness.fingerprints.sketch import MatrixDType
 from harness.golden.golden import Golden, LiveRecord, source_of, without_paths
 from harness.model.config import load_config
 from harness.model.loading import Loader, Saved, compare_training_state
-from harness.model.outputs import inputs_of, outputs_of
+from harness.model.outputs import OUTPUT_TOLERANCE, inputs_of, outputs_of
 from harness.model.state import as_checkpoint, state_of, transient_buffers
 from harness.model.targets import resolve
 
@@ -45,7 +44,8 @@ class LiveOptions:
     `target` is `package.module:Name`, None for what the registry has; `config` is a YAML
     that replaces the model's configuration; `inputs` is a safetensors file of keyword arguments;
     `keep` leaves the saved checkpoint beside the original as `NAME.test.*`; `trust` lets Lightning
-    unpickle.
+    unpickle. `output_atol` and `output_rtol` are the tolerance of outputs, None that of the golden,
+    or 1e-4.
     """
 
     target: str | None = None
@@ -53,8 +53,8 @@ class LiveOptions:
     inputs: Path | None = None
     keep: bool = False
     trust: bool = False
-    output_atol: float = 1e-4
-    output_rtol: float = 1e-4
+    output_atol: float | None = None
+    output_rtol: float | None = None
 
     def check(self) -> None:
         """Raise ModelError or CheckpointError for a target, config or inputs that are no such."""
@@ -64,6 +64,14 @@ class LiveOptions:
             load_config(self.config)
         if self.inputs is not None:
             open_checkpoint(self.inputs).close()
+
+    def output_tolerance(self, recorded: Fingerprint | None = None) -> tuple[float, float]:
+        """(atol, rtol) of outputs: as asked for, else as recorded."""
+        atol, rtol = OUTPUT_TOLERANCE if recorded is None else recorded.tolerance
+        return (
+            atol if self.output_atol is None else self.output_atol,
+            rtol if self.output_rtol is None else self.output_rtol,
+        )
 
     def loader(self, checkpoint: Checkpoint) -> Loader:
         config = None if self.config is None else load_config(self.config)
@@ -82,10 +90,13 @@ def remembered(golden: Golden) -> LiveOptions:
     """The options under which a golden was recorded."""
     if golden.live is None:
         return LiveOptions()
+    outputs = golden.live.outputs
     return LiveOptions(
         target=golden.live.target,
         config=golden.beside(golden.live.config),
         inputs=golden.beside(golden.live.inputs),
+        output_atol=None if outputs is None else outputs.tolerance[0],
+        output_rtol=None if outputs is None else outputs.tolerance[1],
     )
 
 
@@ -107,7 +118,9 @@ def record_live(
     buffers = transient_buffers(module)
     outputs = None
     if stage == "outputs":
-        outputs = outputs_of(module, inputs_of(module, options.inputs))
+        outputs = outputs_of(
+            module, inputs_of(module, options.inputs), tolerance=options.output_tolerance()
+        )
     return LiveRecord(
         target=options.target,
         stages=STAGES[: STAGES.index(stage) + 1],
@@ -329,46 +342,48 @@ def _compare_outputs(
     whatever the golden says, for no golden could hold it.
     """
 
-    def computed(model: nn.Module, matrix: MatrixDType) -> Fingerprint:
+    recorded = None if expected.live is None else expected.live.outputs
+    atol, rtol = options.output_tolerance(recorded)
+    tolerances = Policy(atol=atol, rtol=rtol, exact=policy.exact, check_dtype=True)
+
+    def computed(model: nn.Module, measure: WhileRunning | None = None) -> Fingerprint:
         # Of one model: the other may have drawn others when it was built.
-        found = outputs_of(model, inputs_of(module, options.inputs), matrix)
+        found = outputs_of(
+            model,
+            inputs_of(module, options.inputs),
+            "float32" if measure is None else measure.expected.matrix,
+            tolerance=(atol, rtol),
+            see=None if measure is None else measure.see,
+        )
         return replace(
             found, name=f"the {'re' if model is again else ''}loaded {type(model).__name__}"
         )
 
+    def beside(ours: Fingerprint, model: nn.Module) -> Comparison:
+        measure = WhileRunning(expected=ours, tolerance=tolerances.tolerance(""))
+        theirs = computed(model, measure)
+        compared = compare(ours, theirs, tolerances, measure, stage="outputs")
+        return replace(compared, divergence=first_departure(compared))
+
     if expected.live is None:
-        ours, theirs = (computed(model, "float32") for model in (module, again))
-        compared = _departing(ours, theirs, policy, options)
+        compared = beside(computed(module), again)
         return _of_reload(compared, _NO_OUTPUTS, *([_DRAWN] if is_same and not compared.ok else []))
-    if expected.live.outputs is None:
+    if recorded is None:
         raise NotRecorded(
             f"{expected.weights.name}: was recorded without outputs",
             hint="the same command with --update-golden records them",
         )
-    recorded = replace(expected.live.outputs, name=expected.weights.name)
-    found = computed(module, recorded.matrix)
-    compared = _departing(recorded, found, policy, options)
+    recorded = replace(recorded, name=expected.weights.name)
+    compared = beside(recorded, module)
     if not is_same:
         return compared
     # Of two that part from the golden, what they agree on can be recorded.
-    ours = recorded if compared.ok else found
-    other = _departing(ours, computed(again, recorded.matrix), policy, options)
+    other = beside(recorded if compared.ok else compared.actual, again)
     return compared if other.ok else _of_reload(other, _DRAWN)
 
 
 def _of_reload(compared: Comparison, *notes: str) -> Comparison:
     return replace(compared, is_of_reload=True, notes=(*compared.notes, *notes))
-
-
-def _departing(
-    ours: Fingerprint, theirs: Fingerprint, policy: Policy, options: LiveOptions
-) -> Comparison:
-    """Compare two runs of a model, and find where they part."""
-    tolerances = Policy(
-        atol=options.output_atol, rtol=options.output_rtol, exact=policy.exact, check_dtype=True
-    )
-    compared = compare(ours, theirs, tolerances, BySketches(ours.block_nbytes), stage="outputs")
-    return replace(compared, divergence=first_departure(compared))
 
 
 def first_departure(comparison: Comparison) -> Divergence | None:
@@ -379,17 +394,25 @@ def first_departure(comparison: Comparison) -> Divergence | None:
     failing = {f.key: f for f in comparison.findings if f.fails}
     if not failing:
         return None
+    undecided = {f.key for f in comparison.findings if f.kind == "undecided"}
     order = list(comparison.expected.tensors)
     first = next((key for key in order if key in failing), next(iter(failing)))
     module, _, kind = first.rpartition(":")
     diverging_module = _around(module, order) if kind.startswith("in.") else module
     inputs = [key for key in order if key.startswith(f"{diverging_module}:in.")]
+    before = order[: order.index(first)] if first in order else []
+
+    def names(keys: Iterable[str]) -> tuple[str, ...]:
+        return tuple(key.rpartition(":in.")[2] for key in keys)
+
     return Divergence(
         finding=failing[first],
         diverging_module=diverging_module,
-        agreeing=tuple(key.rpartition(":in.")[2] for key in inputs if key not in failing),
-        diverging=tuple(key.rpartition(":in.")[2] for key in inputs if key in failing),
-        num_before=order.index(first) if first in order else 0,
+        agreeing=names(k for k in inputs if k not in failing and k not in undecided),
+        undecided=names(k for k in inputs if k in undecided),
+        diverging=names(k for k in inputs if k in failing),
+        num_before=len(before),
+        num_undecided=sum(1 for key in before if key in undecided),
     )
 
 

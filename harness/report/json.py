@@ -5,7 +5,8 @@ The schema, to which later versions only add:
     verify, diff  {"exit_code", "goldens": [{"golden", "checkpoint", "root": {"expected", "actual"},
                    "stages": [{"stage", "verdict", "num_identical", "num_ignored", "findings",
                    "notes", "first_departure": {"diverging_module", "key", "inputs_agreeing",
-                   "inputs_diverging", "num_before"} | null}],
+                   "inputs_undecided", "inputs_diverging", "num_before", "num_undecided"}
+                   | null}],
                    "error"?, "updated"?, "next_steps"}],
                    "error"?: the first, where it left nothing to compare}
     finding       {"kind", "key", "expected", "actual", "actual_key"?, "count"?}, and for
@@ -102,8 +103,10 @@ def divergence_lines(divergence: Divergence) -> Json:
         "diverging_module": divergence.diverging_module,
         "key": divergence.finding.key,
         "inputs_agreeing": list(divergence.agreeing),
+        "inputs_undecided": list(divergence.undecided),
         "inputs_diverging": list(divergence.diverging),
         "num_before": divergence.num_before,
+        "num_undecided": divergence.num_undecided,
     }
 
 

@@ -118,7 +118,7 @@ class Tables:
             numbers.append(self.rows.setdefault(row, len(self.rows)))
         diverges, inputs = comparison.divergence, []
         if diverges is not None:
-            names = (*diverges.agreeing, *diverges.diverging)
+            names = (*diverges.agreeing, *diverges.undecided, *diverges.diverging)
             inputs = [places[f"{diverges.diverging_module}:in.{name}"] for name in names]
         self.stages.append(
             {

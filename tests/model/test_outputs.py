@@ -1,0 +1,122 @@
+"""What a model computes is measured while its values are there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from harness import api
+from harness.comparison.compare import compare
+from harness.comparison.comparison import Comparison, render
+from harness.comparison.measuring import BySketches, WhileRunning
+from harness.comparison.policy import Policy, Tolerance
+from harness.golden.golden import Golden
+from harness.model.outputs import outputs_of
+from harness.model.stages import LiveOptions, first_departure
+from tests.model.variants import Plain
+
+
+class Bumped(nn.Module):
+    """Is off by up to `size` where |x| is below 0.3."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.size * torch.exp(-((x / 0.3) ** 2))
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 10
+
+
+def bumped(size: float) -> nn.Module:
+    return nn.Sequential(nn.Identity(), Bumped(size), Scaled())
+
+
+INPUTS = ((torch.randn(64, 64, generator=torch.Generator().manual_seed(0)),), {})
+
+
+def compared(size: float, atol: float = 1e-4, *, by_sketches: bool = False) -> Comparison:
+    recorded = outputs_of(bumped(0.0), INPUTS)
+    measure = WhileRunning(expected=recorded, tolerance=Tolerance(atol=atol, rtol=1e-4))
+    found = outputs_of(bumped(size), INPUTS, see=measure.see)
+    policy = Policy(atol=atol, rtol=0.0 if by_sketches else 1e-4)
+    how = BySketches(recorded.block_nbytes) if by_sketches else measure
+    comparison = compare(recorded, found, policy, how, stage="outputs")
+    return replace(comparison, divergence=first_departure(comparison))
+
+
+def test_the_module_that_is_off_by_little_more_than_the_tolerance_diverges_first() -> None:
+    found = compared(5e-4)
+    assert found.divergence is not None
+    assert found.divergence.diverging_module == "1"
+    assert found.divergence.agreeing == ("0",)
+    assert found.count("undecided") == found.divergence.num_undecided == 0
+    assert "an element is beyond the tolerance" in render(found)
+
+
+def test_what_is_within_the_tolerance_is_close_and_its_size_is_said() -> None:
+    found = compared(3e-6)
+    assert Counter(f.kind for f in found.findings) == {"close": 4}
+    difference = next(f.difference for f in found.findings if f.key == "1:out")
+    assert difference is not None
+    assert difference.max_abs[0] <= 3e-6 <= difference.max_abs[1]
+
+
+def test_a_looser_tolerance_than_the_recorded_one_says_how_to_record_it() -> None:
+    found = compared(5e-4, atol=2e-3)
+    [finding] = [f for f in found.findings if f.key == "1:out"]
+    assert finding.difference is not None
+    assert finding.difference.verdict == "undecided"
+    assert "recorded for atol 0.0001, rtol 0.0001: larger differences" in finding.difference.why
+    assert "record with --output-atol 0.002" in finding.difference.why
+
+
+def test_what_is_undecided_is_not_said_to_agree() -> None:
+    found = compared(5e-4, by_sketches=True)
+    assert found.divergence is not None
+    assert found.divergence.diverging_module == "2"
+    assert (found.divergence.agreeing, found.divergence.undecided) == ((), ("0",))
+    assert (found.divergence.num_before, found.divergence.num_undecided) == (6, 2)
+    assert "of its 1 inputs 0 is undecided; 2 of the 6 activations computed before it are " in (
+        render(found)
+    )
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Golden:
+    path = tmp_path / "plain.pt"
+    torch.save(Plain().state_dict(), path)
+    live = LiveOptions(target="tests.model.variants:Plain", output_atol=1.0)
+    return api.record(path, tmp_path / "golden.safetensors", stage="outputs", live=live)
+
+
+def test_the_recorded_tolerance_is_that_of_a_later_verify(golden: Golden) -> None:
+    def verdict(**options: float) -> str:
+        live = LiveOptions(target="tests.model.variants:OtherNorm", **options)
+        return [*api.verify_stages(None, golden.path, live=live)][-1].verdict
+
+    assert golden.live is not None
+    assert golden.live.outputs is not None
+    assert golden.live.outputs.tolerance == (1.0, 1e-4)
+    assert verdict() == "close"
+    assert verdict(output_atol=1e-6, output_rtol=1e-6) == "different"
+
+
+def test_an_update_keeps_the_recorded_tolerance(golden: Golden) -> None:
+    assert golden.checkpoint is not None
+    state = torch.load(golden.checkpoint)
+    torch.save({key: value + 1 for key, value in state.items()}, golden.checkpoint)
+    live = LiveOptions(target="tests.model.variants:Plain")
+    for updated in (api.update(None, golden.path), api.update(None, golden.path, live=live)):
+        assert updated.live is not None
+        assert updated.live.outputs is not None
+        assert updated.live.outputs.tolerance == (1.0, 1e-4)
