@@ -37,7 +37,8 @@ from harness.golden.places import (
     new_golden,
     source_after,
 )
-from harness.streaming.chunks import CHUNK_NBYTES, Progress
+from harness.streaming.chunks import CHUNK_NBYTES
+from harness.streaming.workers import Progress, Workers
 from harness.subjects import (
     KEPT,
     LOADED,
@@ -87,7 +88,7 @@ def fingerprint(
     """Fingerprint a checkpoint in full. Memory: see `harness.fingerprint.fingerprint`."""
     only_of_files(subject, section=section)
     with opened(subject, section) as checkpoint:
-        return fingerprint_checkpoint(checkpoint, jobs=jobs, progress=progress)
+        return fingerprint_checkpoint(checkpoint, workers=Workers(jobs=jobs, progress=progress))
 
 
 @of_live_ones_too
@@ -132,8 +133,7 @@ def record(
             keep_values=_KEEP[values],
             block_nbytes=block_nbytes,
             check_integrity=True,
-            jobs=jobs,
-            progress=progress,
+            workers=Workers(jobs=jobs, progress=progress),
         )
         recorded = Golden(
             path=target,
@@ -198,6 +198,7 @@ def verify(
     and UsageError for options that fit nothing.
     """
     policy = policy or Policy()
+    workers = Workers(jobs=jobs, progress=progress)
     recorded = _read(subject, golden)
     with ExitStack() as stack:
         actual = stack.enter_context(
@@ -210,15 +211,13 @@ def verify(
         found = fingerprint_checkpoint(
             actual,
             details=nothing,
-            jobs=jobs,
-            progress=progress,
+            workers=workers,
         )
         measure = AgainstGolden(
             golden=recorded.fingerprint,
             actual=actual,
             reference=beside,
-            jobs=jobs,
-            progress=progress,
+            workers=workers,
         )
         # What fits buffers alone, which the live stages compare, is no typo. Outputs have a
         # tolerance of their own, and none of them is left out.
@@ -226,7 +225,7 @@ def verify(
         here = {*recorded.fingerprint.tensors, *found.tensors}
         policy = policy.at_stage(here, () if buffers is None else buffers.tensors)
         compared = compare(recorded.fingerprint, found, policy, measure)
-        return with_damages(compared, lambda keys: damages(actual, keys, jobs, progress))
+        return with_damages(compared, lambda keys: damages(actual, keys, workers))
 
 
 def _read(subject: Subject | None, golden: Location | Golden | None) -> Golden:
@@ -301,6 +300,7 @@ def update(
     What is no path has no live stages (UsageError), and leaves the golden without a source. Raises
     GoldenError where another process has updated the golden since it was read.
     """
+    workers = Workers(jobs=jobs, progress=progress)
     golden = _read(subject, golden)
     old = golden.fingerprint
     found_at = named_source(golden) if subject is None else subject
@@ -308,7 +308,7 @@ def update(
     only_of_files(found_at, golden.path, stage=last)
     path = path_of(found_at)
     with opened_for(golden, found_at) as actual:
-        digests = fingerprint_checkpoint(actual, details=nothing, jobs=jobs, progress=progress)
+        digests = fingerprint_checkpoint(actual, details=nothing, workers=workers)
         same = {
             key
             for key, tensor in digests.tensors.items()
@@ -322,8 +322,7 @@ def update(
             block_nbytes=old.block_nbytes,
             matrix=old.matrix,
             check_integrity=True,
-            jobs=jobs,
-            progress=progress,
+            workers=workers,
         )
         tensors = {
             key: replace(old.tensors[key], alias_of=tensor.alias_of) if key in same else tensor
@@ -359,7 +358,7 @@ def diff(
     `stats` also measures the statistics of what differs between two checkpoints.
     Raises CheckpointError, GoldenError, and UsageError for options of the policy that fit nothing.
     """
-    policy = policy or Policy()
+    policy, workers = policy or Policy(), Workers(jobs=jobs, progress=progress)
     one, other = to_path(expected), to_path(actual)
     if is_golden(one):
         recorded = read_golden(one)
@@ -379,8 +378,7 @@ def diff(
                 keep_values=_kept_as_before(recorded.fingerprint),
                 block_nbytes=recorded.fingerprint.block_nbytes,
                 matrix=recorded.fingerprint.matrix,
-                jobs=jobs,
-                progress=progress,
+                workers=workers,
             )
         return compare(
             found, recorded.fingerprint, policy, BySketches(recorded.fingerprint.block_nbytes)
@@ -389,14 +387,12 @@ def diff(
         ours, theirs = structure(left), structure(right)
         # Renames are told by digest: only keys that stand on one side alone need one.
         alone = set(left.tensors) ^ set(right.tensors)
-        ours = _with_digests(ours, part(left, alone), jobs, progress)
-        theirs = _with_digests(theirs, part(right, alone), jobs, progress)
-        measure = AgainstCheckpoint(
-            expected=left, actual=right, stats=stats, jobs=jobs, progress=progress
-        )
+        ours = _with_digests(ours, part(left, alone), workers)
+        theirs = _with_digests(theirs, part(right, alone), workers)
+        measure = AgainstCheckpoint(expected=left, actual=right, stats=stats, workers=workers)
         compared = compare(ours, theirs, policy, measure)
-        compared = with_damages(compared, lambda k: damages(left, k, jobs, progress), "expected")
-        return with_damages(compared, lambda k: damages(right, k, jobs, progress))
+        compared = with_damages(compared, lambda k: damages(left, k, workers), "expected")
+        return with_damages(compared, lambda k: damages(right, k, workers))
 
 
 def _last_stage(golden: Golden, stage: Stage | None) -> str:
@@ -434,10 +430,8 @@ def _kept_as_before(old: Fingerprint) -> Callable[[Tensor], bool]:
     return _KEEP["small"]
 
 
-def _with_digests(
-    outlined: Fingerprint, alone: Checkpoint, jobs: int | None, progress: Progress | None
-) -> Fingerprint:
-    found = fingerprint_checkpoint(alone, details=nothing, jobs=jobs, progress=progress)
+def _with_digests(outlined: Fingerprint, alone: Checkpoint, workers: Workers) -> Fingerprint:
+    found = fingerprint_checkpoint(alone, details=nothing, workers=workers)
     digests = found.tensors
     return replace(
         outlined,

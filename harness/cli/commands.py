@@ -410,6 +410,7 @@ def show(file: AnyPath, as_json: bool, stats: bool, section: str | None, jobs: i
     from harness.golden.file import is_golden
     from harness.report.json import fingerprint_as_json
     from harness.report.table import render_table
+    from harness.streaming.workers import Workers
 
     history = None
     if is_golden(file):
@@ -427,8 +428,7 @@ def show(file: AnyPath, as_json: bool, stats: bool, section: str | None, jobs: i
                 opened,
                 details=lambda tensor: wanted,
                 keep_values=lambda tensor: True,
-                jobs=jobs,
-                progress=progress,
+                workers=Workers(jobs=jobs, progress=progress),
             )
     if as_json:
         data = fingerprint_as_json(found)

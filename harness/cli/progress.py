@@ -13,7 +13,7 @@ from harness.text.folding import printable
 
 if TYPE_CHECKING:
     from harness.checkpoint.sources.paths import AnyPath
-    from harness.streaming.chunks import Progress
+    from harness.streaming.workers import Progress
 
 
 @contextmanager

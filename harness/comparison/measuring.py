@@ -16,7 +16,8 @@ from harness.errors import CheckpointError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.scan import fingerprint, statistics
 from harness.fingerprints.sketch import MatrixDType
-from harness.streaming.chunks import Chunk, Progress, map_chunks
+from harness.streaming.chunks import Chunk, map_chunks
+from harness.streaming.workers import ALL_CORES, Workers
 
 # What measures is imported where something differs: a verify that passes starts without.
 if TYPE_CHECKING:
@@ -56,26 +57,23 @@ def _compare_chunk(pair: _Exact, chunk: Chunk) -> ChunkResult | None:
     return sum_up_chunk(pair.expected, pair.actual, chunk, pair.tolerance)
 
 
-def _measure_exactly(
-    pairs: Sequence[_Exact], jobs: int | None, progress: Progress | None, *, stats: bool
-) -> list[Difference]:
+def _measure_exactly(pairs: Sequence[_Exact], workers: Workers, *, stats: bool) -> list[Difference]:
     """ChunkResult every pair; with `stats`, one more pass over both sides of each."""
     from harness.comparison.difference import conclude
 
     expected, actual = [pair.expected for pair in pairs], [pair.actual for pair in pairs]
-    if progress is not None:
-        nbytes = sum(pair.nbytes for pair in pairs)
-        again = nbytes + sum(tensor.nbytes for tensor in actual)
-        progress.expect(nbytes + again if stats else nbytes)
-    results = map_chunks(pairs, _compare_chunk, jobs=jobs, progress=progress)
+    nbytes = sum(pair.nbytes for pair in pairs)
+    again = nbytes + sum(tensor.nbytes for tensor in actual)
+    workers.expect(nbytes + again if stats else nbytes)
+    results = map_chunks(pairs, _compare_chunk, workers)
     differences = [
         conclude(pair.expected, pair.actual, result, pair.tolerance)
         for pair, result in zip(pairs, results, strict=True)
     ]
     if not stats:
         return differences
-    before = statistics(expected, jobs=jobs, progress=progress)
-    after = statistics(actual, jobs=jobs, progress=progress)
+    before = statistics(expected, workers)
+    after = statistics(actual, workers)
     return [
         replace(difference, stats=both)
         for difference, both in zip(differences, zip(before, after, strict=True), strict=True)
@@ -93,15 +91,14 @@ class AgainstCheckpoint:
     expected: Checkpoint
     actual: Checkpoint
     stats: bool = False
-    jobs: int | None = None
-    progress: Progress | None = None
+    workers: Workers = ALL_CORES
 
     def __call__(self, triples: Sequence[Triple]) -> list[Difference]:
         pairs = [
             _Exact(self.expected.tensors[expected.key], self.actual.tensors[actual.key], tolerance)
             for expected, actual, tolerance in triples
         ]
-        return _measure_exactly(pairs, self.jobs, self.progress, stats=self.stats)
+        return _measure_exactly(pairs, self.workers, stats=self.stats)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +113,7 @@ class AgainstGolden:
     actual: Checkpoint
     reference: Checkpoint | None = None
     partial_reference: Checkpoint | None = None
-    jobs: int | None = None
-    progress: Progress | None = None
+    workers: Workers = ALL_CORES
 
     def __call__(self, triples: Sequence[Triple]) -> list[Difference]:
         references = self._references([expected for expected, _, _ in triples])
@@ -132,7 +128,7 @@ class AgainstGolden:
             else:
                 sketched[index] = (expected, actual, tolerance)
         pairs = [*exact.values()]
-        measured = _measure_exactly(pairs, self.jobs, self.progress, stats=True)
+        measured = _measure_exactly(pairs, self.workers, stats=True)
         found = dict(zip(exact, measured, strict=True))
         found |= self._from_sketches(sketched)
         return [found[index] for index in range(len(triples))]
@@ -143,9 +139,7 @@ class AgainstGolden:
         if reference is None:
             return {}
         keys = {tensor.key for tensor in expected} & set(reference.tensors)
-        digests = fingerprint(
-            part(reference, keys), details=nothing, jobs=self.jobs, progress=self.progress
-        ).tensors
+        digests = fingerprint(part(reference, keys), details=nothing, workers=self.workers).tensors
         found = {}
         for tensor in expected:
             other = digests.get(tensor.key)
@@ -174,8 +168,7 @@ class AgainstGolden:
                 keep_values=nothing,
                 block_nbytes=block_nbytes,
                 matrix=matrix,
-                jobs=self.jobs,
-                progress=self.progress,
+                workers=self.workers,
             ).tensors
         found = {}
         for index, (expected, actual, tolerance) in triples.items():
@@ -201,9 +194,8 @@ class AgainstGolden:
         for index, (expected, actual, _) in triples.items():
             if expected.residues is not None and can_check(found[index], expected, actual):
                 pairs[index] = Beside(expected.residues, self.actual.tensors[actual.key])
-        if self.progress is not None:
-            self.progress.expect(sum(pair.nbytes for pair in pairs.values()))
-        checked = map_chunks([*pairs.values()], check_chunk, jobs=self.jobs, progress=self.progress)
+        self.workers.expect(sum(pair.nbytes for pair in pairs.values()))
+        checked = map_chunks([*pairs.values()], check_chunk, self.workers)
         return {
             index: by_residues(found[index], triples[index][0], pairs[index].actual, blocks)
             for index, blocks in zip(pairs, checked, strict=True)

@@ -18,7 +18,8 @@ from zlib_ng import zlib_ng
 
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
 from harness.errors import CheckpointError
-from harness.streaming.chunks import Chunk, Progress, buffers, chunks, map_chunks
+from harness.streaming.chunks import Chunk, buffers, chunks, map_chunks
+from harness.streaming.workers import ALL_CORES, Workers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -107,23 +108,21 @@ def others(checksums: Iterable[Checksum], known: Iterable[Checksum]) -> list[Che
 def check_undamaged(
     known: Iterable[tuple[Checksum, int]],
     rest: Sequence[Checksum],
-    jobs: int | None,
-    progress: Progress | None,
+    workers: Workers,
 ) -> None:
     """Raise CheckpointError unless every byte is as its container says.
 
     `known` are checksums of bytes that were read already, with what they are now; the rest is read
-    now, which advances `progress`.
+    now.
     """
-    for checksum, actual in (*known, *_crc32s(rest, jobs, progress)):
+    for checksum, actual in (*known, *_crc32s(rest, workers)):
         _refuse(checksum, actual)
 
 
 def damages(
     checkpoint: Checkpoint,
     keys: Iterable[str],
-    jobs: int | None,
-    progress: Progress | None = None,
+    workers: Workers = ALL_CORES,
 ) -> dict[str, Damage]:
     """The first damage of each of these tensors that has one; their bytes are read once more."""
     by_source: dict[int, list[Checksum]] = defaultdict(list)
@@ -132,11 +131,10 @@ def damages(
     of_key = {key: list(_of_tensor(by_source, checkpoint.tensors[key])) for key in keys}
     unique = {id(checksum): checksum for some in of_key.values() for checksum in some}
     wanted = [*unique.values()]
-    if progress is not None:
-        progress.expect(sum(checksum.nbytes for checksum in wanted))
+    workers.expect(sum(checksum.nbytes for checksum in wanted))
     found = {
         id(checksum): Damage(checksum.source.name, checksum.crc32, actual)
-        for checksum, actual in _crc32s(wanted, jobs, progress)
+        for checksum, actual in _crc32s(wanted, workers)
         if actual != checksum.crc32
     }
     first = {
@@ -159,10 +157,8 @@ def _of_tensor(by_source: Mapping[int, Sequence[Checksum]], tensor: Tensor) -> I
                 yield one
 
 
-def _crc32s(
-    checksums: Sequence[Checksum], jobs: int | None, progress: Progress | None
-) -> list[tuple[Checksum, int]]:
-    found = map_chunks(checksums, _of_chunk, jobs=jobs, progress=progress)
+def _crc32s(checksums: Sequence[Checksum], workers: Workers) -> list[tuple[Checksum, int]]:
+    found = map_chunks(checksums, _of_chunk, workers)
     return [
         (checksum, crc32)
         for one, crc32s in zip(checksums, found, strict=True)

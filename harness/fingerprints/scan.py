@@ -41,7 +41,8 @@ from harness.fingerprints.stats import (
     stats_of,
     take_out_nonfinite,
 )
-from harness.streaming.chunks import Chunk, Progress, buffers, map_chunks
+from harness.streaming.chunks import Chunk, buffers, map_chunks
+from harness.streaming.workers import ALL_CORES, Workers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -64,8 +65,7 @@ def fingerprint(
     matrix: MatrixDType = "float32",
     residues: tuple[float, float] | None = None,
     check_integrity: bool = False,
-    jobs: int | None = None,
-    progress: Progress | None = None,
+    workers: Workers = ALL_CORES,
 ) -> Fingerprint:
     """Fingerprint every tensor: digests of all, stats and values or sketch where `details` says.
 
@@ -89,9 +89,8 @@ def fingerprint(
         cuts = cuts_of(runs[tensor.key]) if tensor.key in runs else None
         grid = None if residues is None or block is None else Grid.of(tensor.dtype, *residues)
         scans.append(_Scan(tensor, cuts, wants, carries, block, matrix, grid))
-    if progress is not None:
-        progress.expect(sum(scan.nbytes for scan in scans) + sum(entry.nbytes for entry in rest))
-    scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
+    workers.expect(sum(scan.nbytes for scan in scans) + sum(entry.nbytes for entry in rest))
+    scanned = map_chunks(scans, _scan_chunk, workers)
     if check_integrity:
         known = [
             checked
@@ -101,7 +100,7 @@ def fingerprint(
                 runs[tensor.key], tensor.nbytes, [crc32 for part in parts for crc32 in part.crc32s]
             )
         ]
-        check_undamaged(known, rest, jobs, progress)
+        check_undamaged(known, rest, workers)
     prints: dict[str, TensorFingerprint] = {}
     for tensor, scan, parts in zip(originals, scans, scanned, strict=True):
         joined = _join(scan, parts)
@@ -130,13 +129,11 @@ def fingerprint(
 
 def statistics(
     tensors: Sequence[Tensor | TensorFingerprint],
-    *,
-    jobs: int | None = None,
-    progress: Progress | None = None,
+    workers: Workers = ALL_CORES,
 ) -> list[Stats]:
     """The stats of tensors whose values can be read. Memory: 20 MB a thread."""
     scans = [_Scan(tensor, None, True, False, None) for tensor in tensors]
-    scanned = map_chunks(scans, _scan_chunk, jobs=jobs, progress=progress)
+    scanned = map_chunks(scans, _scan_chunk, workers)
     return [stats_of([m for part in parts for m in part.moments]) for parts in scanned]
 
 

@@ -30,6 +30,7 @@ from harness.fingerprints.sketch import MatrixDType
 from harness.model.loading import seeded, tensors_of
 from harness.model.state import as_checkpoint
 from harness.model.targets import user_code
+from harness.streaming.workers import Workers
 
 _SEED = 0
 OUTPUT_TOLERANCE = 1e-4, 1e-4  # atol, rtol
@@ -151,7 +152,7 @@ class _Recorder:
                     keep_values=lambda tensor: tensor.numel <= _MAX_KEPT_NUMEL,
                     matrix=self._matrix,
                     residues=self._tolerance,  # outputs agree to rounding only
-                    jobs=1,
+                    workers=Workers(jobs=1),
                 ).tensors
                 for name, tensor in found.items():
                     if self._see is not None:

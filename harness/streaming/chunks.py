@@ -17,19 +17,10 @@ import numpy as np
 
 from harness.streaming.ranks import current_team
 from harness.streaming.threads import Result, parallel
+from harness.streaming.workers import ALL_CORES, Workers
 
 CHUNK_NBYTES = 4 << 20
 _Item = TypeVar("_Item", bound="Item")
-
-
-class Progress(Protocol):
-    """Who watches bytes that are read, from any thread."""
-
-    def expect(self, nbytes: int) -> None:
-        """So many more will be read."""
-
-    def advance(self, nbytes: int) -> None:
-        """So many more were read."""
 
 
 class Item(Protocol):
@@ -88,25 +79,22 @@ buffers = Buffers()
 def map_chunks(
     items: Sequence[_Item],
     function: Callable[[_Item, Chunk], Result],
-    *,
-    jobs: int | None = None,
-    progress: Progress | None = None,
+    workers: Workers = ALL_CORES,
 ) -> list[list[Result]]:
     """Apply `function` to every chunk of every item; returns the results per item, in order.
 
-    The first exception ends the run and is raised here. `jobs` defaults to the cores allowed.
-    `progress` advances; what to expect is known to the caller, who may have more to read.
+    The first exception ends the run and is raised here. The workers' progress advances; what to
+    expect is known to the caller, who may have more to read.
     Function and items must be such as can be pickled, to be shared with other ranks.
     """
     units = list(_units(items))
     tasks = [[_Part(items[index], chunk) for index, chunk in unit] for unit in units]
 
     def finished(task: Sequence[_Part[_Item]]) -> None:
-        if progress is not None:
-            progress.advance(sum(part.chunk.nbytes for part in task))
+        workers.advance(sum(part.chunk.nbytes for part in task))
 
     results: list[list[Result]] = [[] for _ in items]
-    shared = share(partial(_apply, function), tasks, jobs=jobs, finished=finished)
+    shared = share(partial(_apply, function), tasks, jobs=workers.jobs, finished=finished)
     for unit, done in zip(units, shared, strict=True):
         for (index, _), result in zip(unit, done, strict=True):
             results[index].append(result)

@@ -20,6 +20,7 @@ from harness.fingerprints.fingerprint import Fingerprint, structure
 from harness.fingerprints.scan import fingerprint
 from harness.fingerprints.stats import Stats
 from harness.streaming.chunks import CHUNK_NBYTES
+from harness.streaming.workers import Workers
 
 State = dict[str, torch.Tensor]
 
@@ -59,7 +60,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("jobs", [1, 2, 3])
 def test_nothing_depends_on_the_number_of_threads(path: Path, jobs: int) -> None:
-    one, other = fingerprint_of(path, jobs=1), fingerprint_of(path, jobs=jobs)
+    one, other = (
+        fingerprint_of(path, workers=Workers(jobs=1)),
+        fingerprint_of(path, workers=Workers(jobs=jobs)),
+    )
     assert one.root == other.root
     for key, tensor in one.tensors.items():
         again = other.tensors[key]

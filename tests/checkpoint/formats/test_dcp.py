@@ -30,6 +30,7 @@ from harness.checkpoint.tensors import Checkpoint
 from harness.checkpoint.unpickling.opcodes import Budget
 from harness.errors import CheckpointError, HarnessError
 from harness.fingerprints.scan import fingerprint
+from harness.streaming.workers import Workers
 from tests.checkpoint.conftest import Assert, bits, read_bits
 from tests.checkpoint.dcp_writer import (
     Cut,
@@ -271,7 +272,7 @@ def test_thousands_of_files_are_not_open_at_a_time(
         for key, expected in (("a", tensor), ("b", tensor + 1)):
             assert checkpoint.tensors[key].array().tolist() == expected.tolist()
             assert 0 < num_open() <= 3
-        assert fingerprint(checkpoint, jobs=4).tensors.keys() == {"a", "b"}
+        assert fingerprint(checkpoint, workers=Workers(jobs=4)).tensors.keys() == {"a", "b"}
     assert num_open() == 0
 
 

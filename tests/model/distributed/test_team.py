@@ -36,6 +36,7 @@ from harness.model.state import as_checkpoint
 from harness.streaming.chunks import Chunk, map_chunks, share
 from harness.streaming.ranks import current_team, working_as
 from harness.streaming.threads import num_cores
+from harness.streaming.workers import Workers
 from tests.checkpoint.dcp_writer import halves, write_dcp
 from tests.checkpoint.web import Web, serving
 from tests.model.distributed.ranks import run_ranks
@@ -91,7 +92,7 @@ def who_scans(item: Sized, chunk: Chunk) -> tuple[int, int]:
 
 def tensors_of_any_size() -> Any:
     sizes = [1 << 30, *[1000] * 2000, 0]
-    return map_chunks([Sized(size) for size in sizes], who_scans, jobs=1)
+    return map_chunks([Sized(size) for size in sizes], who_scans, Workers(jobs=1))
 
 
 def test_a_tensor_larger_than_a_share_is_split_too(tmp_path: Path) -> None:
