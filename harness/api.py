@@ -339,9 +339,20 @@ def update(
     if updated.fingerprint.root != old.root or updated.live is not golden.live:
         entry = Update(root=old.root.hex(), reason=reason)
         updated = replace(updated, history=(*golden.history, entry))
+    elif reason and golden.history:
+        updated = replace(updated, history=_explained(golden.history, reason))
     check_unchanged(golden, updated)
     write_golden(updated, overwrite=True)
     return updated
+
+
+def _explained(history: tuple[Update, ...], reason: str) -> tuple[Update, ...]:
+    """The history with a reason that came later added to its last entry."""
+    *earlier, last = history
+    if reason in last.reason.split("; "):
+        return history
+    said = "; ".join(part for part in (last.reason, reason) if part)
+    return (*earlier, replace(last, reason=said))
 
 
 def diff(

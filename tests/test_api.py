@@ -258,11 +258,9 @@ def test_a_golden_of_another_checkpoint_of_that_name_is_told(file: Path, net: Ne
     assert "net.pt -g golden/net.safetensors --update-golden" in str(hint)
     Path("other").mkdir()
     torch.save(net.state_dict(), "other/net.pt")
-    message, hint = refused(GoldenError, partial(api.record, "other/net.pt"))
-    assert message == "golden/net.safetensors: a golden is recorded there already, from net.pt"
-    assert hint == (
-        "give yours another name: harness record other/net.pt -g golden/OTHER.safetensors"
-    )
+    assert api.record("other/net.pt").path == Path("golden/other-net.safetensors")
+    assert api.choose_golden("other/net.pt", None) == Path("golden/other-net.safetensors")
+    assert api.choose_golden("net.pt", None) == Path("golden/net.safetensors")
 
 
 def test_what_replaces_a_golden_goes_as_far_and_takes_the_same_part(file: Path, net: Net) -> None:
@@ -285,18 +283,13 @@ def test_what_replaces_a_golden_goes_as_far_and_takes_the_same_part(file: Path, 
         )
 
 
-def test_a_folder_in_the_place_of_a_golden_is_told(file: Path) -> None:
-    api.record(file)
-    message, hint = refused(GoldenError, partial(api.verify, file, "golden"))
-    assert (message, hint) == (
-        "golden: a folder, not a golden",
-        "-g golden/net.safetensors",
-    )
-    message, hint = refused(GoldenError, partial(api.record, file, "golden", overwrite=True))
-    assert (message, hint) == (
-        "golden: a folder, not a golden",
-        "-g golden/net.safetensors",
-    )
+def test_a_folder_in_the_place_of_a_golden_is_that_of_the_goldens(file: Path) -> None:
+    Path("elsewhere").mkdir()
+    there = Path("elsewhere/net.safetensors")
+    assert api.record(file, "elsewhere").path == there
+    assert api.verify(file, "elsewhere").expected.name == str(there)
+    message, hint = refused(GoldenError, partial(api.verify, None, "elsewhere"))
+    assert (message, hint) == ("elsewhere: a folder, not a golden", f"-g {there}")
 
 
 def test_paths_that_cannot_be_looked_at_are_clear_errors(
@@ -324,7 +317,7 @@ def test_paths_that_cannot_be_looked_at_are_clear_errors(
     monkeypatch.setattr(Path, "stat", forbidden)
     for run in (partial(api.record, file), partial(api.verify, file)):
         message, hint = refused(kinds, run)  # type: ignore[arg-type]
-        assert message == "golden/net.safetensors: permission denied"
+        assert message == "golden: permission denied"
         assert hint
 
 

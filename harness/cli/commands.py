@@ -23,14 +23,17 @@ from harness.cli.options import (
     PATH,
     Command,
     check_update,
+    expanded,
     live_of,
     live_options,
     policy_of,
     policy_options,
+    remember_roots,
     report_options,
     run_options,
     stage_of,
     stage_options,
+    without_operands,
 )
 from harness.cli.progress import progress_bar
 from harness.cli.terminal import (
@@ -39,13 +42,14 @@ from harness.cli.terminal import (
     echo_json,
     echo_stage,
     echo_steps,
+    echo_total,
     ended,
     failure,
     finish,
     told,
     without_secrets,
 )
-from harness.cli.verification import Verification, goldens_of
+from harness.cli.verification import Verification, targets_of
 from harness.errors import HarnessError, UsageError
 from harness.text.folding import escaped
 from harness.text.shell import quoted
@@ -57,6 +61,14 @@ if TYPE_CHECKING:
 
 
 _GOLDEN = click.option("-g", "--golden", type=PATH, help="The golden file.")
+_ROOT = click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    expose_value=False,
+    callback=remember_roots,
+    help="A folder outside of the project that checkpoints are below. Repeatable.",
+)
 _JOBS = click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -179,8 +191,9 @@ def _import_numpy() -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoints", type=PATH, nargs=-1, required=True, metavar="CHECKPOINT...")
 @_GOLDEN
+@_ROOT
 @click.option("--section", help="Another part than the state dict; '.' for every tensor.")
 @click.option(
     "--block-size",
@@ -199,9 +212,32 @@ def _import_numpy() -> None:
 @live_options
 @click.option("--overwrite", is_flag=True, help="Replace a golden, and forget its history.")
 @_JOBS
-def record(
+def record(checkpoints: tuple[AnyPath, ...], golden: AnyPath | None, **options: Any) -> int:
+    """Record the golden of each CHECKPOINT.
+
+    It goes to golden/<stem>.safetensors unless --golden says otherwise.
+
+    Example: harness record models/*.nemo
+    """
+    from harness.golden.places import new_places
+
+    places = new_places(expanded(checkpoints), golden)
+    code = 0
+    for checkpoint, place in places:
+        try:
+            _record(checkpoint, place, **options)
+        except HarnessError as error:
+            if len(places) == 1:
+                raise
+            echo_error(error)
+            code = 2
+    return code
+
+
+def _record(
     checkpoint: AnyPath,
     golden: AnyPath | None,
+    *,
     section: str | None,
     block_size: int | None,
     values: Any,
@@ -210,10 +246,6 @@ def record(
     jobs: int | None,
     **options: Any,
 ) -> None:
-    """Record the golden of CHECKPOINT.
-
-    It goes to golden/<stem>.safetensors unless --golden says otherwise.
-    """
     from harness import api
     from harness.checkpoint.sources.access import open_source
     from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES
@@ -245,6 +277,11 @@ def record(
         f"({found.container}{section}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
     )
     click.echo(escaped(said))
+    if isinstance(checkpoint, Path) and recorded.checkpoint is None:
+        click.echo(
+            f"note: {escaped(str(checkpoint))} is outside of the project: verify it by its path, "
+            'or name the folder above it with --root, or as root = "…" in [tool.harness]'
+        )
     # Without the checkpoint, verify repeats the stages that were recorded.
     there = recorded.live is not None and recorded.checkpoint is not None
     given = "" if there else f" {quoted(str(checkpoint))}"
@@ -252,14 +289,15 @@ def record(
 
 
 def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
-    from harness.golden.places import golden_path
+    from harness.golden.places import own_golden
 
-    return "" if golden == golden_path(checkpoint) else f" -g {quoted(str(golden))}"
+    return "" if golden == own_golden(checkpoint) else f" -g {quoted(str(golden))}"
 
 
 @cli.command()
-@click.argument("checkpoint", type=PATH, required=False)
+@click.argument("checkpoints", type=PATH, nargs=-1, metavar="[CHECKPOINT]...")
 @_GOLDEN
+@_ROOT
 @policy_options
 @click.option(
     "--reference", type=PATH, metavar="CKPT", help="The recorded checkpoint: decides exactly."
@@ -275,7 +313,7 @@ def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
 def verify(
     arguments: list[str],
     /,
-    checkpoint: AnyPath | None,
+    checkpoints: tuple[AnyPath, ...],
     golden: AnyPath | None,
     reference: AnyPath | None,
     update_golden: bool,
@@ -286,10 +324,12 @@ def verify(
     jobs: int | None,
     **options: Any,
 ) -> int:
-    """Compare CHECKPOINT with its golden.
+    """Compare each CHECKPOINT with its golden.
 
-    Without CHECKPOINT, every golden in golden/ is compared with the checkpoint that it names, in
-    all the stages that it was recorded with.
+    Without CHECKPOINT, every golden in golden/ and its folders (or in the folder given with -g) is
+    compared with the checkpoint that it names, in all the stages that it was recorded with.
+
+    Example: harness verify models/nest.nemo
     """
     from harness.report.outcome import Result
 
@@ -298,6 +338,13 @@ def verify(
     policy = policy_of(options)
     if update_golden:
         check_update(policy)
+    given = expanded(checkpoints)
+    try:
+        targets = targets_of(given, golden)
+    except HarnessError as error:
+        actual = given[0] if given else None
+        outcomes: tuple[Outcome, ...] = (ended(error, form, expected=golden, actual=actual),)
+        return finish(Result(command="verify", outcomes=outcomes), form, reports)
     run = Verification(
         policy=policy,
         stage=stage,
@@ -307,15 +354,13 @@ def verify(
         form=form,
         updating=update_golden,
         reason=reason,
-        arguments=arguments,
+        arguments=arguments if len(given) < 2 else without_operands(arguments, checkpoints),
         names_golden=golden is not None,
+        num_targets=len(targets),
     )
-    try:
-        goldens = goldens_of(checkpoint, golden)
-    except HarnessError as error:
-        outcomes: tuple[Outcome, ...] = (ended(error, form, expected=golden, actual=checkpoint),)
-    else:
-        outcomes = tuple(run.outcome(checkpoint, target) for target in goldens)
+    outcomes = tuple(run.outcome(target) for target in targets)
+    if len(outcomes) > 1 and form == "text":
+        echo_total(outcomes)
     return finish(Result(command="verify", outcomes=outcomes), form, reports)
 
 

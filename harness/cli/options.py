@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from harness.comparison.policy import STAGES, Policy
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
+    from harness.checkpoint.sources.paths import AnyPath
     from harness.model.stages import LiveOptions
 
 
@@ -32,6 +34,46 @@ class _Location(click.Path):
 
 
 PATH = _Location()
+
+
+def expanded(paths: Sequence[AnyPath]) -> list[AnyPath]:
+    """The paths, with those that are patterns and no files as what fits them, in their order."""
+    from harness.golden.folder import natural
+
+    found: list[AnyPath] = []
+    for path in paths:
+        if isinstance(path, Path) and any(c in str(path) for c in "*?[") and not path.exists():
+            base = Path(path.anchor) if path.is_absolute() else Path()
+            pattern = str(path.relative_to(path.anchor))
+            fitting = sorted(base.glob(pattern), key=natural)
+            if not fitting:
+                raise UsageError(f"{path}: no file fits", hint="check the pattern")
+            found += fitting
+        else:
+            found.append(path)
+    return found
+
+
+def without_operands(arguments: Sequence[str], operands: Sequence[AnyPath]) -> list[str]:
+    """The words of a command without the paths that it was given."""
+    typed = {str(path) for path in operands}
+    return [word for word in arguments if str(PATH.convert(word, None, None)) not in typed]
+
+
+def remember_roots(ctx: click.Context, param: click.Parameter, roots: tuple[Path, ...]) -> None:
+    """Let the roots of the command line stand in place of the project's, for this command."""
+    from harness.golden.project import ROOT_VARIABLE
+
+    if roots:
+        before = os.environ.get(ROOT_VARIABLE)
+
+        def restore() -> None:
+            os.environ.pop(ROOT_VARIABLE)
+            if before is not None:
+                os.environ[ROOT_VARIABLE] = before
+
+        ctx.call_on_close(restore)
+        os.environ[ROOT_VARIABLE] = os.pathsep.join(str(root.absolute()) for root in roots)
 
 
 def _pair(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,33 @@ def echo_steps(steps: Sequence[str], form: str) -> None:
     """Print the next steps, where text is asked for."""
     for step in steps if form == "text" else ():
         click.echo(f"\n  {step}")
+
+
+def echo_total(outcomes: Sequence[Outcome]) -> None:
+    """Print one line for many goldens: how many came to what, and which were replaced."""
+    from harness.text.folding import escaped
+
+    words = Counter(_word(outcome) for outcome in outcomes)
+    counts = ", ".join(f"{words[word]:,} {word}" for word in _WORDS if words[word])
+    click.echo(f"\ntotal: {len(outcomes):,} goldens: {counts}")
+    replaced = [str(outcome.expected) for outcome in outcomes if outcome.updated]
+    if replaced:
+        shown = ", ".join(replaced[:_MAX_SHOWN])
+        more = f" and {len(replaced) - _MAX_SHOWN:,} more" if len(replaced) > _MAX_SHOWN else ""
+        click.echo(escaped(f"replaced {len(replaced):,} of {len(outcomes):,}: {shown}{more}"))
+
+
+_WORDS = ("identical", "close", "updated", "undecided", "different", "not checked")
+_MAX_SHOWN = 20
+
+
+def _word(outcome: Outcome) -> str:
+    if outcome.error is not None:
+        return "not checked"
+    if outcome.updated and outcome.exit_code == 0:
+        return "updated"
+    verdicts = {stage.verdict for stage in outcome.stages if not outcome.accepts(stage)}
+    return next((word for word in reversed(_WORDS) if word in verdicts), "identical")
 
 
 def told(error: HarnessError, form: str) -> HarnessError:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -32,24 +32,56 @@ if TYPE_CHECKING:
     from harness.report.outcome import Outcome
 
 
-def goldens_of(checkpoint: AnyPath | None, golden: AnyPath | None) -> Sequence[AnyPath]:
-    from harness.golden.golden import SUFFIX
+class Target(NamedTuple):
+    """One golden to verify, and the checkpoint that was given for it, if any."""
+
+    checkpoint: AnyPath | None
+    golden: AnyPath
+    is_named: bool = True
+
+
+def targets_of(checkpoints: Sequence[AnyPath], golden: AnyPath | None) -> Sequence[Target]:
+    """What to verify: each checkpoint with its golden, or each golden with what it names."""
     from harness.golden.places import GOLDEN_FOLDER, choose_golden
 
-    if checkpoint is not None or golden is not None:
-        return [choose_golden(checkpoint, golden)]
-    found = [p for p in sorted(GOLDEN_FOLDER.glob(f"*{SUFFIX}")) if not _is_left_out(p)]
-    if not found:
-        above = next(
-            (p for p in Path.cwd().parents if any(p.glob(f"{GOLDEN_FOLDER}/*{SUFFIX}"))), None
-        )
-        raise GoldenError(
-            f"no goldens in {GOLDEN_FOLDER}/ of the current folder",
-            hint="record one: harness record CHECKPOINT"
-            if above is None
-            else f"go to where they are: cd {quoted(os.path.relpath(above))}",
-        )
-    return found
+    is_folder = golden is None or (isinstance(golden, Path) and golden.is_dir())
+    if checkpoints:
+        if len(checkpoints) > 1 and not is_folder:
+            raise UsageError(
+                f"-g {golden}: one golden, and {len(checkpoints)} checkpoints",
+                hint="give the folder of their goldens with -g, or leave it out",
+            )
+        return [Target(one, choose_golden(one, golden), not is_folder) for one in checkpoints]
+    if golden is not None and not is_folder:
+        return [Target(None, golden)]
+    folder = GOLDEN_FOLDER if golden is None else golden
+    assert isinstance(folder, Path)
+    return [Target(None, path) for path in _goldens_to_verify(folder)]
+
+
+def _goldens_to_verify(folder: Path) -> Sequence[Path]:
+    from harness.golden.folder import goldens_below
+
+    paths, num_of_tests = goldens_below(folder)
+    if num_of_tests:
+        said = "1 golden belongs" if num_of_tests == 1 else f"{num_of_tests:,} goldens belong"
+        click.echo(f"note: {said} to tests, which verify what they make: pytest", err=True)
+    if not paths and not num_of_tests:
+        raise _no_goldens(folder)
+    return [path for path in paths if not _is_left_out(path)]
+
+
+def _no_goldens(folder: Path) -> GoldenError:
+    from harness.golden.golden import SUFFIX
+
+    above = next((p for p in Path.cwd().parents if any((p / folder).rglob(f"*{SUFFIX}"))), None)
+    where = "of the current folder" if folder == Path("golden") else ""
+    return GoldenError(
+        f"no goldens in {folder}/ {where}".rstrip(),
+        hint="record one: harness record CHECKPOINT"
+        if above is None or folder.is_absolute()
+        else f"go to where they are: cd {quoted(os.path.relpath(above))}",
+    )
 
 
 def _is_left_out(path: Path) -> bool:
@@ -88,17 +120,20 @@ class Verification:
     reason: str
     arguments: list[str]
     names_golden: bool
+    num_targets: int
 
-    def outcome(self, checkpoint: AnyPath | None, golden: AnyPath) -> Outcome:
+    def outcome(self, target: Target) -> Outcome:
         """Verify one golden and report each stage as it ends; update it if that is asked for."""
         from harness import api
         from harness.report.outcome import Outcome
 
+        checkpoint, golden = target.checkpoint, target.golden
         stages: list[Comparison] = []
         steps: tuple[str, ...] = ()
         recorded, updated, error = None, None, None
         try:
             recorded = api.read_golden(golden)
+            self._say_whose(recorded, target)
             try:
                 self._verify(checkpoint, recorded, stages)
             except NotRecorded:
@@ -111,12 +146,12 @@ class Verification:
                     stages.clear()
                     self._verify(checkpoint, api.read_golden(golden), stages)
             else:
-                steps = self._next_steps(stages, checkpoint, recorded)
+                steps = self._next_steps(stages, target, recorded)
         except HarnessError as found:
             error = told(found, self.form)
             # After a ModelError they would end in the same.
             if recorded is not None and not (self.updating or isinstance(found, ModelError)):
-                steps = self._next_steps(stages, checkpoint, recorded)
+                steps = self._next_steps(stages, target, recorded)
         echo_steps(steps, self.form)
         name = stages[0].actual.name if stages else None
         return Outcome(
@@ -213,13 +248,14 @@ class Verification:
         return live_of(self.options, remembered(golden))
 
     def _next_steps(
-        self, stages: Sequence[Comparison], checkpoint: AnyPath | None, golden: Golden
+        self, stages: Sequence[Comparison], target: Target, golden: Golden
     ) -> tuple[str, ...]:
         from harness import api
         from harness.cli.steps import next_steps
-        from harness.golden.places import other_reference
+        from harness.golden.places import is_same, other_reference
         from harness.report.outcome import worst_stage
 
+        checkpoint = target.checkpoint
         found = worst_stage(stages)
         if found is None or found.ok:
             return ()
@@ -229,12 +265,15 @@ class Verification:
                 return (
                     f"if it is another model, give it a golden of its own:  harness record {typed}",
                 )
-            if not (isinstance(golden.path, Path) and own.samefile(golden.path)):
+            if not is_same(own, golden.path):
                 return (
                     f"if it is another model, it has a golden of its own:  harness verify {typed}",
                 )
+        if _is_of_another(golden, target):
+            typed = quoted(str(checkpoint))
+            return (f"to give it a golden of its own:  harness record {typed}",)
         # As it was asked, so that the same question is asked again.
-        which = [] if checkpoint or self.names_golden else ["-g", str(golden.path)]
+        which = self._which(target)
         there = other_reference(golden, checkpoint)
         return tuple(
             next_steps(
@@ -245,11 +284,30 @@ class Verification:
             )
         )
 
+    def _say_whose(self, golden: Golden, target: Target) -> None:
+        if _is_of_another(golden, target) and self.form == "text":
+            source = golden.checkpoint or golden.source
+            click.echo(escaped(f"note: {golden.path} was recorded from another file: {source}"))
+
+    def _which(self, target: Target) -> list[str]:
+        """What narrows a command of several down to one golden."""
+        if self.num_targets == 1 and (target.checkpoint or self.names_golden):
+            return []
+        there = [] if target.checkpoint is None else [str(target.checkpoint)]
+        return [*there, "-g", str(target.golden)]
+
     def _updating_arguments(self) -> list[str]:
         """What was asked, as an update takes it: it goes as far as the golden does."""
         shorter = [f"--{stage}" for stage in STAGES[:-1]]
         asked = asked_again(self.arguments, but=NOT_ON_UPDATE)
         return [argument for argument in asked if argument not in shorter]
+
+
+def _is_of_another(golden: Golden, target: Target) -> bool:
+    from harness.golden.places import is_of_another
+
+    checkpoint = target.checkpoint
+    return checkpoint is not None and not target.is_named and is_of_another(golden, checkpoint)
 
 
 def _last_stage(golden: Golden) -> str:

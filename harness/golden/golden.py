@@ -10,8 +10,11 @@ from typing import Any
 
 from harness.checkpoint.sources.paths import AnyPath, is_there, is_url, to_path
 from harness.fingerprints.fingerprint import Fingerprint
+from harness.golden.project import project_of, roots_of
 
 SUFFIX = ".safetensors"
+# Begins a source that is below one of the project's roots, outside of the project.
+_BELOW_ROOT = "root:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +58,10 @@ class LiveRecord:
 class Golden:
     """A fingerprint in a file.
 
-    `source` is the checkpoint's path relative to the golden's folder, its bare name where it lies
-    outside of the project, its URL without secrets, "" where it was no file; `section` is what the
-    user asked for, None for the state dict; `live` is there where the golden was recorded with a
-    model.
+    `source` is the checkpoint's path relative to the golden's folder; outside of the project,
+    `root:` and its path below a root (see `golden.project`), else its bare name; its URL without
+    secrets; "" where it was no file. `section` is what the user asked for, None for the state
+    dict; `live` is there where the golden was recorded with a model.
     """
 
     path: AnyPath
@@ -92,8 +95,16 @@ class Golden:
         """Where the recorded checkpoint should be, if the golden knows."""
         if is_url(self.source):
             return to_path(self.source)
+        if self.source.startswith(_BELOW_ROOT):
+            return self._below_a_root(self.source.removeprefix(_BELOW_ROOT))
         path = self.beside(self.source or None)
         return path if path is not None and ("/" in self.source or is_there(path)) else None
+
+    def _below_a_root(self, source: str) -> Path | None:
+        if not isinstance(self.path, Path):
+            return None
+        there = [root / source for root in roots_of(real_path(self.path).parent)]
+        return next((path for path in there if is_there(path)), there[0] if there else None)
 
 
 def source_of(checkpoint: AnyPath, golden: AnyPath) -> str:
@@ -102,14 +113,18 @@ def source_of(checkpoint: AnyPath, golden: AnyPath) -> str:
         return str(checkpoint)
     if not isinstance(golden, Path):
         return checkpoint.name
-    project, real = _project(golden), real_path(checkpoint)
+    folder, real = real_path(golden).parent, real_path(checkpoint)
+    project = project_of(folder)
     # A link inside of the project keeps its name: where it leads to may be of this machine.
     named = _spelled_out(checkpoint)
     if not named.is_relative_to(project) or real_path(named) != real:
         named = real
     if not named.is_relative_to(project):
+        root = next((root for root in roots_of(folder) if real.is_relative_to(root)), None)
+        if root is not None:
+            return f"{_BELOW_ROOT}{PurePosixPath(*real.relative_to(root).parts)}"
         return checkpoint.name
-    relative = os.path.relpath(named, real_path(golden).parent)
+    relative = os.path.relpath(named, folder)
     return PurePosixPath(*Path(relative).parts).as_posix()
 
 
@@ -121,14 +136,6 @@ def _spelled_out(path: Path) -> Path:
 def real_path(path: Path) -> Path:
     """A path without links; where they go round in circles, with them."""
     return Path(os.path.realpath(path))
-
-
-def _project(golden: Path) -> Path:
-    folder = real_path(golden).parent
-    for candidate in (folder, *folder.parents):
-        if any(is_there(candidate / name) for name in (".git", "pyproject.toml")):
-            return candidate
-    return folder.parent if folder.name == "golden" else folder
 
 
 def without_paths(value: Any) -> Any:

@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import glob
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.sources.paths import AnyPath, Location, is_there, path_of, to_path
+from harness.checkpoint.sources.paths import AnyPath, Location, is_there, is_url, path_of, to_path
 from harness.errors import CheckpointError, GoldenError, UsageError
+from harness.fingerprints.scan import fingerprint
 from harness.golden.file import check_is_golden, is_golden, read_golden, similar_golden
-from harness.golden.golden import SUFFIX, Golden, source_of
+from harness.golden.folder import names_of
+from harness.golden.golden import SUFFIX, Golden, real_path, source_of
+from harness.golden.project import roots_of
 from harness.text.shell import command_line, quoted
 
 GOLDEN_FOLDER = Path("golden")
-_SUFFIXES = (".index.json", ".safetensors", ".nemo", ".ckpt", ".pth", ".pt", ".bin", ".gz")
+_MAX_MOVED = 100  # files of one name that are looked at
 
 
-def golden_path(checkpoint: Location) -> Path:
-    """Where the golden of a checkpoint goes by default: golden/<stem>.safetensors."""
-    path = to_path(checkpoint)
-    name = path.name
-    if isinstance(path, Path) and name in ("", ".."):
-        name = path.resolve().name
-    for suffix in (*_SUFFIXES, *_SUFFIXES):
-        name = name.removesuffix(suffix)
-    return GOLDEN_FOLDER / f"{name or path.name}{SUFFIX}"
+def golden_path(checkpoint: Location, folder: AnyPath = GOLDEN_FOLDER) -> AnyPath:
+    """Where the golden of a checkpoint goes by default: golden/<stem>.safetensors.
+
+    A stem that says nothing (`model`, `checkpoint-500`) begins with the name of its folder.
+    """
+    return folder / names_of(to_path(checkpoint))[0]
+
+
+def own_golden(checkpoint: AnyPath, folder: AnyPath = GOLDEN_FOLDER) -> AnyPath | None:
+    """The golden of a checkpoint's name that was recorded from it, or else from a file unknown."""
+    there = [path for name in names_of(checkpoint) if (path := folder / name).exists()]
+    if len(there) < 2:
+        return there[0] if there else None
+    return next(
+        (path for path in there if recorded_from(path) == source_of(checkpoint, path)), there[0]
+    )
+
+
+def recorded_from(golden: AnyPath) -> str:
+    """The source of a golden; "" where it names none, or is damaged."""
+    try:
+        return read_golden(golden).source
+    except GoldenError:
+        return ""
 
 
 def choose_golden(subject: object, golden: Location | None) -> AnyPath:
@@ -37,19 +58,24 @@ def choose_golden(subject: object, golden: Location | None) -> AnyPath:
         with _as_golden_error(chosen):
             if path is not None and not chosen.exists() and similar_golden(chosen) is None:
                 _no_golden(chosen, path, named=f" -g {_typed(chosen)}")
-            if path is not None and isinstance(chosen, Path):  # of a URL it is not worth asking
-                own = chosen / golden_path(path).name
-                if own.exists():
-                    raise _a_folder(chosen, own)
+            if path is not None and isinstance(chosen, Path) and chosen.is_dir():
+                return _in_folder(path, chosen)
         return chosen
     if subject is None:
         raise UsageError("give a checkpoint, a golden, or both")
-    chosen = _default_golden(subject)
+    if path is None:
+        raise _unnamed()
     check_not_golden(path)
-    with _as_golden_error(chosen):
-        if not chosen.exists():
-            _no_golden(chosen, path)
-    return chosen
+    return _in_folder(path, GOLDEN_FOLDER)
+
+
+def _in_folder(checkpoint: AnyPath, folder: AnyPath) -> AnyPath:
+    with _as_golden_error(folder):
+        own = own_golden(checkpoint, folder)
+        if own is None:
+            named = "" if folder == GOLDEN_FOLDER else f" -g {_typed(folder)}"
+            _no_golden(golden_path(checkpoint, folder), checkpoint, named=named)
+    return own
 
 
 def _typed(path: AnyPath | None) -> str:
@@ -84,24 +110,81 @@ def new_golden(
     `section` and `live`, as options of the command line, are what is to be recorded.
     """
     path = path_of(subject)
-    target = _default_golden(subject) if golden is None else to_path(golden)
     check_not_golden(path)
+    target = GOLDEN_FOLDER if golden is None else to_path(golden)
+    if path is None and golden is None:
+        raise _unnamed()
     with _as_golden_error(target):
+        is_named = golden is not None
+        if path is not None and (golden is None or (target.is_dir() and not _is(target, path))):
+            target, is_named = _free_name(path, target), False
         if not target.exists():
             return target
-        if path is not None and is_there(path) and _is_same(target, path):
+        if path is not None and _is(target, path):
             beside = target.with_name(f"{target.name.removesuffix(SUFFIX)}.golden{SUFFIX}")
             raise GoldenError(
                 f"{target}: is the checkpoint itself, and no place for its golden",
                 hint=f"harness record {_typed(path)} -g {_typed(beside)}",
             )
-        if target.is_dir():
-            name = "NAME" + SUFFIX if path is None else golden_path(path).name
-            raise _a_folder(target, target / name)
         check_is_golden(target)
     if overwrite:
         return target
-    raise _is_taken(target, path, section, live, is_named=golden is not None)
+    raise _is_taken(target, path, section, live, is_named=is_named)
+
+
+def new_places(
+    checkpoints: Sequence[AnyPath], golden: AnyPath | None
+) -> list[tuple[AnyPath, AnyPath | None]]:
+    """Where to record several checkpoints: what has one name takes those of its folders into it.
+
+    `golden` is the folder of all; a file for one alone.
+    """
+    if len(checkpoints) == 1:
+        return [(checkpoints[0], golden)]
+    folder = GOLDEN_FOLDER if golden is None else golden
+    if golden is not None and golden.is_file():
+        raise UsageError(
+            f"-g {golden}: one golden, and {len(checkpoints)} checkpoints",
+            hint="give a folder with -g, or leave it out",
+        )
+    names = {path: names_of(path) for path in checkpoints}
+    first = Counter(own[0] for own in names.values())
+    alike = {path: own for path, own in names.items() if first[own[0]] > 1}
+    depth = next(
+        (
+            depth
+            for depth in range(1, max(map(len, alike.values()), default=0))
+            if len({own[min(depth, len(own) - 1)] for own in alike.values()}) == len(alike)
+        ),
+        0,
+    )
+    return [
+        (
+            path,
+            folder / own[min(depth, len(own) - 1)]
+            if path in alike and depth
+            else None
+            if golden is None
+            else folder / own[0],
+        )
+        for path, own in names.items()
+    ]
+
+
+def _free_name(checkpoint: AnyPath, folder: AnyPath) -> AnyPath:
+    """The first name that no other checkpoint's golden has."""
+    for name in names_of(checkpoint):
+        path = folder / name
+        if not path.exists() or recorded_from(path) in ("", source_of(checkpoint, path)):
+            return path
+    return golden_path(checkpoint, folder)
+
+
+def _unnamed() -> UsageError:
+    return UsageError(
+        "what is in memory has no golden of its own name",
+        hint=f"give one as well, such as golden='{GOLDEN_FOLDER}/NAME{SUFFIX}'",
+    )
 
 
 def _is_taken(
@@ -143,11 +226,12 @@ def _held(
     return f", from {recorded.checkpoint or to_path(recorded.source)}", is_named
 
 
-def _a_folder(path: AnyPath, meant: AnyPath) -> GoldenError:
-    return GoldenError(f"{path}: a folder, not a golden", hint=f"-g {_typed(meant)}")
+def _is(target: AnyPath, checkpoint: AnyPath) -> bool:
+    return is_there(checkpoint) and is_same(target, checkpoint)
 
 
-def _is_same(one: AnyPath, other: AnyPath) -> bool:
+def is_same(one: AnyPath, other: AnyPath) -> bool:
+    """Whether two paths that are there lead to one file."""
     if isinstance(one, Path) and isinstance(other, Path):
         return one.samefile(other)
     return str(one) == str(other)
@@ -162,16 +246,6 @@ def _as_golden_error(path: AnyPath) -> Iterator[None]:
             f"{path}: {(error.strerror or 'cannot be looked at').lower()}",
             hint="give another place with -g, or check its permissions",
         ) from error
-
-
-def _default_golden(subject: object) -> Path:
-    path = path_of(subject)
-    if path is None:
-        raise UsageError(
-            "what is in memory has no golden of its own name",
-            hint=f"give one as well, such as golden='{GOLDEN_FOLDER}/NAME{SUFFIX}'",
-        )
-    return golden_path(path)
 
 
 def check_not_golden(path: AnyPath | None) -> None:
@@ -201,11 +275,19 @@ def other_reference(golden: Golden, subject: object) -> AnyPath | None:
     if isinstance(there, Path) and not is_there(there):  # of a URL it is not worth asking
         return None
     path = path_of(subject)
-    return None if path is not None and _is_same(there, path) else there
+    return None if path is not None and is_same(there, path) else there
+
+
+def is_of_another(golden: Golden, checkpoint: AnyPath) -> bool:
+    """Whether a golden says that it was recorded from another file than this one."""
+    return golden.source not in ("", source_of(checkpoint, golden.path))
 
 
 def named_source(golden: Golden) -> AnyPath:
-    """The checkpoint that a golden names; CheckpointError where it names none or it is gone."""
+    """The checkpoint that a golden names, or where it was moved to below a root of the project.
+
+    Raises CheckpointError where it names none or it is gone.
+    """
     if not golden.source:
         raise CheckpointError(
             f"{golden.path}: was recorded from a live model, so it names no checkpoint",
@@ -213,6 +295,9 @@ def named_source(golden: Golden) -> AnyPath:
         )
     source = golden.checkpoint
     if source is None or not is_there(source):
+        moved = _moved(golden)
+        if moved is not None:
+            return moved
         raise CheckpointError(
             f"{golden.path}: the checkpoint that it was recorded from is not there: "
             f"{golden.source}",
@@ -227,3 +312,23 @@ def source_after(subject: object, golden: Golden) -> str:
         return golden.source
     path = path_of(subject)
     return "" if path is None else source_of(path, golden.path)
+
+
+def _moved(golden: Golden) -> Path | None:
+    """The file of the recorded name below the roots; of several, that of the same weights."""
+    if not isinstance(golden.path, Path) or is_url(golden.source):
+        return None
+    name = PurePosixPath(golden.source.removeprefix("root:")).name
+    roots = roots_of(real_path(golden.path).parent)
+    found = [path for root in roots for path in islice(root.rglob(glob.escape(name)), _MAX_MOVED)]
+    if len(found) < 2:
+        return found[0] if found else None
+    return next((path for path in found if _root_of(path, golden) == golden.fingerprint.root), None)
+
+
+def _root_of(path: Path, golden: Golden) -> bytes | None:
+    try:
+        with open_checkpoint(path, section=golden.section) as checkpoint:
+            return fingerprint(checkpoint, details=lambda tensor: False).root
+    except CheckpointError:
+        return None

@@ -10,7 +10,6 @@ import difflib
 import importlib
 import sys
 import sysconfig
-import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import HarnessError, ModelError
+from harness.golden.project import settings_of
 
 _PACKAGE = Path(__file__).parent.parent
 # NeMo's class names, and the local classes that stand for them.
@@ -149,13 +149,5 @@ def _nemo_class(config: Mapping[str, Any] | None) -> str | None:
 
 
 def _project_models(start: Path) -> dict[str, str]:
-    for folder in (start, *start.parents):
-        path = folder / "pyproject.toml"
-        if path.is_file():
-            try:
-                project = tomllib.loads(path.read_text())
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise ModelError(f"{path}: not valid TOML: {error}") from error
-            models = project.get("tool", {}).get("harness", {}).get("models", {})
-            return {str(name): str(target) for name, target in models.items()}
-    return {}
+    models = settings_of(start)[1].get("models", {})
+    return {str(name): str(target) for name, target in models.items()}

@@ -1,0 +1,85 @@
+"""The goldens of a folder, and the names that checkpoints have there.
+
+In: folders, and paths of checkpoints. Out: goldens in natural order (step-1000 after step-200),
+those of tests apart; the name under which a checkpoint's golden is kept.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.checkpoint.sources.paths import AnyPath, is_url
+from harness.golden.golden import SUFFIX
+
+_SUFFIXES = (".index.json", ".safetensors", ".nemo", ".ckpt", ".pth", ".pt", ".bin", ".gz")
+# Names that every run and every model has: by themselves they do not tell checkpoints apart.
+_COMMON_NAME = re.compile(
+    r"((adapter_|pytorch_|diffusion_pytorch_)?model|weights|consolidated|best|last|final|latest"
+    r"|(checkpoints?|ckpt|step|epoch|iter|global_?step)[-_=]?\d*([-_=.]\w+)*)",
+    re.IGNORECASE,
+)
+
+
+class Goldens(NamedTuple):
+    """The goldens to verify, and how many belong to tests, which verify them by themselves."""
+
+    paths: list[Path]
+    num_of_tests: int
+
+
+def goldens_below(folder: Path) -> Goldens:
+    """Find every golden in a folder and the folders below it, hidden ones left out."""
+    found = [
+        path.relative_to(folder)
+        for path in folder.rglob(f"*{SUFFIX}")
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    ]
+    own = [path for path in found if not _is_of_a_test(path)]
+    return Goldens(
+        [folder / path for path in sorted(own, key=natural)], num_of_tests=len(found) - len(own)
+    )
+
+
+def _is_of_a_test(path: Path) -> bool:
+    """Whether a folder has the name of a test module, as pytest collects them."""
+    return any(part.startswith("test_") or part.endswith("_test") for part in path.parts[:-1])
+
+
+def natural(path: Path) -> list[tuple[bool, int, str]]:
+    """The key that sorts step-1000 after step-200."""
+    parts = re.split(r"(\d+)", path.as_posix())
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+def names_of(checkpoint: AnyPath) -> list[str]:
+    """The names of a checkpoint's golden, the default first; each later one has one folder more.
+
+    A name that says nothing, such as `model.safetensors` or `checkpoint-500`, begins with that of
+    its folder.
+    """
+    folders = _folders_of(checkpoint)
+    name = checkpoint.name
+    if isinstance(checkpoint, Path) and name in ("", ".."):
+        name = checkpoint.resolve().name
+    for suffix in (*_SUFFIXES, *_SUFFIXES):
+        name = name.removesuffix(suffix)
+    parts = [name or checkpoint.name]
+    names = [parts[0]]
+    for folder in reversed(folders):
+        if _COMMON_NAME.fullmatch(parts[0]):
+            names.clear()  # a longer name is the default
+        parts.insert(0, folder)
+        names.append("-".join(parts))
+    return [f"{name}{SUFFIX}" for name in names]
+
+
+def _folders_of(checkpoint: AnyPath) -> list[str]:
+    """The folders of a path below the current one, as it was typed where it is not below that."""
+    if not isinstance(checkpoint, Path):
+        path = str(checkpoint).partition("://")[2] if is_url(str(checkpoint)) else str(checkpoint)
+        return [part for part in path.split("?")[0].split("/")[:-1] if part]
+    parent = checkpoint.absolute().parent
+    below = parent.relative_to(Path.cwd()) if parent.is_relative_to(Path.cwd()) else parent
+    return [part for part in below.parts if part not in ("..", parent.anchor)]
