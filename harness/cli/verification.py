@@ -73,8 +73,11 @@ def _goldens_to_verify(folder: Path) -> Sequence[Path]:
 
 def _no_goldens(folder: Path) -> GoldenError:
     from harness.golden.golden import SUFFIX
+    from harness.golden.project import project_of
 
-    above = next((p for p in Path.cwd().parents if any((p / folder).rglob(f"*{SUFFIX}"))), None)
+    project = project_of(Path.cwd())
+    parents = [path for path in Path.cwd().parents if path.is_relative_to(project)]
+    above = next((path for path in parents if any((path / folder).rglob(f"*{SUFFIX}"))), None)
     where = "of the current folder" if folder == Path("golden") else ""
     return GoldenError(
         f"no goldens in {folder}/ {where}".rstrip(),
