@@ -627,7 +627,7 @@ def test_an_update_shows_what_else_it_records_anew(
     assert golden.read_bytes() == before
     run = harness("verify", "models/nest.nemo", "--update-golden", "--reason", "moved")
     assert run.code == 0
-    assert "FAIL undecided  golden/nest.safetensors  outputs:" in run.out
+    assert "FAIL different  golden/nest.safetensors  outputs:" in run.out
     assert golden.read_bytes() != before
     assert harness("verify").code == 0
 
