@@ -444,12 +444,24 @@ def diff(
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with stats.")
 @click.option("--stats", is_flag=True, help="Add statistics of the values.")
 @click.option("--section", help="Another part than the state dict; '.' for every tensor.")
+@click.option("--textconv", is_flag=True, help="For git: what cannot be read is one line.")
 @_JOBS
-def show(file: AnyPath, as_json: bool, stats: bool, section: str | None, jobs: int | None) -> None:
-    """List the tensors of a golden or checkpoint.
+def show(file: AnyPath, textconv: bool, **options: Any) -> None:
+    """List the tensors of a golden or checkpoint, and what a golden holds beside them.
 
-    The table is fit for git's textconv.
+    Example: harness show golden/nest.safetensors
     """
+    try:
+        _show(file, **options)
+    except HarnessError as error:
+        if not textconv:
+            raise
+        click.echo(escaped(f"cannot be read: {error}"))  # else `git diff` ends for all files
+
+
+def _show(
+    file: AnyPath, *, as_json: bool, stats: bool, section: str | None, jobs: int | None
+) -> None:
     from harness import api
     from harness.fingerprints.scan import fingerprint
     from harness.golden.file import is_golden
@@ -457,7 +469,7 @@ def show(file: AnyPath, as_json: bool, stats: bool, section: str | None, jobs: i
     from harness.report.table import render_table
     from harness.streaming.workers import Workers
 
-    history = None
+    recorded = None
     if is_golden(file):
         if section is not None:
             raise UsageError(
@@ -465,7 +477,7 @@ def show(file: AnyPath, as_json: bool, stats: bool, section: str | None, jobs: i
                 hint=f"harness show {quoted(str(file))}",
             )
         recorded = api.read_golden(file)
-        found, history = recorded.fingerprint, recorded.history
+        found = recorded.fingerprint
     else:
         wanted = as_json or stats
         with progress_bar(file) as progress, api.open_checkpoint(file, section=section) as opened:
@@ -477,8 +489,8 @@ def show(file: AnyPath, as_json: bool, stats: bool, section: str | None, jobs: i
             )
     if as_json:
         data = fingerprint_as_json(found)
-        if history is not None:
-            data["history"] = [{"root": u.root, "reason": u.reason} for u in history]
+        if recorded is not None:
+            data["history"] = [{"root": u.root, "reason": u.reason} for u in recorded.history]
         echo_json(data)
     else:
-        click.echo(render_table(found, history=history or (), stats=stats))
+        click.echo(render_table(found, golden=recorded, stats=stats))

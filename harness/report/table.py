@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from math import prod
 
+from harness.checkpoint import open_checkpoint
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.stats import Stats
-from harness.golden.golden import Update
+from harness.golden.golden import Golden, Update
 from harness.text.folding import escaped, printable
 
+_MAX_SHOWN = 8  # names of settings
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def render_table(
-    fingerprint: Fingerprint, *, history: tuple[Update, ...] = (), stats: bool = False
+    fingerprint: Fingerprint, *, golden: Golden | None = None, stats: bool = False
 ) -> str:
-    """Head lines, then one line a tensor: key, dtype, shape, digest, and stats if asked for."""
-    return "\n".join([*_head(fingerprint, history), "", *_rows(fingerprint, stats)])
+    """Head lines, then one line a tensor: digest, dtype, shape, stats if asked for, and key.
+
+    Columns have a width of their own, so that a new key moves no other line of a diff.
+    """
+    head = [*_head(fingerprint)]
+    if golden is not None:
+        head += _about(golden)
+    return "\n".join([*head, "", *_rows(fingerprint, stats)])
 
 
 def told(update: Update) -> str:
@@ -25,7 +34,7 @@ def told(update: Update) -> str:
     return f"{escaped(update.root[:16])}  {escaped(update.reason) or '(no reason given)'}"
 
 
-def _head(fingerprint: Fingerprint, history: tuple[Update, ...]) -> Iterator[str]:
+def _head(fingerprint: Fingerprint) -> Iterator[str]:
     originals = [t for t in fingerprint.tensors.values() if t.alias_of is None]
     numel = sum(prod(tensor.shape) for tensor in originals)
     section = f", section {escaped(fingerprint.section)}" if fingerprint.section else ""
@@ -35,23 +44,60 @@ def _head(fingerprint: Fingerprint, history: tuple[Update, ...]) -> Iterator[str
         f"tensors    {len(fingerprint.tensors):,}, {numel:,} numbers, "
         f"{_size(sum(tensor.nbytes for tensor in originals))}"
     )
-    yield from (f"replaced   {told(update)}" for update in history)
+
+
+def _about(golden: Golden) -> Iterator[str]:
+    """What a golden holds beside the table: where it is from, how it is compared, its size."""
+    yield f"source     {escaped(golden.source) or 'none: recorded from memory'}"
+    live = golden.live
+    if live is not None:
+        yield f"stages     {', '.join(live.stages)}"
+        yield f"model      {escaped(live.target or 'as registered for the class in the config')}"
+        named = (("config", live.config), ("inputs", live.inputs))
+        yield from (f"{name:<10} {escaped(file)}" for name, file in named if file is not None)
+    yield f"tolerance  {_tolerance(golden.fingerprint)}"
+    if live is not None and live.outputs is not None:
+        yield f"outputs    {len(live.outputs.tensors):,}, tolerance {_tolerance(live.outputs)}"
+    config = golden.fingerprint.config or {}
+    if config:
+        keys = ", ".join(list(config)[:_MAX_SHOWN])
+        more = ", …" if len(config) > _MAX_SHOWN else ""
+        yield f"settings   {len(config):,}: {escaped(keys)}{more}"
+    yield f"file       {_space(golden)}"
+    yield from (f"replaced   {told(update)}" for update in golden.history)
+
+
+def _tolerance(part: Fingerprint) -> str:
+    atol, rtol = part.tolerance
+    return f"atol {atol:g}, rtol {rtol:g}"
+
+
+def _space(golden: Golden) -> str:
+    """The size of the golden's file, and what takes most of it."""
+    with open_checkpoint(golden.path) as file:
+        nbytes = Counter[str]()
+        for key, column in file.tensors.items():
+            nbytes[key.partition("/")[0]] += column.nbytes
+    most = ", ".join(f"{escaped(name)} {_size(size)}" for name, size in nbytes.most_common(4))
+    return f"{_size(nbytes.total())}: {most}"
 
 
 def _rows(fingerprint: Fingerprint, with_stats: bool) -> Iterator[str]:
-    rows = [("key", "dtype", "shape", "digest", *(_STATS if with_stats else ()))]
+    yield _row("digest", "dtype", "shape", _STATS if with_stats else (), "key")
     for tensor in fingerprint.tensors.values():
-        digest = (tensor.digest or b"").hex()[:16]
-        if tensor.alias_of is not None:
-            digest += f" = {printable(tensor.alias_of)}"
-        numbers = _numbers(tensor.stats) if with_stats else ()
-        rows.append(
-            (printable(tensor.key), tensor.dtype.name, str(list(tensor.shape)), digest, *numbers)
+        tied = f" = {printable(tensor.alias_of)}" if tensor.alias_of is not None else ""
+        yield _row(
+            (tensor.digest or b"").hex()[:16],
+            tensor.dtype.name,
+            str(list(tensor.shape)),
+            _numbers(tensor.stats) if with_stats else (),
+            printable(tensor.key) + tied,
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(cells).rstrip()
+
+
+def _row(digest: str, dtype: str, shape: str, numbers: Sequence[str], key: str) -> str:
+    cells = [f"{digest:<16}", f"{dtype:<8}", f"{shape:<18}", *(f"{n:<12}" for n in numbers), key]
+    return "  ".join(cells)
 
 
 _STATS = ("min", "max", "mean", "std", "l2", "zeros", "nan", "inf")

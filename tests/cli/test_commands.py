@@ -393,16 +393,45 @@ def test_show_is_the_same_for_a_checkpoint_and_its_golden(
     assert golden == checkpoint
     assert set(golden) == {"root", "container", "section", "tensors"}
     assert set(golden["tensors"][0]) == {"key", "dtype", "shape", "digest", "alias_of", "stats"}
-    assert harness("show", recorded).out == harness("show", data / "nest_tiny.nemo").out
+    shown, plain = (
+        harness("show", path).out.partition("\n\n")[2]
+        for path in (recorded, data / "nest_tiny.nemo")
+    )
+    assert shown == plain
 
 
 def test_show_prints_a_stable_table_with_stats_on_request(recorded: Path, harness: Harness) -> None:
     plain = harness("show", recorded).out.splitlines()
     assert plain[0].startswith("root       8fa8681d0705c440")
     assert plain[2] == "tensors    99, 267,378 numbers, 1.0 MiB"
-    row = next(line for line in plain if line.startswith("quantizer.codebooks"))
-    assert row.split()[1:] == ["float64", "[1,", "128,", "16]", row.split()[-1]]
+    assert "source     ../models/nest.nemo" in plain
+    assert "tolerance  atol 1e-05, rtol 1e-05" in plain
+    assert next(line for line in plain if line.startswith("file ")).count("iB") == 5
+    row = next(line for line in plain if line.endswith("  quantizer.codebooks"))
+    assert row.split()[1:] == ["float64", "[1,", "128,", "16]", "quantizer.codebooks"]
     assert len(harness("show", recorded, "--stats").out.splitlines()) == len(plain)
+
+
+def test_a_new_key_moves_no_other_line_of_the_table(
+    tmp_path: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = {"a": np.zeros(2, "f4"), "b": np.ones((3, 4), "f2")}
+    save_file(state, "one.safetensors")
+    save_file({**state, "long" * 30: np.zeros((2, 2, 2, 2, 2), "u1")}, "two.safetensors")
+    one, two = (
+        harness("show", name).out.splitlines() for name in ("one.safetensors", "two.safetensors")
+    )
+    assert set(one[4:]) < set(two[4:])
+
+
+def test_a_golden_that_cannot_be_read_is_one_line_for_git(recorded: Path, harness: Harness) -> None:
+    assert harness("show", recorded, "--textconv") == harness("show", recorded)
+    recorded.write_bytes(recorded.read_bytes()[:-1])
+    assert harness("show", recorded).code == 2
+    run = harness("show", recorded, "--textconv")
+    assert (run.code, run.err, run.out.count("\n")) == (0, "", 1)
+    assert run.out.startswith(f"cannot be read: {recorded}: ")
 
 
 def test_keys_that_are_not_plain_are_shown_safely(
