@@ -5,7 +5,8 @@
     │   └── NoSection      it has not the part that is asked for
     ├── GoldenError        a golden is missing, exists already, or cannot be read
     ├── ModelError         the code under test cannot be built, loaded or run
-    │   └── NotRecorded    the golden does not hold what a stage compares with
+    │   ├── NotRecorded    the golden does not hold what a stage compares with
+    │   └── NotInstalled   what it takes is not installed (also an ImportError)
     ├── UsageError         options that do not fit together or fit no tensor
     ├── TeamError          another process of the same run has died, or failed unexpectedly
     └── GoldenMismatch     a comparison failed (also an AssertionError); only raised on request
@@ -53,6 +54,10 @@ class ModelError(HarnessError):
 
 class NotRecorded(ModelError):  # noqa: N818 - reads as what is the case
     """The golden does not hold what a stage compares with; an update records it."""
+
+
+class NotInstalled(ModelError, ImportError):  # noqa: N818 - reads as what is the case
+    """A package that only the live side takes is not installed."""
 
 
 class UsageError(HarnessError):

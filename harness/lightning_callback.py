@@ -21,6 +21,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from weakref import WeakSet
 
+from harness.model import not_installed
+
+if error := not_installed("torch", "pytorch_lightning"):
+    raise error
+
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn

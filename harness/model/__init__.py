@@ -5,3 +5,23 @@ named by the user, by the golden or by the closed registry, never by the checkpo
 """
 
 from __future__ import annotations
+
+from importlib.util import find_spec
+
+from harness.errors import NotInstalled
+
+
+def not_installed(*packages: str) -> NotInstalled | None:
+    """The error to raise where a package of the extra `live` is missing; imports none of them."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if not missing:
+        return None
+    return NotInstalled(
+        "models, state dicts, runs of several ranks and the stages after --file need what is not "
+        f"installed: {', '.join(missing)}",
+        hint="pip install 'checkpoint-harness[live]'",
+    )
+
+
+if error := not_installed("torch"):
+    raise error

@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from harness.model import not_installed
+
+if error := not_installed("torch", "pytorch_lightning", "omegaconf"):
+    raise error
+
 from harness.model.config import load_config
 from harness.nest.model import AudioBatch, EncDecDenoiseMaskedTokenPredModel
 
