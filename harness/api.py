@@ -320,7 +320,6 @@ def update(
             details=lambda tensor: tensor.key not in same,
             keep_values=keeps,
             block_nbytes=old.block_nbytes,
-            matrix=old.matrix,
             check_integrity=True,
             workers=workers,
         )
@@ -388,7 +387,6 @@ def diff(
                 checkpoint,
                 keep_values=_kept_as_before(recorded.fingerprint),
                 block_nbytes=recorded.fingerprint.block_nbytes,
-                matrix=recorded.fingerprint.matrix,
                 workers=workers,
             )
         return compare(

@@ -15,7 +15,6 @@ from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.errors import CheckpointError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.scan import fingerprint, statistics
-from harness.fingerprints.sketch import MatrixDType
 from harness.streaming.chunks import Chunk, map_chunks
 from harness.streaming.workers import ALL_CORES, Workers
 
@@ -157,17 +156,15 @@ class AgainstGolden:
         from harness.comparison.bounds import difference_from_sketch
 
         # Blocks count elements, so another dtype needs blocks of another size in bytes.
-        by_form: dict[tuple[int, MatrixDType], set[str]] = defaultdict(set)
+        by_size: dict[int, set[str]] = defaultdict(set)
         for expected, actual, _ in triples.values():
-            matrix = expected.sketch.matrix if expected.sketch is not None else "float32"
-            by_form[self._block_nbytes(expected, actual), matrix].add(actual.key)
+            by_size[self._block_nbytes(expected, actual)].add(actual.key)
         details: dict[str, TensorFingerprint] = {}
-        for (block_nbytes, matrix), keys in by_form.items():
+        for block_nbytes, keys in by_size.items():
             details |= fingerprint(
                 part(self.actual, keys),
                 keep_values=nothing,
                 block_nbytes=block_nbytes,
-                matrix=matrix,
                 workers=self.workers,
             ).tensors
         found = {}

@@ -113,9 +113,9 @@ def sums_of_squares(rows: Array) -> Array:
 
 
 class Matrix:
-    """A matrix (m, k) of float32 or float64 numbers to multiply values with.
+    """A matrix (m, k) of float32 numbers to multiply values with.
 
-    Memory: twice its bytes where its numbers and the values are float32, else one float64 copy.
+    Memory: twice its bytes where the values are float32, else one float64 copy.
     """
 
     def __init__(self, numbers: Array) -> None:
@@ -134,7 +134,7 @@ class Matrix:
 
     def product(self, rows: Array) -> Array:
         """The product of rows (n, m) and the matrix, float64 (n, k)."""
-        if rows.dtype == self._numbers.dtype == np.float32 and rows.size:
+        if rows.dtype == np.float32 and rows.size:
             return np.asarray(numkong.dots_packed(rows, self._packed))
         return _wide_product(rows.astype("<f8", copy=False), self.numbers)
 

@@ -13,7 +13,7 @@ from blake3 import blake3
 from harness.checkpoint.dtypes import DType, component_nbytes
 from harness.checkpoint.tensors import Checkpoint
 from harness.fingerprints.residues import DEFAULT_TOLERANCE, Residues
-from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, MatrixDType, Sketch
+from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, Sketch
 from harness.fingerprints.stats import (
     Stats,
 )
@@ -79,12 +79,6 @@ class Fingerprint:
     block_nbytes: int = DEFAULT_BLOCK_NBYTES
     tolerance: tuple[float, float] = DEFAULT_TOLERANCE
     config: Mapping[str, Any] | None = None
-
-    @property
-    def matrix(self) -> MatrixDType:
-        """The P of its sketches: all that were made together have the same."""
-        sketches = (t.sketch for t in self.tensors.values() if t.sketch is not None)
-        return next((sketch.matrix for sketch in sketches), "float32")
 
     @cached_property
     def root(self) -> bytes:

@@ -31,7 +31,7 @@ from harness.fingerprints.integrity import (
     runs_of_tensors,
 )
 from harness.fingerprints.residues import DEFAULT_TOLERANCE, Grid, Residues, encode
-from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, MatrixDType, Sketch, sketch_values
+from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, Sketch, sketch_values
 from harness.fingerprints.stats import (
     Moments,
     NonFinite,
@@ -62,7 +62,6 @@ def fingerprint(
     details: Wanted = lambda tensor: True,
     keep_values: Wanted = lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,
     block_nbytes: int = DEFAULT_BLOCK_NBYTES,
-    matrix: MatrixDType = "float32",
     residues: tuple[float, float] | None = None,
     check_integrity: bool = False,
     workers: Workers = ALL_CORES,
@@ -88,7 +87,7 @@ def fingerprint(
         carries = keeps and tensor.numel <= MAX_KEPT_NUMEL
         cuts = cuts_of(runs[tensor.key]) if tensor.key in runs else None
         grid = None if residues is None or block is None else Grid.of(tensor.dtype, *residues)
-        scans.append(_Scan(tensor, cuts, wants, carries, block, matrix, grid))
+        scans.append(_Scan(tensor, cuts, wants, carries, block, grid))
     workers.expect(sum(scan.nbytes for scan in scans) + sum(entry.nbytes for entry in rest))
     scanned = map_chunks(scans, _scan_chunk, workers)
     if check_integrity:
@@ -159,7 +158,6 @@ class _Scan:
     wants_stats: bool
     carries_values: bool
     block_nbytes: int | None
-    matrix: MatrixDType = "float32"
     grid: Grid | None = None
 
     @property
@@ -198,7 +196,7 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
         if block_nbytes is not None:
             numel = block_numel(tensor.dtype, block_nbytes)
             squares = _joined(runs.squares, numel // run) if numel % run == 0 else None
-            sketches.append(sketch_values(values, numel, squares, scan.matrix))
+            sketches.append(sketch_values(values, numel, squares))
         moments.append(moments_of(finite, runs, extremes, nonfinite))
     kept = data.tobytes() if scan.carries_values else b""
     return _ChunkPrint(digest, crc32s, tuple(moments), tuple(sketches), tuple(residues), kept)
@@ -234,7 +232,6 @@ def _join(scan: _Scan, parts: Sequence[_ChunkPrint]) -> TensorFingerprint:
         sketch=Sketch(
             projections=np.concatenate([sketch.projections for sketch in sketches]),
             norms=np.concatenate([sketch.norms for sketch in sketches]),
-            matrix=scan.matrix,
         )
         if sketches
         else None,

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -36,26 +36,22 @@ _CHI2_HIGH = 92.15756  # rounded up
 _UNDERFLOW = 1e-150
 
 
-MatrixDType = Literal["float32", "float64"]
-"""What the numbers of P are rounded to: goldens of schema 1 have them as float64."""
-
-
 _making = threading.Lock()  # of one matrix by several threads, which may be large
 
 
-def projection(block_numel: int, matrix: MatrixDType = "float32") -> Matrix:
-    """The matrix P (block_numel, 16): the first rows of one fixed stream.
+def projection(block_numel: int) -> Matrix:
+    """The matrix P (block_numel, 16): the first rows of one fixed stream, as float32.
 
     numpy guarantees the stream of RandomState for ever (NEP 19).
     """
     with _making:
-        return _projection(block_numel, matrix)
+        return _projection(block_numel)
 
 
 @lru_cache(maxsize=8)
-def _projection(block_numel: int, matrix: MatrixDType) -> Matrix:
+def _projection(block_numel: int) -> Matrix:
     stream = np.random.RandomState(SEED)
-    numbers = np.empty((block_numel, NUM_PROJECTIONS), matrix)
+    numbers = np.empty((block_numel, NUM_PROJECTIONS), "<f4")
     for start in range(0, block_numel, 8192):  # each as float64 at first
         part = numbers[start : start + 8192]
         part[:] = stream.standard_normal(part.shape)
@@ -64,27 +60,18 @@ def _projection(block_numel: int, matrix: MatrixDType) -> Matrix:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sketch:
-    """`projections` float64 (num_blocks, 16), by a P of some dtype, and `norms` (num_blocks,): |x|.
-
-    Only those by the same P can be compared.
-    """
+    """`projections` float64 (num_blocks, 16), and `norms` (num_blocks,): |x|."""
 
     projections: Array
     norms: Array
-    matrix: MatrixDType = "float32"
 
 
-def sketch_values(
-    values: Array,
-    block_numel: int,
-    squares: Array | None = None,
-    matrix: MatrixDType = "float32",
-) -> Sketch:
+def sketch_values(values: Array, block_numel: int, squares: Array | None = None) -> Sketch:
     """Sketch finite float32 or float64 values (n,); the last block counts as padded with zeros.
 
     `squares` are the sums of squares of the blocks, where they are known.
     """
-    by = projection(block_numel, matrix)
+    by = projection(block_numel)
     whole = values.size // block_numel * block_numel
     blocks, rest = values[:whole].reshape(-1, block_numel), values[whole:]
     last = np.zeros((1, block_numel), values.dtype)[: 1 if rest.size else 0]
@@ -92,7 +79,7 @@ def sketch_values(
     if squares is None:
         squares = moments_of_runs(values, block_numel).squares
     projections = np.concatenate([by.product(blocks), by.product(last)])
-    return Sketch(projections=projections, norms=np.sqrt(squares), matrix=matrix)
+    return Sketch(projections=projections, norms=np.sqrt(squares))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,7 +95,6 @@ class Gap:
     upper: Array
     numels: Array
     rounding: Array
-    matrix: MatrixDType
 
     @property
     def noise(self) -> Array:
@@ -142,7 +128,7 @@ class Gap:
 
 
 def compare_sketches(expected: Sketch, actual: Sketch, block_numel: int, numel: int) -> Gap:
-    """Bound the distance of two tensors of `numel` elements from their sketches by the same P."""
+    """Bound the distance of two tensors of `numel` elements from their sketches."""
     numels = np.full(len(expected.norms), block_numel)
     if len(numels):
         numels[-1] = numel - block_numel * (len(numels) - 1)
@@ -163,7 +149,6 @@ def compare_sketches(expected: Sketch, actual: Sketch, block_numel: int, numel: 
         upper=np.where(np.isfinite(upper), upper, np.inf),
         numels=numels,
         rounding=np.where(np.isfinite(rounding), rounding, np.inf),
-        matrix=expected.matrix,
     )
 
 
@@ -185,7 +170,7 @@ def recover(gap: Gap, block_numel: int, *, thorough: bool = True) -> list[tuple[
     blocks = gap.changed
     if not 0 < len(blocks) <= _MAX_BLOCKS_TO_RECOVER:
         return None
-    matrix = projection(block_numel, gap.matrix).numbers
+    matrix = projection(block_numel).numbers
     found: list[tuple[int, float]] = []
     for block in blocks:
         search = _Search(

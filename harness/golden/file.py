@@ -2,42 +2,49 @@
 
 In: a `Golden` (a fingerprint, where it came from, its history). Out: bytes that depend on nothing
 else, written atomically; to a URL as one whole object. Refused: overwriting without being told to,
-files that are no goldens, goldens of a newer schema, columns that do not fit the table of tensors.
+files that are no goldens, goldens of another schema, columns that do not fit the tensors.
 
-Its arrays are those of `harness.columns`. The metadata has one entry, `harness`: canonical JSON,
-see `_describe`. safetensors writes several entries in random order, which would make equal goldens
-differ.
+Its arrays are those of `harness.golden.columns`, the column `contents`, which says whose they are,
+and the `seal` over all of them. The metadata has one entry, `harness`: safetensors writes several
+in random order, which would make equal goldens differ. Both texts are of `harness.golden.header`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
+from harness.checkpoint.formats.safetensors import (
+    MAX_HEADER_NBYTES,
+    is_safetensors,
+    read_safetensors,
+)
 from harness.checkpoint.sources.access import open_source
 from harness.checkpoint.sources.paths import AnyPath, Location, is_there, to_path
 from harness.checkpoint.sources.source import read
-from harness.checkpoint.tensors import Tensor
 from harness.errors import CheckpointError, GoldenError
 from harness.fingerprints.fingerprint import Fingerprint
-from harness.fingerprints.residues import BITS, BLOCK_NUMEL, DEFAULT_TOLERANCE
-from harness.fingerprints.sketch import NUM_PROJECTIONS, SEED
 from harness.golden.atomic import write_whole
-from harness.golden.columns import Columns, columns_of, rows_of, seal_of
-from harness.golden.golden import SUFFIX, Golden, LiveRecord, Update, real_path, without_paths
-from harness.streaming.chunks import CHUNK_NBYTES
+from harness.golden.columns import columns_of, rows_of, seal_of, tensors_of
+from harness.golden.golden import SUFFIX, Golden, LiveRecord, real_path, without_paths
+from harness.golden.header import (
+    SCHEMA,
+    Contents,
+    Header,
+    Live,
+    Made,
+    Origin,
+    Part,
+    from_json,
+    schema_of,
+    to_json,
+)
 from harness.text.shell import quoted
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-SCHEMA = 3  # 2, which is read too, has no residues; in 1, P is of float64 and is not named
 _LFS = b"version https://git-lfs"
 _RESTORE = "restore it from version control, or remove it and record it again"
 _NOT_A_GOLDEN = "give the golden with -g, and the checkpoint without"
@@ -123,75 +130,49 @@ def serialize(golden: Golden) -> bytes:
     """The bytes of a golden file: the same for the same golden, always."""
     from safetensors.numpy import save
 
-    columns = columns_of(golden.parts)
-    description = json.dumps(_describe(golden), sort_keys=True, separators=(",", ":"))
-    seal = np.frombuffer(seal_of(description, columns), "|u1")
-    return save({**columns, "seal": seal}, metadata={"harness": description})
+    header = to_json(_header(golden))
+    if len(header) > MAX_HEADER_NBYTES // 4:  # in the file it is escaped once more
+        raise GoldenError(
+            f"{golden.path}: its header would have {len(header)} bytes, and "
+            f"{MAX_HEADER_NBYTES // 4} is the most that is read; its history has "
+            f"{len(golden.history)} entries",
+            hint="record it again with --overwrite, which starts another history",
+        )
+    contents = np.frombuffer(to_json(_contents(golden)).encode(), "|u1")
+    columns = {**columns_of(golden.parts), "contents": contents}
+    seal = np.frombuffer(seal_of(header, columns), "|u1")
+    return save({**columns, "seal": seal}, metadata={"harness": header})
 
 
-def _describe(golden: Golden) -> dict[str, Any]:
-    found = golden.fingerprint
-    return {
-        "schema": SCHEMA,
-        "made": {
-            "digest": "blake3",
-            "chunk_nbytes": CHUNK_NBYTES,
-            "sketch": {
-                "projections": NUM_PROJECTIONS,
-                "seed": SEED,
-                **_describe_sketches(found),
-            },
-            "residues": {"bits": BITS, "block_numel": BLOCK_NUMEL},
+def _header(golden: Golden) -> Header:
+    live = golden.live
+    return Header(
+        schema=SCHEMA,
+        made=Made(),
+        source=Origin(path=golden.source, section=golden.section),
+        root=golden.fingerprint.root.hex(),
+        parts={
+            name: Part(
+                container=part.container,
+                keeps_aliases=part.keeps_aliases,
+                block_nbytes=part.block_nbytes,
+                tolerance=(float(part.tolerance[0]), float(part.tolerance[1])),
+            )
+            for name, part in golden.parts.items()
         },
-        "source": {
-            "path": golden.source,
-            "container": found.container,
-            "section": golden.section,
-            "keeps_aliases": found.keeps_aliases,
-        },
-        "root": found.root.hex(),
-        "tensors": rows_of(found),
-        "config": without_paths(found.config),
-        "history": [{"root": update.root, "reason": update.reason} for update in golden.history],
-        "live": None if golden.live is None else _describe_live(golden.live),
-    }
+        history=golden.history,
+        live=None
+        if live is None
+        else Live(target=live.target, stages=live.stages, config=live.config, inputs=live.inputs),
+    )
 
 
-def _describe_sketches(part: Fingerprint) -> dict[str, Any]:
-    atol, rtol = part.tolerance
-    return {
-        "block_nbytes": part.block_nbytes,
-        "matrix": part.matrix,
-        "tolerance": {"atol": atol, "rtol": rtol},
-    }
-
-
-def _tolerance(described: Mapping[str, Any]) -> tuple[float, float]:
-    if "tolerance" not in described:
-        return DEFAULT_TOLERANCE
-    atol, rtol = (float(described["tolerance"][name]) for name in ("atol", "rtol"))
-    if not (0 <= atol < math.inf and 0 <= rtol < math.inf):
-        raise ValueError(f"a tolerance of {atol}, {rtol}")
-    return atol, rtol
-
-
-def _how_sketched(schema: int, described: Mapping[str, Any]) -> tuple[int, Any]:
-    matrix = "float64" if schema == 1 else described["matrix"]
-    return int(described["block_nbytes"]), matrix
-
-
-def _describe_live(live: LiveRecord) -> dict[str, Any]:
-    return {
-        "target": live.target,
-        "stages": list(live.stages),
-        "config": live.config,
-        "inputs": live.inputs,
-        "parameters": [list(parameter) for parameter in live.parameters],
-        **{
-            name: None if part is None else {**_describe_sketches(part), "tensors": rows_of(part)}
-            for name, part in (("buffers", live.buffers), ("outputs", live.outputs))
-        },
-    }
+def _contents(golden: Golden) -> Contents:
+    return Contents(
+        parts={name: rows_of(part) for name, part in golden.parts.items()},
+        parameters=golden.live.parameters if golden.live else (),
+        config=without_paths(golden.fingerprint.config),
+    )
 
 
 def is_golden(path: AnyPath) -> bool:
@@ -213,7 +194,7 @@ def is_golden(path: AnyPath) -> bool:
 
 
 def read_golden(path: Location) -> Golden:
-    """Read a golden of any schema that was ever released; raises GoldenError."""
+    """Read a golden of this version's schema, whole; raises GoldenError."""
     path, opened = to_path(path), False
     try:
         _refuse_no_file(path)
@@ -231,8 +212,15 @@ def read_golden(path: Location) -> Golden:
                     hint=_RESTORE if path.name.endswith(SUFFIX) else _NOT_A_GOLDEN,
                 )
             opened = True
-            columns, metadata = read_safetensors(path, source)
-            return _parse(path, {c.key: c for c in columns}, metadata)
+            tensors, metadata = read_safetensors(path, source)
+            if "harness" not in metadata:
+                raise GoldenError(
+                    f"{path}: a safetensors file, but not a golden", hint=_NOT_A_GOLDEN
+                )
+            _check_schema(path, metadata["harness"])
+            # Copies: the file may be overwritten in place while the golden is in use.
+            columns = {tensor.key: tensor.array() for tensor in tensors}
+            return _parse(path, columns, metadata["harness"])
     except CheckpointError as error:
         raise GoldenError(str(error), hint=_RESTORE if opened else error.hint) from error
     except OSError as error:
@@ -273,95 +261,76 @@ def similar_golden(path: AnyPath) -> Path | None:
     return next((beside[name] for name in close if is_golden(beside[name])), None)
 
 
-def _parse(path: AnyPath, columns: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Golden:
-    if "harness" not in metadata:
-        raise GoldenError(
-            f"{path}: a safetensors file, but not a golden",
-            hint=_NOT_A_GOLDEN,
-        )
+def _check_schema(path: AnyPath, text: str) -> None:
     try:
-        header = json.loads(metadata["harness"])
-        schema = header["schema"]
-        if schema not in (1, 2, SCHEMA):
+        schema = schema_of(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if schema != SCHEMA:
+        raise GoldenError(
+            f"{path}: a golden of schema {schema}, but this version reads schema {SCHEMA}",
+            hint="upgrade: pip install --upgrade checkpoint-harness, or record it again",
+        )
+
+
+def _damaged(path: AnyPath, error: Exception) -> GoldenError:
+    return GoldenError(f"{path}: a damaged golden: {error}", hint=_RESTORE)
+
+
+def _parse(path: AnyPath, columns: dict[str, NDArray[Any]], text: str) -> Golden:
+    try:
+        header = from_json(text, Header)
+        if header.made != Made():
             raise GoldenError(
-                f"{path}: a golden of schema {schema}, but this version reads up to {SCHEMA}",
-                hint="upgrade: pip install --upgrade checkpoint-harness",
-            )
-        made, source = header["made"], header["source"]
-        block_nbytes, matrix = _how_sketched(schema, made["sketch"])
-        tolerance = _tolerance(made["sketch"])
-        fixed = (made["digest"], made["chunk_nbytes"], made["sketch"]["seed"])
-        if fixed != ("blake3", CHUNK_NBYTES, SEED) or not 0 < block_nbytes <= CHUNK_NBYTES:
-            raise GoldenError(
-                f"{path}: made in a way that this version does not know: {made}",
+                f"{path}: made in a way that this version does not know: {header.made}",
                 hint=_RESTORE,
             )
-        reader = Columns(columns)
-        reader.check_seal(metadata["harness"])
-        fingerprint = Fingerprint(
-            name=str(path),
-            container=source["container"],
-            section=source["section"] or "",
-            keeps_aliases=source["keeps_aliases"],
-            tensors=dict(
-                reader.prints("value", header["tensors"], block_nbytes, matrix, tolerance)
-            ),
-            block_nbytes=block_nbytes,
-            tolerance=tolerance,
-            config=header["config"],
-        )
-        if fingerprint.root.hex() != header["root"]:
-            raise GoldenError(
-                f"{path}: its digests make the root {fingerprint.root.hex()[:16]}…, but it says "
-                f"{header['root'][:16]}…",
-                hint="the golden was changed by hand: restore it from version control",
+        seal, described = columns.pop("seal", None), columns.get("contents")
+        if seal is None or seal_of(text, columns) != seal.tobytes():
+            raise ValueError("its parts do not make its seal")
+        if described is None:
+            raise ValueError("it has no column contents")
+        contents = from_json(described.tobytes(), Contents)
+        tensors = tensors_of(header.parts, contents.parts, columns)
+        parts = {
+            name: Fingerprint(
+                name=str(path) if name == "weights" else name,
+                container=part.container,
+                section=(header.source.section or "") if name == "weights" else "",
+                keeps_aliases=part.keeps_aliases,
+                tensors=tensors[name],
+                block_nbytes=part.block_nbytes,
+                tolerance=part.tolerance,
+                config=contents.config if name == "weights" else None,
             )
-        live = _parse_live(reader, schema, header.get("live"))
-        reader.check_used_up()
-        return Golden(
-            path=path,
-            fingerprint=fingerprint,
-            source=source["path"],
-            section=source["section"],
-            history=tuple(Update(root=h["root"], reason=h["reason"]) for h in header["history"]),
-            live=live,
-        )
-    except (
-        *(KeyError, IndexError, AttributeError, TypeError),
-        *(ValueError, OverflowError, RecursionError),
-    ) as error:
+            for name, part in header.parts.items()
+        }
+        if "weights" not in parts:
+            raise ValueError("it has no part 'weights'")
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    weights, live = parts["weights"], header.live
+    if weights.root.hex() != header.root:
         raise GoldenError(
-            f"{path}: a damaged golden ({type(error).__name__}: {error})",
-            hint=_RESTORE,
-        ) from error
-
-
-def _parse_live(reader: Columns, schema: int, described: Any) -> LiveRecord | None:
-    if described is None:
-        return None
-
-    def part(name: str) -> Fingerprint | None:
-        table = described[name]
-        if table is None:
-            return None
-        block_nbytes, matrix = _how_sketched(schema, table)
-        tolerance = _tolerance(table)
-        return Fingerprint(
-            name=name,
-            container=f"live {name}",
-            section="",
-            tensors=dict(reader.prints(name, table["tensors"], block_nbytes, matrix, tolerance)),
-            keeps_aliases=False,
-            block_nbytes=block_nbytes,
-            tolerance=tolerance,
+            f"{path}: its digests make the root {weights.root.hex()[:16]}…, but it says "
+            f"{header.root[:16]}…",
+            hint="the golden was changed by hand: restore it from version control",
         )
-
-    return LiveRecord(
-        target=described["target"],
-        stages=tuple(described["stages"]),
-        config=described["config"],
-        inputs=described["inputs"],
-        parameters=tuple((str(name), bool(grad)) for name, grad in described["parameters"]),
-        buffers=part("buffers"),
-        outputs=part("outputs"),
+    return Golden(
+        path=path,
+        fingerprint=weights,
+        source=header.source.path,
+        section=header.source.section,
+        history=header.history,
+        live=None
+        if live is None
+        else LiveRecord(
+            target=live.target,
+            stages=live.stages,
+            config=live.config,
+            inputs=live.inputs,
+            parameters=contents.parameters,
+            buffers=parts.get("buffers"),
+            outputs=parts.get("outputs"),
+        ),
     )

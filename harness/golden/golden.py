@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from harness.checkpoint.sources.paths import AnyPath, is_there, is_url, to_path
 from harness.fingerprints.fingerprint import Fingerprint
@@ -16,9 +18,10 @@ SUFFIX = ".safetensors"
 # Begins a source that is below one of the project's roots, outside of the project.
 _BELOW_ROOT = "root:"
 
+PartName = Literal["weights", "buffers", "outputs"]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Update:
+
+class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One entry of a golden's history: the root that was replaced, and why."""
 
     root: str
@@ -81,9 +84,9 @@ class Golden:
         return Path(os.path.normpath(path.parent / source))
 
     @property
-    def parts(self) -> dict[str, Fingerprint]:
-        """The fingerprints in the file, by the prefix of their values' names."""
-        found = {"value": self.fingerprint}
+    def parts(self) -> dict[PartName, Fingerprint]:
+        """The fingerprints in the file, by name."""
+        found: dict[PartName, Fingerprint] = {"weights": self.fingerprint}
         if self.live is not None and self.live.buffers is not None:
             found["buffers"] = self.live.buffers
         if self.live is not None and self.live.outputs is not None:

@@ -26,7 +26,6 @@ from harness.checkpoint.tensors import Tensor
 from harness.errors import ModelError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.scan import fingerprint
-from harness.fingerprints.sketch import MatrixDType
 from harness.model.loading import seeded, tensors_of
 from harness.model.state import as_checkpoint
 from harness.model.targets import user_code
@@ -67,17 +66,16 @@ def inputs_of(module: nn.Module, file: Path | None) -> tuple[tuple[Any, ...], di
 def outputs_of(
     module: nn.Module,
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
-    matrix: MatrixDType = "float32",
     *,
     tolerance: tuple[float, float] = OUTPUT_TOLERANCE,
     see: Callable[[TensorFingerprint, Tensor], None] | None = None,
 ) -> Fingerprint:
     """Run the model once and fingerprint what every submodule got and gave.
 
-    `matrix` is that of the golden to compare with, `tolerance` (atol, rtol) what residues are kept
-    for. `see` is called with each fingerprint and its values, which are gone afterwards.
+    `tolerance` (atol, rtol) is what residues are kept for. `see` is called with each fingerprint
+    and its values, which are gone afterwards.
     """
-    recorder = _Recorder(matrix, tolerance, see)
+    recorder = _Recorder(tolerance, see)
     positional, keyword = arguments
     with ExitStack() as stack:
         stack.enter_context(_quiet_mode(module))
@@ -112,11 +110,9 @@ def outputs_of(
 class _Recorder:
     def __init__(
         self,
-        matrix: MatrixDType,
         tolerance: tuple[float, float],
         see: Callable[[TensorFingerprint, Tensor], None] | None,
     ) -> None:
-        self._matrix: MatrixDType = matrix
         self._tolerance = tolerance
         self._see = see
         self.prints: dict[str, TensorFingerprint] = {}
@@ -150,7 +146,6 @@ class _Recorder:
                 found = fingerprint(
                     live,
                     keep_values=lambda tensor: tensor.numel <= _MAX_KEPT_NUMEL,
-                    matrix=self._matrix,
                     residues=self._tolerance,  # outputs agree to rounding only
                     workers=Workers(jobs=1),
                 ).tensors

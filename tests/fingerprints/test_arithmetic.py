@@ -65,15 +65,12 @@ def test_there_are_no_moments_of_nothing() -> None:
     assert Matrix(np.ones((8, 3), "<f4")).product(np.zeros((0, 8), "<f4")).shape == (0, 3)
 
 
-@pytest.mark.parametrize("numbers", ["<f4", "<f8"])
 @pytest.mark.parametrize("dtype", ["<f4", "<f8"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("count", "numel"), [(1, 8192), (3, 1000), (40, 256), (2, 1)])
-def test_products_are_within_their_bound(
-    kind: str, dtype: str, numbers: str, count: int, numel: int
-) -> None:
+def test_products_are_within_their_bound(kind: str, dtype: str, count: int, numel: int) -> None:
     rows = values_of(kind, count * numel, dtype).reshape(count, numel)
-    matrix = Matrix(np.random.RandomState(3).standard_normal((numel, 16)).astype(numbers))
+    matrix = Matrix(np.random.RandomState(3).standard_normal((numel, 16)).astype("<f4"))
     found = matrix.product(rows)
     assert (found.dtype, found.shape) == (np.dtype("<f8"), (count, 16))
     for row, column in [(0, 0), (count - 1, 15), (count // 2, 7)]:

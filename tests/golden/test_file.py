@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,10 @@ from safetensors.numpy import save
 from safetensors.torch import save_file
 
 from harness import api
+from harness.checkpoint import open_checkpoint
 from harness.errors import GoldenError
+from harness.fingerprints.scan import fingerprint
+from harness.golden.columns import FIELDS, seal_of
 from harness.golden.file import is_golden, read_golden, serialize, write_golden
 from harness.golden.golden import Golden, Update, source_of
 
@@ -91,6 +93,24 @@ def test_what_is_written_is_read_back(tmp_path: Path, values: Any) -> None:
             np.testing.assert_array_equal(other.sketch.projections, tensor.sketch.projections)
 
 
+def test_residues_are_read_back(tmp_path: Path) -> None:
+    with open_checkpoint(everything(tmp_path)) as checkpoint:
+        found = fingerprint(checkpoint, residues=(1e-4, 0))
+    golden = Golden(path=tmp_path / "g.safetensors", fingerprint=found, source="all.pt")
+    write_golden(golden)
+    read = read_golden(golden.path)
+    assert same(read, golden)
+    assert read.fingerprint.tolerance == (1e-4, 0)
+    kept = {key for key, tensor in found.tensors.items() if tensor.residues is not None}
+    assert kept == {"large", "half", "float8", "tied"}
+    for key in kept:
+        ours, theirs = found.tensors[key].residues, read.fingerprint.tensors[key].residues
+        assert ours is not None
+        assert theirs is not None
+        assert ours.grid == theirs.grid
+        np.testing.assert_array_equal(ours.packed, theirs.packed)
+
+
 def test_the_same_checkpoint_gives_the_same_bytes_in_another_process(
     golden: Golden, data: Path, tmp_path: Path
 ) -> None:
@@ -108,7 +128,7 @@ def test_any_safetensors_reader_can_read_the_columns(golden: Golden) -> None:
     with safe_open(golden.path, framework="np") as file:
         assert file.get_tensor("digest").shape == (99, 32)
         assert file.get_tensor("stats").shape == (99, 9)
-        assert file.get_tensor("value/encoder.layers.0.norm_out.bias").shape == (64,)
+        assert file.get_tensor("sketch").shape[1:] == (16,)
         assert list(file.metadata()) == ["harness"]
 
 
@@ -215,104 +235,105 @@ def test_an_update_keeps_what_the_golden_kept(tmp_path: Path, values: Any) -> No
     assert same(replace(updated, history=(), source=fresh.source), fresh)
 
 
-def header_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    with safe_open(path, framework="np") as file:
-        columns = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return columns, json.loads(file.metadata()["harness"])
+class Parts:
+    """A golden file taken apart: what is in it, to be changed and written again."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, framework="np") as file:
+            self.columns = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            self.header = json.loads(file.metadata()["harness"])
+        self.seal = self.columns.pop("seal")
+        self.contents = json.loads(self.columns["contents"].tobytes())
 
-def damage(path: Path, change: Any) -> None:
-    columns, header = header_of(path)
-    columns.pop("seal")  # which would tell before all others
-    change(columns, header)
-    path.write_bytes(save(columns, metadata={"harness": json.dumps(header)}))
+    @property
+    def rows(self) -> Any:
+        return self.contents["parts"]["weights"]
+
+    def write(self) -> None:
+        header = json.dumps(self.header)
+        self.columns["contents"] = np.frombuffer(json.dumps(self.contents).encode(), "|u1")
+        seal = np.frombuffer(seal_of(header, self.columns), "|u1")
+        columns = {key: column for key, column in self.columns.items() if column is not None}
+        self.path.write_bytes(save({**columns, "seal": seal}, metadata={"harness": header}))
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        lambda c, h: h.pop("tensors"),
-        lambda c, h: h["tensors"].pop(),
-        lambda c, h: h["tensors"][0].__setitem__(1, "float31"),
-        lambda c, h: h["tensors"][0].__setitem__(2, [-1]),
-        lambda c, h: h["tensors"][0].__setitem__(2, [float("inf")]),
-        lambda c, h: h["tensors"][0].__setitem__(0, h["tensors"][1][0]),
-        lambda c, h: h["tensors"][5].__setitem__(3, "nothing"),
-        lambda c, h: h["made"]["sketch"].__setitem__("block_nbytes", 0),
-        lambda c, h: h.__setitem__("made", []),
-        lambda c, h: c["digest"].__setitem__((0, 0), c["digest"][0, 0] ^ 1),
-        lambda c, h: c.__setitem__("sketch", c["sketch"][1:]),
-        lambda c, h: c.pop("stats"),
-        lambda c, h: c.pop("value/encoder.layers.0.norm_out.bias"),
-        lambda c, h: c.__setitem__("value/encoder.layers.0.norm_out.bias", np.zeros(3, "f4")),
+        (lambda p: p.header.pop("source"), "header: Object missing required field source"),
+        (lambda p: p.header["source"].update(path=5), "source.path: Expected str, got int"),
+        (lambda p: p.header["source"].update(more=5), "source: .*unknown field more"),
+        (lambda p: p.header["parts"]["weights"].update(container=5), "container: Expected str"),
+        (lambda p: p.header["parts"]["weights"].update(block_nbytes=0), "block_nbytes: .*>= 1"),
+        (lambda p: p.header["parts"].update(more={}), "Invalid enum value 'more'"),
+        (lambda p: p.header.update(made=[]), "made: Expected object, got array"),
+        (lambda p: p.header["made"].update(seed=1), "made in a way .*seed=1"),
+        (lambda p: p.header.update(schema="0"), "schema: Expected int, got str"),
+        (lambda p: p.header.update(history=[{"root": 1}]), r"history\[0\]"),
+        (lambda p: p.header.update(root="0" * 64), "its digests make the root 8fa8681d0705c440"),
+        (lambda p: p.contents.pop("parts"), "missing required field parts"),
+        (lambda p: p.contents["parts"].clear(), "has the parts .'weights'., and rows of"),
+        (lambda p: p.rows.pop(), "rows in the column"),
+        (lambda p: p.rows[0].__setitem__(1, "float31"), "has the dtype 'float31'"),
+        (lambda p: p.rows[0].__setitem__(2, [-1]), "Expected int >= 0"),
+        (lambda p: p.rows[0].__setitem__(2, [1e300]), "Expected int, got float"),
+        (lambda p: p.rows[0].__setitem__(2, [1 << 80]), "ends before"),
+        (lambda p: p.rows[1].__setitem__(0, p.rows[0][0]), "two tensors have the key"),
+        (lambda p: p.rows[0].__setitem__(3, ["stats"]), "keeps stats"),
+        (lambda p: p.rows[0].__setitem__(3, ["digest", "more"]), "keeps digest, more"),
+        (lambda p: p.rows[5].__setitem__(4, "nothing"), "is no alias of 'nothing'"),
+        (lambda p: p.rows[5].__setitem__(4, p.rows[0][0]), "is no alias of"),
+        (
+            lambda p: p.columns["digest"].__setitem__((0, 0), p.columns["digest"][0, 0] ^ 1),
+            "do not make its digest|make the root",
+        ),
+        (
+            lambda p: p.columns.update(sketch=p.columns["sketch"][1:]),
+            "its column sketch ends before",
+        ),
+        (
+            lambda p: p.columns.update(sketch=p.columns["sketch"].astype("<f4")),
+            r"its column sketch has rows of float32 \(16,\), not of float64 \(16,\)",
+        ),
+        (
+            lambda p: p.columns.update(stats=p.columns["stats"][:, 1:].copy()),
+            "its column stats has rows",
+        ),
+        (lambda p: p.columns.pop("stats"), "it has no column stats"),
+        (
+            lambda p: p.columns.update(value=np.append(p.columns["value"], np.uint8(1))),
+            "rows in the column value",
+        ),
+        (lambda p: p.columns.update(value=p.columns["value"] ^ 1), "do not make its digest"),
     ],
 )
-def test_a_damaged_golden_is_a_clear_error(golden: Golden, change: Any) -> None:
-    damage(golden.path, change)
-    with pytest.raises(GoldenError, match=r"nest\.safetensors") as caught:
+def test_a_damaged_golden_says_what_is_wrong_and_where(
+    golden: Golden, change: Any, message: str
+) -> None:
+    parts = Parts(golden.path)
+    change(parts)
+    parts.write()
+    with pytest.raises(GoldenError, match=rf"nest\.safetensors: .*{message}") as caught:
         read_golden(golden.path)
     assert caught.value.hint
 
 
-def test_a_newer_schema_says_to_upgrade(golden: Golden) -> None:
-    damage(golden.path, lambda columns, header: header.__setitem__("schema", 4))
-    with pytest.raises(GoldenError, match="schema 4, but this version reads up to 3") as caught:
+def test_another_schema_says_to_upgrade(golden: Golden) -> None:
+    parts = Parts(golden.path)
+    parts.header = {"schema": 3, "whatever": "is in it"}
+    parts.write()
+    with pytest.raises(GoldenError, match="schema 3, but this version reads schema 0") as caught:
         read_golden(golden.path)
     assert "upgrade" in (caught.value.hint or "")
-
-
-@pytest.mark.parametrize("schema", [1, 2])
-def test_every_released_schema_stays_readable(data: Path, schema: int) -> None:
-    found = read_golden(data / f"golden_schema_{schema}.safetensors")
-    assert found.fingerprint.root.hex().startswith("8fa8681d0705c440")
-    comparison = api.verify(data / "nest_tiny_perturbed_1e-3.nemo", found)
-    assert [finding.kind for finding in comparison.findings] == ["different"]
-
-
-def test_schema_1_compares_by_its_own_projections_and_keeps_them(
-    golden: Golden, data: Path, tmp_path: Path
-) -> None:
-    """Its P has more digits: another one's projections would differ in all large tensors."""
-    path = tmp_path / "old.safetensors"
-    shutil.copy(data / "golden_schema_1.safetensors", path)
-    noisy, surgical = (data / f"nest_tiny_perturbed_{name}.nemo" for name in ("all_1e-6", "1e-3"))
-    for checkpoint in (noisy, surgical):
-        by_new, by_old = (api.verify(checkpoint, g) for g in (golden, read_golden(path)))
-        assert [(f.kind, f.key) for f in by_new.findings] == [
-            (f.kind, f.key) for f in by_old.findings
-        ]
-        for new, old in zip(by_new.findings, by_old.findings, strict=True):
-            assert new.difference is not None
-            assert old.difference is not None
-            assert new.difference.elements == old.difference.elements
-            assert new.difference.max_abs == pytest.approx(old.difference.max_abs, rel=1e-3)
-
-    updated = api.update(surgical, read_golden(path))
-    assert updated.fingerprint.matrix == read_golden(path).fingerprint.matrix == "float64"
-    assert api.verify(surgical, read_golden(path)).verdict == "identical"
-    assert api.verify(data / "nest_tiny.nemo", read_golden(path)).verdict == "different"
-
-
-def test_goldens_by_two_kinds_of_projections_cannot_tell_what_is_close(
-    golden: Golden, data: Path
-) -> None:
-    found = api.diff(data / "golden_schema_1.safetensors", golden.path)
-    assert found.verdict == "identical"  # by the digests
-    other = api.record(data / "nest_tiny_perturbed_all_1e-6.nemo", golden.path, overwrite=True)
-    assert other.fingerprint.matrix == "float32"
-    found = api.diff(data / "golden_schema_1.safetensors", golden.path)
-    whys = {f.difference.why for f in found.findings if f.kind == "undecided" and f.difference}
-    assert whys == {
-        "the two goldens have other projections, one by an older version: record it again"
-    }
 
 
 @settings(max_examples=60)
 @given(st.data())
 def test_a_mutated_golden_is_an_error_or_still_the_same(
-    data: Path, tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject
+    shipped_golden: Path, tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject
 ) -> None:
-    original = (data / "golden_schema_1.safetensors").read_bytes()
+    original = shipped_golden.read_bytes()
     place = draw.draw(st.integers(0, len(original) - 1) | st.integers(0, 20000))
     mutated = bytearray(original)
     mutated[place] ^= draw.draw(st.integers(1, 255))
@@ -346,21 +367,26 @@ def test_a_bit_that_changed_is_an_error_or_changes_nothing(
         assert serialize(read_golden(path)) == original
 
 
-@pytest.mark.parametrize("column", ["digest", "stats", "sketch", "block_norm"])
-def test_a_column_is_sealed(golden: Golden, column: str) -> None:
-    columns, header = header_of(golden.path)
-    columns[column].reshape(-1)[-1] += 1
-    golden.path.write_bytes(save(columns, metadata={"harness": json.dumps(header)}))
+@pytest.mark.parametrize("column", [column.name for field in FIELDS for column in field.columns])
+def test_a_column_is_sealed(golden: Golden, data: Path, column: str) -> None:
+    with open_checkpoint(data / "nest_tiny.nemo") as checkpoint:
+        found = fingerprint(checkpoint, residues=(1e-5, 1e-5))
+    write_golden(replace(golden, fingerprint=found), overwrite=True)
+    parts = Parts(golden.path)
+    parts.columns[column] = parts.columns[column].copy()
+    parts.columns[column].reshape(-1)[-1] += 1
+    golden.path.write_bytes(
+        save({**parts.columns, "seal": parts.seal}, metadata={"harness": json.dumps(parts.header)})
+    )
     with pytest.raises(GoldenError, match="its parts do not make its seal"):
         read_golden(golden.path)
 
 
-def test_a_golden_without_a_seal_gets_one_by_an_update(golden: Golden, data: Path) -> None:
-    damage(golden.path, lambda columns, header: None)
-    assert "seal" not in header_of(golden.path)[0]
-    api.update(data / "nest_tiny.nemo", golden.path)
-    assert read_golden(golden.path).history == ()
-    assert "seal" in header_of(golden.path)[0]
+def test_a_golden_without_a_seal_is_refused(golden: Golden) -> None:
+    parts = Parts(golden.path)
+    golden.path.write_bytes(save(parts.columns, metadata={"harness": json.dumps(parts.header)}))
+    with pytest.raises(GoldenError, match="its parts do not make its seal"):
+        read_golden(golden.path)
 
 
 def test_other_files_are_no_goldens(golden: Golden, data: Path, tmp_path: Path) -> None:
@@ -516,18 +542,6 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(golden: Golden, tmp_pa
     blocked.touch()
     with pytest.raises(GoldenError, match="cannot be written"):
         write_golden(replace(golden, path=blocked / "g.safetensors"))
-
-
-def test_values_that_do_not_make_their_digest_are_refused(tmp_path: Path) -> None:
-    weight = torch.arange(7.0) + 0.12345
-    torch.save({"weight": weight}, tmp_path / "net.pt")
-    path = api.record(tmp_path / "net.pt", tmp_path / "net.safetensors").path
-    data, old = path.read_bytes(), weight.numpy().tobytes()
-    assert data.count(old) == 1
-    weight[3] = 123.0
-    path.write_bytes(data.replace(old, weight.numpy().tobytes()))
-    with pytest.raises(GoldenError, match="the values of 'weight' do not make its digest"):
-        read_golden(path)
 
 
 @pytest.mark.parametrize("make", ["checkpoint", "text", "pickle"])
