@@ -12,12 +12,6 @@ import numpy as np
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
-
-def component_nbytes(dtype: DType) -> int:
-    """Bytes of a real number: half of a complex one."""
-    return dtype.itemsize // (2 if dtype.kind == "complex" else 1)
-
-
 Kind = Literal["float", "complex", "int", "bool", "packed"]
 
 
@@ -41,6 +35,16 @@ class DType:
     def is_floating(self) -> bool:
         """Whether values are compared within a tolerance (all others must be equal)."""
         return self.kind in ("float", "complex")
+
+    @property
+    def num_components(self) -> int:
+        """Real numbers of one element: two of a complex one."""
+        return 2 if self.kind == "complex" else 1
+
+    @property
+    def component_nbytes(self) -> int:
+        """Bytes of a real number."""
+        return self.itemsize // self.num_components
 
     def __str__(self) -> str:
         return self.name

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from harness.checkpoint.dtypes import DType, decode
+from harness.checkpoint.strided import StridedView
 from harness.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ class Tensor:
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with logical bytes from `start` (a multiple of the itemsize).
 
-        Memory: none beyond the buffer; strided tensors are gathered from mapped file pages. Raises
-        CheckpointError for meta tensors.
+        Memory: none beyond the buffer, and 4 MiB for strided tensors. Raises CheckpointError for
+        meta tensors.
         """
         source = self.storage.source
         if source is None:
@@ -109,17 +110,18 @@ class Tensor:
         if not len(buffer):
             return
         itemsize = self.dtype.itemsize
+        place = self.storage.offset + self.offset * itemsize
         if self.is_contiguous:
-            source.read_into(self.storage.offset + self.offset * itemsize + start, buffer)
+            source.read_into(place + start, buffer)
         else:
-            span = self.storage.nbytes - self.offset * itemsize
-            elements = np.ndarray(
-                self.shape,
-                dtype=self.dtype.raw,
-                buffer=source.view(self.storage.offset + self.offset * itemsize, span),
-                strides=[stride * itemsize for stride in self.strides or ()],
+            view = StridedView(
+                source=source.scattered(),
+                place=place,
+                raw=np.dtype(self.dtype.raw),
+                shape=self.shape,
+                strides=self.strides or (),
             )
-            _gather(elements, start // itemsize, np.frombuffer(buffer, dtype=self.dtype.raw))
+            view.read_into(start // itemsize, np.frombuffer(buffer, dtype=self.dtype.raw))
         if self.storage.big_endian or self.conjugate or self.negative:
             self._normalise(np.frombuffer(buffer, dtype="|u1"))
 
@@ -128,13 +130,12 @@ class Tensor:
 
         It is what is sent to another process: the pieces may be thousands.
         """
-        from harness.checkpoint.formats.assembled import Assembled
-
         source = self.storage.source
-        if not isinstance(source, Assembled) or not self.is_contiguous:
+        if source is None or not self.is_contiguous:
             return self
         place = self.storage.offset + self.offset * self.dtype.itemsize + start
-        return replace(self, storage=replace(self.storage, source=source.part(place, nbytes)))
+        part = source.part(place, nbytes)
+        return self if part is source else replace(self, storage=replace(self.storage, source=part))
 
     def array(self) -> Array:
         """Read the whole tensor as a numpy array of its values (bits where numpy has no type)."""
@@ -151,8 +152,7 @@ class Tensor:
         )
 
     def _normalise(self, data: Array) -> None:
-        component = self.dtype.itemsize // (2 if self.dtype.kind == "complex" else 1)
-        by_component = data.reshape(-1, component)
+        by_component = data.reshape(-1, self.dtype.component_nbytes)
         if self.storage.big_endian:
             by_component[:] = by_component[:, ::-1].copy()
         sign = by_component[:, -1]
@@ -160,28 +160,6 @@ class Tensor:
             sign ^= 0x80
         if self.conjugate:
             sign[1::2] ^= 0x80
-
-
-def _gather(elements: Array, start: int, out: Array) -> None:
-    """Fill `out`, of one dimension, with the elements from `start` on in C order.
-
-    Whole rows at once: `elements.flat` goes one by one, and ends at 32 dimensions.
-    """
-    if elements.ndim == 1:
-        out[:] = elements[start : start + len(out)]
-        return
-    row_shape = elements.shape[1:]
-    row_numel = math.prod(row_shape)
-    row, skipped = divmod(start, row_numel)
-    if skipped:
-        count = min(row_numel - skipped, len(out))
-        _gather(elements[row], skipped, out[:count])
-        row, out = row + 1, out[count:]
-    rows, rest = divmod(len(out), row_numel)
-    whole = out[: len(out) - rest]
-    whole.reshape(rows, *row_shape)[...] = elements[row : row + rows]
-    if rest:
-        _gather(elements[row + rows], 0, out[len(whole) :])
 
 
 # What a checkpoint may expand to: tied and expanded views are normal, terabytes are not.

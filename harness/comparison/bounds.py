@@ -95,7 +95,7 @@ def difference_from_sketch(
             verdict="different" if tolerance.exact and same_type else "undecided",
             why="the two goldens have sketches of different block sizes",
         )
-    components = expected.numel * (2 if expected.dtype.kind == "complex" else 1)
+    components = expected.numel * expected.dtype.num_components
     size = block_numel(expected.dtype, block_nbytes)
     gap = compare_sketches(expected.sketch, actual.sketch, size, components)
     bounded = _bounded(blank, gap, expected, actual, size)
@@ -138,7 +138,7 @@ def _bounded(
     assert ours is not None
     assert theirs is not None
     assert sketch is not None
-    tolerance, factor = blank.tolerance, 2 if expected.dtype.kind == "complex" else 1
+    tolerance, factor = blank.tolerance, expected.dtype.num_components
     # An element is off by no more than its block is, and some element by no less than the mean.
     numels = gap.numels / factor
     span = max(theirs.max - ours.min, ours.max - theirs.min) * math.sqrt(factor)

@@ -199,9 +199,7 @@ class AgainstGolden:
         }
 
     def _block_nbytes(self, expected: TensorFingerprint, actual: TensorFingerprint) -> int:
-        ours, theirs = (
-            t.dtype.itemsize // (2 if t.dtype.kind == "complex" else 1) for t in (expected, actual)
-        )
+        ours, theirs = (t.dtype.component_nbytes for t in (expected, actual))
         return self.golden.block_nbytes * theirs // ours
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from harness.checkpoint.dtypes import DType, component_nbytes
+from harness.checkpoint.dtypes import DType
 from harness.checkpoint.tensors import Checkpoint
 from harness.fingerprints.residues import DEFAULT_TOLERANCE, Residues
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, Sketch
@@ -110,7 +110,7 @@ def structure(checkpoint: Checkpoint) -> Fingerprint:
 
 def block_numel(dtype: DType, block_nbytes: int) -> int:
     """Elements of one sketch block; complex elements count as two."""
-    return max(1, block_nbytes // component_nbytes(dtype))
+    return max(1, block_nbytes // dtype.component_nbytes)
 
 
 def digest_of(dtype: DType, shape: tuple[int, ...], chunk_digests: list[bytes]) -> bytes:

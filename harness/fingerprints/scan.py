@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from harness.checkpoint.dtypes import DType, component_nbytes, numpy_dtype
+from harness.checkpoint.dtypes import DType, numpy_dtype
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
 from harness.fingerprints.arithmetic import as_floats, moments_of_runs
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, block_numel, digest_of
@@ -210,13 +210,13 @@ def _joined(squares: Array, count: int) -> Array:
 def _parts(data: Array, dtype: DType, block_nbytes: int | None) -> Iterator[Array]:
     """Cut a chunk near every _PART_NUMEL elements, where a block ends."""
     block = 1 if block_nbytes is None else block_numel(dtype, block_nbytes)
-    step = max(1, _PART_NUMEL // block) * block * component_nbytes(dtype)
+    step = max(1, _PART_NUMEL // block) * block * dtype.component_nbytes
     return (data[start : start + step] for start in range(0, data.size, step))
 
 
 def _is_ieee(dtype: DType) -> bool:
     """Whether its numbers are ordered as their bits are, and NaN and infinity have the greatest."""
-    return dtype.is_floating and component_nbytes(dtype) > 1
+    return dtype.is_floating and dtype.component_nbytes > 1
 
 
 def _join(scan: _Scan, parts: Sequence[_ChunkPrint]) -> TensorFingerprint:

@@ -51,7 +51,7 @@ class Form(NamedTuple):
     @property
     def num_blocks(self) -> int:
         """Blocks of a sketch; the elements of complex tensors count as two."""
-        numel = self.numel * (2 if self.dtype.kind == "complex" else 1)
+        numel = self.numel * self.dtype.num_components
         return num_blocks(numel, block_numel(self.dtype, self.part.block_nbytes))
 
 

@@ -81,7 +81,7 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
 
 def _holds(path: AnyPath, data: bytes) -> bool:
     with contextlib.closing(open_source(path)) as source:
-        return source.nbytes == len(data) and bytes(source.view(0, len(data))) == data
+        return source.nbytes == len(data) and read(source, 0, len(data)) == data
 
 
 def _put(path: AnyPath, data: bytes, *, overwrite: bool) -> None:

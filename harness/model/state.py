@@ -15,11 +15,12 @@ from torch import nn
 
 from harness.checkpoint.dtypes import DTYPES
 from harness.checkpoint.keys import format_key
+from harness.checkpoint.sources.source import Source
 from harness.checkpoint.tensors import Checkpoint, Storage, Tensor, tensor_table
 from harness.errors import ModelError
 
 
-class _Memory:
+class _Memory(Source):
     """The bytes of a torch storage, as a source; from another device they are copied piecewise."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
@@ -29,13 +30,7 @@ class _Memory:
         self._bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self.view(offset, len(buffer))
-
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        return self._bytes[offset : offset + nbytes].cpu().numpy().data
-
-    def close(self) -> None:
-        pass
+        buffer[:] = self._bytes[offset : offset + len(buffer)].cpu().numpy().data
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("the memory of a process is of no use to another one")

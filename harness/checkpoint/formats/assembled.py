@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from harness.checkpoint.dtypes import DType
-from harness.checkpoint.sources.source import read
+from harness.checkpoint.sources.source import Source, check_range
 from harness.checkpoint.tensors import Storage, Tensor
 from harness.errors import CheckpointError
 
@@ -184,7 +184,7 @@ class _Grid:
         return tuple(index)
 
 
-class Assembled:
+class Assembled(Source):
     """The logical bytes of a tensor whose boxes, in the order of their starts, tile it."""
 
     def __init__(self, name: str, dtype: DType, shape: Index, boxes: Sequence[_Box]) -> None:
@@ -217,12 +217,7 @@ class Assembled:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`; both are multiples of the itemsize."""
-        if not 0 <= offset <= offset + len(buffer) <= self.nbytes:
-            raise CheckpointError(
-                f"{self.name}: bytes {offset} to {offset + len(buffer)} are outside of its "
-                f"{self.nbytes} bytes",
-                hint="save the checkpoint again",
-            )
+        check_range(self, offset, len(buffer))
         itemsize = self._itemsize
         start = offset // itemsize
         for index, count, numel in self._runs(start, start + len(buffer) // itemsize):
@@ -288,13 +283,6 @@ class Assembled:
             low, high = max(first, start[dim]), min(first + count, start[dim] + extent[dim])
             if low < high:
                 yield box, strides, low, high
-
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        """A copy: there is no one place in a file to map."""
-        return memoryview(read(self, offset, nbytes))
-
-    def close(self) -> None:
-        """Nothing is held open here; the files of the pieces are the checkpoint's."""
 
 
 def strides_of(shape: Index) -> Index:

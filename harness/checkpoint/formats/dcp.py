@@ -15,26 +15,22 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.checkpoint.dtypes import DType
 from harness.checkpoint.formats.archives import TensorArchives, ends
 from harness.checkpoint.formats.assembled import Index, Piece, assemble, is_index
 from harness.checkpoint.formats.torchfile import TorchFile, read_torch_zip
 from harness.checkpoint.keys import format_key
-from harness.checkpoint.sources.access import Pool, at_once, open_source
+from harness.checkpoint.sources.access import at_once, open_source
 from harness.checkpoint.sources.paths import METADATA, AnyPath
+from harness.checkpoint.sources.scratch import copied
 from harness.checkpoint.sources.source import RangeSource, Source
 from harness.checkpoint.tensors import Tensor
 from harness.checkpoint.unpickling.inert import Global, OpaqueKey, Record, TupleKey
 from harness.checkpoint.unpickling.opcodes import Budget, unpickle
 from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS, brief, torch_dtype
 from harness.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from harness.checkpoint.sources.access import PooledSource
-    from harness.checkpoint.sources.blocks import RemoteSource
-
 
 LIGHTNING = "meta.pt"
 # Thousands of ranks and tensors make a large `.metadata`: what torch writes of a chunk there, about
@@ -117,7 +113,7 @@ def _read_plan(folder: AnyPath, budget: Budget) -> _Plan:
     most = min(_COST_PER_BYTE * source.nbytes, _MAX_COST_NBYTES)
     budget.max_nbytes = max(budget.max_nbytes, most)
     try:
-        pickled = source.view(0, source.nbytes)
+        pickled = copied(source, 0, source.nbytes)
         root, end = unpickle(pickled, name=source.name, constructors=CONSTRUCTORS, budget=budget)
     finally:
         source.close()
@@ -261,13 +257,12 @@ _Items = dict[tuple[str, TupleKey | None], _Item]
 
 def _read_items(folder: AnyPath, plan: _Plan, budget: Budget) -> tuple[_Items, list[Source]]:
     """Open every item, file by file in the order of their bytes."""
-    pool = Pool()
     items: _Items = {}
     sources: list[Source] = []
     tensors = TensorArchives(budget)
     groups = [list(group) for _, group in groupby(plan.places, key=lambda place: place.file)]
 
-    def opened(places: list[_Place]) -> PooledSource | RemoteSource:
+    def opened(places: list[_Place]) -> Source:
         path = folder / places[0].file
         if not path.is_file():
             raise CheckpointError(
@@ -275,7 +270,7 @@ def _read_items(folder: AnyPath, plan: _Plan, budget: Budget) -> tuple[_Items, l
                 f"of them {places[0].key!r}",
                 hint="copy the missing file beside the others, or save the checkpoint again",
             )
-        return pool.open(path)
+        return open_source(path)
 
     def read(source: Source, place: _Place) -> TorchFile:
         where = f"{source.name}: {place.key!r}"

@@ -17,7 +17,7 @@ from itertools import islice
 from harness.checkpoint.formats.assembled import Index, Piece, assemble, is_index
 from harness.checkpoint.formats.safetensors import MAX_HEADER_NBYTES, read_safetensors, unique
 from harness.checkpoint.keys import format_key
-from harness.checkpoint.sources.access import Pool, at_once, open_source
+from harness.checkpoint.sources.access import at_once, open_source
 from harness.checkpoint.sources.paths import AnyPath
 from harness.checkpoint.sources.source import Source, read
 from harness.checkpoint.tensors import Tensor
@@ -55,12 +55,11 @@ def read_rank_shards(
     No file says how large a tensor is: it ends where its last chunk does, as it does for torch. So
     the loss of whole files at the end of the ranks shows in the shapes, not as an error.
     """
-    pool = Pool()
     sources: list[Source] = []
     found: dict[str, list[Piece]] = {}
 
     def opened(path: AnyPath) -> tuple[Source, list[Tensor], dict[str, str]]:
-        source = pool.open(path)
+        source = open_source(path)
         return source, *read_safetensors(path, source)
 
     with closing(at_once(folder, opened, paths)) as shards:

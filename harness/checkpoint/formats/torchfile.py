@@ -17,7 +17,7 @@ from typing import Any
 
 from harness.checkpoint.dtypes import DTYPES, DType
 from harness.checkpoint.formats.zips import Entry, read_zip
-from harness.checkpoint.sources.access import is_local
+from harness.checkpoint.sources.scratch import copied
 from harness.checkpoint.sources.source import RangeSource, Source, check_range, read
 from harness.checkpoint.tensors import Checksum, Storage
 from harness.checkpoint.unpickling.inert import Global, Record
@@ -97,7 +97,7 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
 
     data = entries[pickles[0]]
     root, end = unpickle(
-        data.source.view(0, data.nbytes),
+        copied(data.source, 0, data.nbytes),
         name=data.source.name,
         constructors=CONSTRUCTORS,
         persistent=persistent,
@@ -122,10 +122,10 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
 
 def read_torch_legacy(source: Source) -> TorchFile:
     """Read what `torch.save` wrote before 1.6: four pickles, then the storages one by one."""
-    # Nothing says how long the pickles are; what is not local is fetched as far as they reach.
-    window = source.nbytes if is_local(source) else min(_WINDOW_NBYTES, source.nbytes)
+    # Nothing says how long the pickles are: they are copied as far as they reach.
+    window = min(_WINDOW_NBYTES, source.nbytes)
     while True:
-        data = source.view(0, window)
+        data = copied(source, 0, window)
         try:
             return _read_legacy(source, data)
         except CheckpointError:
@@ -189,7 +189,7 @@ def _read_legacy(source: Source, data: memoryview) -> TorchFile:
 
     root, keys = next_pickle(persistent), next_pickle(max_nbytes=MAX_STRUCTURE_NBYTES // 4)
     positions |= _positions(source, position, keys, places)
-    if is_local(source):
+    if source.is_local():
         for place in places.values():
             place.locate()
     return TorchFile(container="legacy torch pickle", root=root)

@@ -14,8 +14,8 @@ from functools import partial
 from operator import attrgetter
 from typing import NamedTuple
 
-from harness.checkpoint.sources.access import is_local
-from harness.checkpoint.sources.inflated import InflatedSource, Spool
+from harness.checkpoint.sources.inflated import InflatedSource
+from harness.checkpoint.sources.scratch import Scratch
 from harness.checkpoint.sources.source import RangeSource, Source, read
 from harness.errors import CheckpointError
 
@@ -64,13 +64,13 @@ def read_zip(source: Source) -> dict[str, Entry]:
             raise _damaged(source, f"holds two entries named {row.name!r}")
         rows[row.name] = row
     limits = _limits(source, rows.values(), offset)
-    spool, local = Spool(source.name, source.nbytes), is_local(source)
+    scratch, local = Scratch(source.name), source.is_local()
     entries = {}
     for row in rows.values():
         find = partial(_start, source, row, limits[row.name])
         start = find() if local else find
         entries[row.name] = Entry(
-            row.name, row.nbytes, row.crc32, _bytes_of(source, row, start, spool)
+            row.name, row.nbytes, row.crc32, _bytes_of(source, row, start, scratch)
         )
     return entries
 
@@ -192,7 +192,9 @@ def _start(source: Source, row: _Row, limit: int) -> int:
     return start
 
 
-def _bytes_of(source: Source, row: _Row, start: int | Callable[[], int], spool: Spool) -> Source:
+def _bytes_of(
+    source: Source, row: _Row, start: int | Callable[[], int], scratch: Scratch
+) -> Source:
     """An entry's bytes, inflated on first use where they are compressed."""
     where = f"{source.name}: {row.name}"
     stored = RangeSource(source, start, row.compressed_nbytes, where)
@@ -205,7 +207,7 @@ def _bytes_of(source: Source, row: _Row, start: int | Callable[[], int], spool: 
         where,
         wbits=-15,
         nbytes=row.nbytes,
-        spool=spool,
+        scratch=scratch,
     )
 
 

@@ -1,12 +1,10 @@
 """Files behind URLs as sources: fetched in blocks, once, in parallel, and kept for a while.
 
-In: a `RemotePath`. Out: a `RemoteSource`, and a `Mirror` of one on disk where it is to be mapped.
+In: a `RemotePath`. Out: a `RemoteSource`, and a copy of it on disk for scattered reads.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -14,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from harness.checkpoint.sources import transport
-from harness.checkpoint.sources.files import FileSource
 from harness.checkpoint.sources.remote import RemotePath
-from harness.checkpoint.sources.source import Source, Version, check_range
-from harness.checkpoint.sources.transport import THREADS, changed
+from harness.checkpoint.sources.scratch import Scratch
+from harness.checkpoint.sources.source import Source, Stat, changed, check_range
+from harness.checkpoint.sources.transport import THREADS
 from harness.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -32,10 +30,8 @@ _KEPT_NBYTES = 32 << 20
 _MAX_GAP = 1 << 16
 
 
-class RemoteSource:
+class RemoteSource(Source):
     """A file behind a URL. Memory: the blocks of one read, and 32 MiB for all sources together."""
-
-    _mirror: Mirror | None = None
 
     def __init__(self, path: RemotePath) -> None:
         self.name = str(path)
@@ -46,12 +42,12 @@ class RemoteSource:
         if found.is_dir:
             raise CheckpointError(f"{path}: a folder, not a file", hint="give the file inside")
         self.nbytes = found.nbytes
-        self.version = Version(found.nbytes, found.tag and f"tag {found.tag}")
+        self.stat = Stat(found.nbytes, found.tag and f"tag {found.tag}")
         self.path = path
         self._found = found
         self.token = object()
         _blocks.sources.add(self)
-        self._lock = threading.Lock()
+        self._copy = _Copy(self)
         self._ahead: list[tuple[int, bytes]] = []
 
     @contextmanager
@@ -87,20 +83,16 @@ class RemoteSource:
                 part = part[len(piece) :]
                 position += len(piece)
 
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        """Copy a part into an unlinked temporary file, and map that."""
-        check_range(self, offset, nbytes)
-        if nbytes == 0:
-            return memoryview(b"")
-        with self._lock:
-            if self._mirror is None:
-                self._mirror = Mirror(self)
-            return self._mirror.view(offset, nbytes)
+    def scattered(self) -> Source:
+        """A copy on disk, of the blocks that were read."""
+        return self._copy
+
+    def is_local(self) -> bool:
+        return False
 
     def close(self) -> None:
         _blocks.drop(self)
-        if self._mirror is not None:
-            self._mirror.close()
+        self._copy.close()
 
     def _asked(self, start: int, end: int) -> Iterator[tuple[int, Future[bytes]]]:
         """Ask for what holds a range, in order, each with where it starts.
@@ -216,47 +208,34 @@ def threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="harness-remote")
 
 
-class Mirror(FileSource):
-    """An unlinked temporary file of a source's size, that holds the blocks that were viewed."""
+class _Copy(Source):
+    """What was read of a remote source, in blocks in a temporary file."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: RemoteSource) -> None:
         self.name = source.name
         self.nbytes = source.nbytes
-        self._source = source
+        self._source = ref(source)
+        self._scratch = Scratch(source.name)
         self._filled: set[int] = set()
-        try:
-            with tempfile.TemporaryFile() as file:
-                file.truncate(source.nbytes)
-                self._fd = os.dup(file.fileno())
-        except OSError as error:
-            raise self._no_room(error) from error
 
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        blocks = range(
-            offset // transport.BLOCK_NBYTES, -(-(offset + nbytes) // transport.BLOCK_NBYTES)
-        )
-        for start in range(0, len(blocks), THREADS):
-            missing = [i for i in blocks[start : start + THREADS] if i not in self._filled]
-            if missing:
-                self._fill(
-                    missing[0] * transport.BLOCK_NBYTES, (missing[-1] + 1) * transport.BLOCK_NBYTES
-                )
-                self._filled.update(missing)
-        return super().view(offset, nbytes)
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        check_range(self, offset, len(buffer))
+        size = transport.BLOCK_NBYTES
+        blocks = range(offset // size, -(-(offset + len(buffer)) // size))
+        with self._scratch.lock:
+            for start in range(0, len(blocks), THREADS):
+                missing = [i for i in blocks[start : start + THREADS] if i not in self._filled]
+                if missing:
+                    self._fill(missing[0] * size, (missing[-1] + 1) * size)
+                    self._filled.update(missing)
+        self._scratch.read_into(offset, buffer)
 
     def _fill(self, start: int, end: int) -> None:
         data = memoryview(bytearray(min(end, self.nbytes) - start))
-        self._source.read_into(start, data)
-        try:
-            while data:
-                written = os.pwrite(self._fd, data, start)
-                start += written
-                data = data[written:]
-        except OSError as error:
-            raise self._no_room(error) from error
+        source = self._source()
+        assert source is not None
+        source.read_into(start, data)
+        self._scratch.write(start, data)
 
-    def _no_room(self, error: OSError) -> CheckpointError:
-        return CheckpointError(
-            f"{self.name}: no room for a part of it in a temporary file: {error.strerror}",
-            hint="point TMPDIR at a larger disk, or download the file first",
-        )
+    def close(self) -> None:
+        self._scratch.close()

@@ -1,80 +1,157 @@
-"""Bytes of a regular file, read in place."""
+"""Bytes of regular files, read in place, of which only some are open at a time.
+
+Refused: what is no regular file (a FIFO would be waited for, a device may do anything when it is
+opened), and files that change, shrink or are replaced while they are read.
+"""
 
 from __future__ import annotations
 
-import mmap
 import os
+import stat
+import threading
+from collections import OrderedDict
 from pathlib import Path
 
-from harness.checkpoint.sources.source import Version, check_range
+from harness.checkpoint.sources.source import Source, Stat, changed, check_range, is_closed
 from harness.errors import CheckpointError
 
+MAX_OPEN_FILES = 128
 
-class FileSource:
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading; raises CheckpointError, and OSError where there is none.
+
+    It is looked at first, since to open some devices changes them, and again when it is open.
+    """
+    _check_regular(path, path.stat().st_mode)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _check_regular(path, os.fstat(descriptor).st_mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        what = "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file"
+        raise CheckpointError(f"{path}: {what}", hint="give a file, or a copy in a regular file")
+
+
+class _Descriptor:
+    """An open file, closed when the last read of it has ended."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+class _Pool:
+    """The files last read: a checkpoint may have more than a process may open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a file that is forgotten in here closes itself
+        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
+
+    def get(self, key: int) -> _Descriptor | None:
+        with self._lock:
+            found = self._open.get(key)
+            if found is not None:
+                self._open.move_to_end(key)
+            return found
+
+    def keep(self, key: int, descriptor: _Descriptor) -> None:
+        with self._lock:
+            self._open[key] = descriptor
+            while len(self._open) > MAX_OPEN_FILES:
+                self._open.popitem(last=False)
+
+    def drop(self, key: int) -> None:
+        with self._lock:
+            self._open.pop(key, None)
+
+
+_pool = _Pool()
+
+
+class FileSource(Source):
     """A whole file, read with `pread`: no shared position, so threads need no lock."""
 
-    _fd = -1
-    _map: mmap.mmap | None = None
+    _is_closed = True
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            found = os.fstat(self._fd)
-            self.nbytes = found.st_size
-            seconds, ns = divmod(found.st_mtime_ns, 10**9)
-            self.version = Version(found.st_size, f"modified at {seconds}.{ns:09}")
+            self.path = path.absolute()  # the code of a user may change the folder
+            descriptor = _Descriptor(open_regular(path))
+            found = os.fstat(descriptor.number)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be opened: {error.strerror}",
                 hint="check the path and that you may read the file",
             ) from error
+        self.nbytes = found.st_size
+        self.stat = _stat(found)
+        self._seen = _seen(found)
+        self._is_closed = False
+        _pool.keep(id(self), descriptor)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         check_range(self, offset, len(buffer))
+        descriptor = self._opened()
         done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(self._descriptor(), [buffer[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self.name}: reading {len(buffer)} bytes at {offset} failed: "
-                    f"{error.strerror}",
-                    hint="check the disk or the network share that holds the file",
-                ) from error
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.name}: ends at byte {offset + done}, but was {self.nbytes} bytes long "
-                    "when it was opened",
-                    hint="the file is still being written: wait for it and run again",
-                )
-            done += count
-
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        check_range(self, offset, nbytes)
-        if nbytes == 0:
-            return memoryview(b"")
-        if self._map is None or len(self._map) < offset + nbytes:
-            try:
-                self._map = mmap.mmap(self._descriptor(), self.nbytes, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:  # the latter where it has shrunk
-                raise CheckpointError(
-                    f"{self.name}: its {self.nbytes} bytes cannot be mapped: {error}",
-                    hint="the file may still be written, or memory is short: run again",
-                ) from error
-        return memoryview(self._map)[offset : offset + nbytes]
-
-    def _descriptor(self) -> int:
-        if self._fd < 0:
+        try:
+            while done < len(buffer):
+                count = os.preadv(descriptor.number, [buffer[done:]], offset + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{self.name}: ends at byte {offset + done}, but was {self.nbytes} bytes "
+                        "long when it was opened",
+                        hint="the file is still being written: wait for it and run again",
+                    )
+                done += count
+            found = os.fstat(descriptor.number)
+        except OSError as error:
             raise CheckpointError(
-                f"{self.name}: is closed", hint="open the checkpoint again, and read it before"
+                f"{self.name}: reading {len(buffer)} bytes at {offset} failed: {error.strerror}",
+                hint="check the disk or the network share that holds the file",
+            ) from error
+        if _seen(found) != self._seen:
+            raise changed(self.name, f"has {_stat(found)}, had {self.stat} when it was opened")
+
+    def _opened(self) -> _Descriptor:
+        if self._is_closed:
+            raise is_closed(self.name)
+        known = _pool.get(id(self))
+        if known is not None:
+            return known
+        try:
+            descriptor = _Descriptor(open_regular(self.path))
+            found = os.fstat(descriptor.number)
+        except OSError as error:
+            raise changed(self.name, f"cannot be opened again: {error.strerror}") from error
+        if _seen(found) != self._seen:
+            raise changed(
+                self.name, f"was replaced: has {_stat(found)}, had {self.stat} when it was opened"
             )
-        return self._fd
+        _pool.keep(id(self), descriptor)
+        return descriptor
 
     def close(self) -> None:
-        # The map, if any, lives as long as the arrays over it.
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if not self._is_closed:
+            self._is_closed = True
+            _pool.drop(id(self))
 
     __del__ = close
+
+
+def _seen(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
+
+
+def _stat(found: os.stat_result) -> Stat:
+    seconds, ns = divmod(found.st_mtime_ns, 10**9)
+    return Stat(found.st_size, f"modified at {seconds}.{ns:09}")

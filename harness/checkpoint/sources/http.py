@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from harness.checkpoint.sources import transport
-from harness.checkpoint.sources.transport import Stat, changed
+from harness.checkpoint.sources.source import Stat, changed
 from harness.checkpoint.sources.urls import without_secrets
 from harness.errors import CheckpointError
 
@@ -33,7 +33,7 @@ class WebFiles:
 
     def stat(self, url: str) -> Stat:
         if url.partition("?")[0].endswith("/"):
-            return Stat(is_dir=True, nbytes=0)
+            return Stat(is_dir=True)
         found, _ = self._get(url, 0, 1)
         return found
 
@@ -76,7 +76,7 @@ class WebFiles:
             nbytes, first, count = _promised(answer, without_secrets(url), start, end)
             data = await answer.content.readexactly(count)
             tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-            return Stat(is_dir=False, nbytes=nbytes, tag=tag), data[start - first : end - first]
+            return Stat(nbytes, tag), data[start - first : end - first]
 
 
 def _promised(answer: ClientResponse, name: str, start: int, end: int) -> tuple[int, int, int]:

@@ -5,12 +5,10 @@ Refused: what expands beyond the limits below.
 
 from __future__ import annotations
 
-import os
-import threading
 import zlib
 
-from harness.checkpoint.sources.files import FileSource
-from harness.checkpoint.sources.source import RangeSource, Source, check_range, read
+from harness.checkpoint.sources.scratch import Scratch
+from harness.checkpoint.sources.source import RangeSource, Source, check_range, damaged, read
 from harness.errors import CheckpointError
 
 # Trained weights deflate to 0.5-1 of their size, constant ones to 1/1000, as a bomb does.
@@ -19,38 +17,8 @@ INFLATION_FREE_NBYTES = 64 << 20
 _INFLATE_STEP = 1 << 18
 
 
-class Spool(FileSource):
-    """What is inflated of one file, piece after piece, in one unlinked temporary file."""
-
-    def __init__(self, name: str, compressed_nbytes: int) -> None:
-        self.name = name
-        self.nbytes = 0
-        self.lock = threading.Lock()
-        self._compressed_nbytes = compressed_nbytes
-
-    def append(self, data: bytes) -> None:
-        """Add to the end, up to what `compressed_nbytes` may expand to; hold the lock."""
-        _check_expansion(self.name, self._compressed_nbytes, self.nbytes + len(data))
-        try:
-            if self._fd < 0:
-                from tempfile import TemporaryFile
-
-                with TemporaryFile() as file:
-                    self._fd = os.dup(file.fileno())
-            while data:
-                written = os.pwrite(self._fd, data, self.nbytes)
-                self.nbytes += written
-                data = data[written:]
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.name}: no room for its decompressed bytes in a temporary file: "
-                f"{error.strerror}",
-                hint="point TMPDIR at a larger disk, or decompress the file first",
-            ) from error
-
-
-class InflatedSource:
-    """A compressed range, inflated into a spool on first use."""
+class InflatedSource(Source):
+    """A compressed range, inflated into a temporary file: at once where its size is unknown."""
 
     def __init__(
         self,
@@ -61,9 +29,12 @@ class InflatedSource:
         *,
         wbits: int,
         nbytes: int | None = None,
-        spool: Spool | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
-        """`wbits` as in `zlib`: -15 raw deflate, 31 gzip. `nbytes`: the size if it is known."""
+        """`wbits` as in `zlib`: -15 raw deflate, 31 gzip. `nbytes`: the size if it is known.
+
+        `scratch` is shared by all ranges of one file.
+        """
         check_range(base, start, compressed_nbytes)
         self.name = name
         self._base = base
@@ -71,36 +42,30 @@ class InflatedSource:
         self._compressed_nbytes = compressed_nbytes
         self._wbits = wbits
         self._declared = nbytes
-        self._spool = spool or Spool(name, compressed_nbytes)
+        self._scratch = scratch or Scratch(name)
         self._place: RangeSource | None = None
         if nbytes is not None:
             _check_expansion(name, compressed_nbytes, nbytes)
-
-    @property
-    def nbytes(self) -> int:
-        return self._inflated().nbytes if self._declared is None else self._declared
+        self.nbytes = self._inflated().nbytes if nbytes is None else nbytes
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._inflated().read_into(offset, buffer)
 
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        return self._inflated().view(offset, nbytes)
-
     def close(self) -> None:
-        self._spool.close()
+        self._scratch.close()
         self._base.close()
 
     def _inflated(self) -> RangeSource:
-        with self._spool.lock:
+        with self._scratch.lock:
             if self._place is None:
-                start = self._spool.nbytes
+                start = self._scratch.nbytes
                 try:
                     self._inflate()
                 except BaseException:
-                    self._spool.nbytes = start
+                    self._scratch.nbytes = start
                     raise
-                nbytes = self._spool.nbytes - start
-                self._place = RangeSource(self._spool, start, nbytes, self.name)
+                nbytes = self._scratch.nbytes - start
+                self._place = RangeSource(self._scratch, start, nbytes, self.name)
             return self._place
 
     def _inflate(self) -> None:
@@ -111,28 +76,21 @@ class InflatedSource:
             if not pending:
                 count = min(_INFLATE_STEP, self._compressed_nbytes - position)
                 if count == 0 and not data:  # else there may be more of what is taken already
-                    raise CheckpointError(
-                        f"{self.name}: its compressed data ends early, after {total} bytes",
-                        hint="the file is truncated: copy or download it again",
-                    )
+                    raise damaged(self.name, f"its compressed data ends early, after {total} bytes")
                 pending = read(self._base, self._start + position, count)
                 position += count
             try:
                 data = inflater.decompress(pending, _INFLATE_STEP * 4)
             except zlib.error as error:
-                raise CheckpointError(
-                    f"{self.name}: its compressed data is damaged after {total} bytes: {error}",
-                    hint="copy or download the file again",
+                raise damaged(
+                    self.name, f"its compressed data is damaged after {total} bytes: {error}"
                 ) from error
             pending = inflater.unconsumed_tail
             total += len(data)
             _check_expansion(self.name, self._compressed_nbytes, total)
-            self._spool.append(data)
+            self._scratch.write(self._scratch.nbytes, data)
         if self._declared is not None and total != self._declared:
-            raise CheckpointError(
-                f"{self.name}: holds {total} bytes, but its header says {self._declared}",
-                hint="the file is damaged: copy or download it again",
-            )
+            raise damaged(self.name, f"holds {total} bytes, but its header says {self._declared}")
         rest = len(inflater.unused_data) + self._compressed_nbytes - position
         if rest:
             raise CheckpointError(

@@ -17,7 +17,8 @@ from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from harness.checkpoint.sources.transport import Stat, StoredFiles, Transport
+from harness.checkpoint.sources.source import Stat
+from harness.checkpoint.sources.transport import StoredFiles, Transport
 from harness.checkpoint.sources.urls import redacted, without_secrets
 from harness.errors import CheckpointError, HarnessError, UsageError
 

@@ -1,35 +1,50 @@
 """Where the bytes of a checkpoint are: ranges of files, read at an offset by any thread.
 
 In: paths and URLs, or a compressed range of another source. Out: `Source` objects whose reads never
-return less than asked. Refused: reads outside the range, files that shrink while they are read, and
-compressed data that expands beyond `INFLATION_LIMIT` (a bomb). Nothing is written but one unlinked
-temporary file per file with compressed data.
+return less than asked. Refused: reads outside the range, files that change while they are read, and
+compressed data that expands beyond `INFLATION_LIMIT` (a bomb). Nothing is mapped that others can
+change, and nothing is written but unlinked temporary files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 from harness.errors import CheckpointError
 
+COPY_AGAIN = "the file is truncated or damaged: copy or download it again"
 
-class Source(Protocol):
-    """A readable range of bytes; `name` says to a person where it is."""
 
-    @property
-    def name(self) -> str: ...
+class Source:
+    """A range of bytes; `name` says to a person where it is."""
 
-    @property
-    def nbytes(self) -> int: ...
+    name: str
+    nbytes: int
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`; thread-safe; raises CheckpointError when it cannot."""
+        raise NotImplementedError
 
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        """Map a read-only view of a part: file pages, not anonymous memory."""
+    def part(self, offset: int, nbytes: int) -> Source:
+        """The same range for one who reads these bytes alone: what is sent to another process."""
+        return self
 
-    def close(self) -> None: ...
+    def scattered(self) -> Source:
+        """The same bytes, for many small reads in any order."""
+        return self
+
+    def ahead(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
+        """Fetch ranges (start, end) at once where each read costs a round trip."""
+        return nullcontext()
+
+    def is_local(self) -> bool:
+        """Whether to look at the bytes costs no round trip."""
+        return True
+
+    def close(self) -> None:
+        """Close what is open for this range; by default nothing is."""
 
 
 def read(source: Source, offset: int, nbytes: int) -> bytes:
@@ -39,20 +54,21 @@ def read(source: Source, offset: int, nbytes: int) -> bytes:
     return bytes(buffer)
 
 
-class Version(NamedTuple):
+class Stat(NamedTuple):
     """What there is to see of a file without reading it: a file that replaces it has another.
 
     `tag` is the time of a change, or what a server gives for it: empty where that is nothing.
     """
 
-    nbytes: int
-    tag: str
+    nbytes: int = 0
+    tag: str = ""
+    is_dir: bool = False
 
     def __str__(self) -> str:
         return f"{self.nbytes} bytes, {self.tag}" if self.tag else f"{self.nbytes} bytes"
 
 
-class RangeSource:
+class RangeSource(Source):
     """A part of another source: a tar member, a stored zip entry.
 
     `start` may be a function, which is asked before the first read: to find out where a part
@@ -81,9 +97,12 @@ class RangeSource:
         check_range(self, offset, len(buffer))
         self.base.read_into(self.locate() + offset, buffer)
 
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        check_range(self, offset, nbytes)
-        return self.base.view(self.locate() + offset, nbytes)
+    def scattered(self) -> Source:
+        base = self.base.scattered()
+        return self if base is self.base else RangeSource(base, self._start, self.nbytes, self.name)
+
+    def is_local(self) -> bool:
+        return self.base.is_local()
 
     def close(self) -> None:
         self.base.close()
@@ -94,5 +113,32 @@ def check_range(source: Source, offset: int, nbytes: int) -> None:
         raise CheckpointError(
             f"{source.name}: bytes {offset} to {offset + nbytes} are outside of its "
             f"{source.nbytes} bytes",
-            hint="the file is truncated or damaged: copy or download it again",
+            hint=COPY_AGAIN,
         )
+
+
+def damaged(where: str, why: str, hint: str = COPY_AGAIN) -> CheckpointError:
+    """The error of a file that contradicts itself or its format."""
+    return CheckpointError(f"{where}: {why}", hint=hint)
+
+
+def too_many(where: str, limit: int, what: str, hint: str | None = None) -> CheckpointError:
+    """The error of a file that may be whole, but is beyond what is read."""
+    return CheckpointError(
+        f"{where}: more than {limit:,} {what}: not read",
+        hint=hint or "save the weights by themselves, or in more files",
+    )
+
+
+def is_closed(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: is closed", hint="open the checkpoint again, and read it before"
+    )
+
+
+def changed(name: str, how: str) -> CheckpointError:
+    """The error of a file that became another one while it was read."""
+    return CheckpointError(
+        f"{name}: {how}: the file changed while it was read",
+        hint="wait until it is written, and run again",
+    )

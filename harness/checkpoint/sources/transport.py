@@ -1,10 +1,10 @@
-"""What a remote file system must offer, and when a remote file has changed."""
+"""What a remote file system must offer."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from harness.errors import CheckpointError
+from harness.checkpoint.sources.source import Stat
 
 # What one request asks for: small enough that the structure of a file costs little, large enough
 # that the bytes of its tensors come in few requests.
@@ -15,14 +15,6 @@ _TAGS = (
     *("ETag", "etag", "blob_id", "sha", "md5"),
     *("mtime", "modify", "modificationTime", "LastModified", "last_modified", "updated", "created"),
 )
-
-
-class Stat(NamedTuple):
-    """What is at a URL; `tag` is another one when the content is, where the server has any."""
-
-    is_dir: bool
-    nbytes: int
-    tag: str = ""
 
 
 class Transport(Protocol):
@@ -46,11 +38,11 @@ class StoredFiles:
     def stat(self, url: str) -> Stat:
         info = self._filesystem.info(url)
         if info["type"] == "directory":
-            return Stat(is_dir=True, nbytes=0)
+            return Stat(is_dir=True)
         if not isinstance(info.get("size"), int):
             raise NotImplementedError("it does not tell the size of the file")
         tag = next((str(info[name]) for name in _TAGS if info.get(name)), "")
-        return Stat(is_dir=False, nbytes=info["size"], tag=tag)
+        return Stat(info["size"], tag)
 
     def fetch(self, url: str, start: int, end: int, expected: Stat) -> bytes:
         data: bytes = self._filesystem.cat_file(url, start=start, end=end)
@@ -68,11 +60,3 @@ class StoredFiles:
             if not overwrite and self._filesystem.exists(url):
                 raise FileExistsError(url) from None
             self._filesystem.pipe_file(url, data)
-
-
-def changed(name: str, how: str) -> CheckpointError:
-    """The error of a file that became another one while it was read."""
-    return CheckpointError(
-        f"{name}: {how}: the file changed while it was read",
-        hint="wait until it is written, and run again",
-    )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeGuard
 
 from harness.checkpoint.dtypes import DTYPES, DType
+from harness.checkpoint.sources.source import Source
 from harness.checkpoint.tensors import Storage, Tensor
 from harness.checkpoint.unpickling.inert import Global, Record, plain_key
 from harness.checkpoint.unpickling.machine import Constructors
@@ -188,7 +189,7 @@ def _rebuild_qtensor(
     return Composite(parts=parts)
 
 
-class _Literal:
+class _Literal(Source):
     """Bytes that stand in the pickle itself, as a source."""
 
     def __init__(self, data: bytes) -> None:
@@ -198,12 +199,6 @@ class _Literal:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self._data[offset : offset + len(buffer)]
-
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        return memoryview(self._data)[offset : offset + nbytes]
-
-    def close(self) -> None:
-        pass
 
 
 def _scalar(data: bytes, dtype: str) -> Tensor:

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from harness.checkpoint.dtypes import DTYPES, DType
 from harness.checkpoint.keys import format_key
+from harness.checkpoint.sources.source import Source
 from harness.checkpoint.tensors import Checkpoint, Storage, Tensor, tensor_table
 from harness.errors import HarnessError, ModelError, TeamError
 from harness.model.distributed.team import (
@@ -291,7 +292,7 @@ def _in_words(row: _Row) -> str:
 # Reading what others hold.
 
 
-class Shards:
+class Shards(Source):
     """The logical bytes of a DTensor, as a source, in pieces on the ranks of a team."""
 
     def __init__(self, index: int, rows: Sequence[_Row]) -> None:
@@ -323,14 +324,6 @@ class Shards:
                 data = buffers.get("piece", (b - a) * itemsize)
                 _connected().fetch(ranks, self._index, a * itemsize, data)
                 box.scatter(data.view(self._dtype.raw), a, out, start, self._shape)
-
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        data = memoryview(bytearray(nbytes))
-        self.read_into(offset, data)
-        return data
-
-    def close(self) -> None:
-        pass
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _shards, (self._index,)

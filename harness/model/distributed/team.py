@@ -29,11 +29,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from harness.checkpoint.sources.access import Pool, PooledSource
+from harness.checkpoint.sources.access import open_source
 from harness.checkpoint.sources.blocks import RemoteSource
 from harness.checkpoint.sources.files import FileSource
 from harness.checkpoint.sources.paths import to_path
-from harness.checkpoint.sources.source import RangeSource, Version
+from harness.checkpoint.sources.source import RangeSource, Stat
 from harness.errors import CheckpointError, HarnessError, TeamError
 from harness.streaming.threads import num_cores, parallel, together
 
@@ -299,12 +299,9 @@ class _Pickler(pickle.Pickler):
     """Pickles what refers to open files; another rank opens them by their names."""
 
     def reducer_override(self, value: Any) -> Any:
-        if type(value) is FileSource:
-            return _opened, (str(Path(value.name).absolute()), value.version)
-        if type(value) is PooledSource or type(value) is RemoteSource:
+        if type(value) is FileSource or type(value) is RemoteSource:
             path = value.path
-            name = str(path.absolute()) if isinstance(path, Path) else path.url
-            return _opened, (name, value.version)
+            return _opened, (str(path) if isinstance(path, Path) else path.url, value.stat)
         if type(value) is RangeSource:
             value.locate()  # how is known here alone
         return NotImplemented
@@ -316,21 +313,15 @@ def _pickled(value: Any) -> memoryview:
     return file.getbuffer()
 
 
-_files = Pool()  # a tensor may lie in more files than may be open
-
-
 @lru_cache(maxsize=4096)
-def _opened(name: str, version: Version) -> PooledSource | RemoteSource:
+def _opened(name: str, stat: Stat) -> FileSource | RemoteSource:
     """Open a file or URL as the leader has it; raises CheckpointError where it is another one."""
     path = to_path(name)
-    source = _files.open(path)
-    if source.version != version:
-        source.close()  # it may be open here since the leader had another one of that name
-        source = _files.open(path)
-    if source.version != version:
+    source = open_source(path)
+    if source.stat != stat:
         raise CheckpointError(
-            f"{path}: was replaced, or is another file here: has {source.version}, but rank 0 "
-            f"sees {version}",
+            f"{path}: was replaced, or is another file here: has {source.stat}, but rank 0 "
+            f"sees {stat}",
             hint="all ranks must see the same files: wait until they are written and the shared "
             "storage agrees, then run again",
         )

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.formats import dcp, torchfile
-from harness.checkpoint.sources import access
+from harness.checkpoint.sources import files
 from harness.checkpoint.tensors import Checkpoint
 from harness.checkpoint.unpickling.opcodes import Budget
 from harness.errors import CheckpointError, HarnessError
@@ -229,10 +229,10 @@ def test_any_cut_is_read_as_the_whole_tensor(
     folder = tmp_path_factory.mktemp("cut")
     generator = torch.Generator().manual_seed(0)
     cuts = {}
-    for number, ((shape, boxes), dtype, layout, files) in enumerate(parts):
+    for number, ((shape, boxes), dtype, layout, names) in enumerate(parts):
         raw = torch.randint(0, 2, (*shape, dtype.itemsize), generator=generator, dtype=torch.uint8)
         tensor = raw.view(dtype).reshape(shape)
-        cuts[f"t{number}"] = Cut(tensor, boxes, files, LAYOUTS[layout])
+        cuts[f"t{number}"] = Cut(tensor, boxes, names, LAYOUTS[layout])
     write_dcp(folder, cuts)
     with open_checkpoint(folder) as checkpoint:
         for key, cut in cuts.items():
@@ -254,7 +254,7 @@ def test_tensors_of_one_shape_are_told_apart(tmp_path: Path) -> None:
 def test_thousands_of_files_are_not_open_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(files, "MAX_OPEN_FILES", 3)
     tensor = torch.arange(40.0)
     write_dcp(tmp_path, {"a": halves(tensor, count=20), "b": halves(tensor + 1, count=20)})
 

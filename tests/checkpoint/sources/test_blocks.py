@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from harness import api
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.sources import access, blocks, transport
+from harness.checkpoint.sources import blocks, files, transport
 from harness.checkpoint.sources.remote import RemotePath
 from harness.errors import CheckpointError
 from tests.checkpoint.conftest import root, torch_file
@@ -64,7 +64,7 @@ def test_opening_leaves_the_values_where_they_are(
 def test_a_folder_of_many_chunks_is_opened_by_their_ends_at_once_and_each_file_once(
     tmp_path: Path, web: Web, memory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(files, "MAX_OPEN_FILES", 2)
     values = torch.randn(12, 128, 1024).unbind()
     folder = write_dcp(tmp_path, {f"w{i}": halves(w, count=4) for i, w in enumerate(values)})
     for file in folder.iterdir():

@@ -22,8 +22,7 @@ import harness
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.dtypes import DTYPES
 from harness.checkpoint.formats.assembled import Piece, assemble
-from harness.checkpoint.sources.access import MAX_OPEN_FILES
-from harness.checkpoint.sources.files import FileSource
+from harness.checkpoint.sources.files import MAX_OPEN_FILES, FileSource
 from harness.checkpoint.sources.paths import is_url, to_path
 from harness.checkpoint.sources.remote import RemotePath
 from harness.checkpoint.tensors import Checkpoint, Storage, Tensor
