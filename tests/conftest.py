@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("hypothesispytest"):
-        return  # where the README is tested alone
+        return  # where the pages are tested alone
     from hypothesis import settings
 
     # A machine that many share may stop a test for longer than any deadline.
