@@ -264,7 +264,7 @@ def verify_stages(
         return
     from harness.model.stages import Expected, live_stages, remembered
 
-    expected = Expected(weights=golden.fingerprint, live=golden.live)
+    expected = Expected(weights=golden.fingerprint, live=golden.live, section=golden.section)
     source = to_local(named_source(golden) if path is None else path, LOADED)
     yield from live_stages(source, expected, policy, live or remembered(golden), last)
 

@@ -1,64 +1,54 @@
-"""Load a checkpoint into a model, and save it back, each in the container's own way.
+"""Load a checkpoint into a model, and save it back, each by what its class offers.
 
-In: a path and a target. Out: a module, or a file. A `.nemo` goes through the class's `restore_from`
-and `save_to`; a Lightning `.ckpt` through `load_from_checkpoint` and `Trainer.save_checkpoint`; all
-others through `load_state_dict(strict=True)` of the factory's module, from bytes that the harness
-reads itself. Refused: pickled classes other than omegaconf's, unless trusted by name of the user.
+In: a path and a target. Out: a module, or a file. The table, first row that fits:
+
+    the class has                           loads by                    saves by
+    `restore_from` (a `.nemo`)              `restore_from`              `save_to`
+    `from_pretrained` (a folder with its    `from_pretrained(FOLDER)`   `save_pretrained`
+      config)
+    Lightning's `load_from_checkpoint`      that, of either package     the package's Trainer
+    anything else                           `load_state_dict`           `torch.save`, safetensors
+
+All files are read by the harness: what a class is given holds tensors and plain data, or is a
+folder from which nothing is imported. Refused: pickled classes that are no data, unless trusted.
 """
 
 from __future__ import annotations
 
-import collections
 import inspect
-import logging
-import pickle
 import random
-import typing
-import warnings
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import omegaconf
-import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from torch import nn
 
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.tensors import Checkpoint, Tensor
+from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.compare import compare
 from harness.comparison.findings import Finding
 from harness.comparison.measuring import AgainstCheckpoint
 from harness.comparison.policy import Policy
 from harness.errors import CheckpointError, ModelError
 from harness.fingerprints.scan import fingerprint
+from harness.model.lightning import (
+    data_of,
+    lightning_of,
+    load_lightning,
+    quiet,
+    trainer_of,
+    training_of,
+)
 from harness.model.mismatch import brief_mismatch
-from harness.model.targets import registered, resolve, user_code
+from harness.model.pretrained import folder_of, is_pretrained, load_pretrained, offline
+from harness.model.state import tensors_of
+from harness.model.targets import check_named_classes, registered, resolve, user_code
 
-# What Lightning's checkpoints of DictConfig models hold besides tensors; all inert.
-SAFE_GLOBALS: list[Any] = [
-    omegaconf.dictconfig.DictConfig,
-    omegaconf.listconfig.ListConfig,
-    omegaconf.base.ContainerMetadata,
-    omegaconf.base.Metadata,
-    omegaconf.nodes.AnyNode,
-    omegaconf.nodes.BooleanNode,
-    omegaconf.nodes.FloatNode,
-    omegaconf.nodes.IntegerNode,
-    omegaconf.nodes.StringNode,
-    typing.Any,
-    collections.defaultdict,
-    collections.OrderedDict,
-    dict,
-    list,
-    int,
-    float,
-    str,
-    bool,
-]
+_LIGHTNING = "Lightning checkpoint"
 
 
 @contextmanager
@@ -76,41 +66,37 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Lightning's tips, and its warnings of its own version, out of the report."""
-    loggers = [logging.getLogger(n) for n in ("pytorch_lightning", "lightning_fabric", "lightning")]
-    loggers += [logging.getLogger(f"{logger.name}.utilities.rank_zero") for logger in loggers]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+class NotLoaded(ModelError):  # noqa: N818 - reads as what happened
+    """A state dict that does not fit the module: both sides, and what torch says of it."""
+
+    def __init__(
+        self, message: str, *, module: nn.Module, state: Mapping[str, Any], hint: str
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.module = module
+        self.state = state
 
 
 class Saved(NamedTuple):
     """A saved checkpoint, and what became of the state of its training.
 
     `refusal` says why the optimizers did not take it, `unbuilt` why there are none to take it, as
-    where configure_optimizers() asks for the data of the training.
+    where configure_optimizers() asks for the data of the training. `keeps_training` tells whether
+    the way of saving keeps hyperparameters and optimizers at all.
     """
 
     path: Path
     refusal: str | None = None
     unbuilt: str | None = None
+    keeps_training: bool = True
 
 
 class Loader:
     """Loads one checkpoint, or one saved from it, as often as wanted, under different seeds.
 
     `target` is `package.module:Name`, or None for what the registry has for the checkpoint's own
-    config. `config` replaces the configuration that the file carries. Raises ModelError where no
-    class is known.
+    config. `config` replaces the configuration that the file carries; `base` is the folder of the
+    model that an adapter is for. Raises ModelError where no class is known.
     """
 
     def __init__(
@@ -119,6 +105,7 @@ class Loader:
         *,
         target: str | None,
         config: Mapping[str, Any] | None = None,
+        base: Path | None = None,
         trust: bool = False,
     ) -> None:
         found = target or registered(checkpoint.config)
@@ -129,88 +116,111 @@ class Loader:
             )
         self.target = found
         self.container = checkpoint.container
-        self.section = checkpoint.section
         self._make = resolve(found)
+        if self._restores and not trust:
+            check_named_classes(checkpoint, found)
+        self._keywords = {} if config is None else {"cfg": config}
         self._config = config
+        self._base = base
         self._trust = trust
 
-    def load(self, path: Path, *, seed: int) -> nn.Module:
-        """Build the model under a seed and load the file into it."""
-        with (
-            user_code(
-                f"{path}: loading it into {self.target}",
-                "run the same load in a Python shell for its traceback",
-                brief_mismatch,
-            ),
-            seeded(seed),
-            quiet(),
-        ):
-            return self._load(path)
+    @property
+    def _restores(self) -> bool:
+        return self.container == "nemo" and hasattr(self._make, "restore_from")
 
-    def _load(self, path: Path) -> nn.Module:
-        if self.container == "nemo" and hasattr(self._make, "restore_from"):
+    def _pretrained(self, path: Path) -> Path | None:
+        return folder_of(path) if is_pretrained(self._make) else None
+
+    def is_strict(self, module: nn.Module) -> bool:
+        """Whether torch has checked that every key of the module was given to it."""
+        kind, lightning = type(module), lightning_of(module)
+        if self._restores or hasattr(kind, "from_pretrained"):
+            return False
+        if lightning is None:
+            return _defines(kind, "load_state_dict") is nn.Module
+        return (
+            _defines(kind, "load_state_dict") is nn.Module
+            and _defines(kind, "load_from_checkpoint") is lightning.LightningModule
+            and bool(module.strict_loading)
+        )
+
+    def load(self, path: Path, *, seed: int, section: str | None = None) -> nn.Module:
+        """Build the model under a seed and load a section of the file into it.
+
+        Raises NotLoaded where keys or shapes do not fit, ModelError where anything else fails.
+        """
+        try:
+            with (
+                user_code(
+                    f"{path}: loading it into {self.target}",
+                    "see where with --traceback",
+                    brief_mismatch,
+                ),
+                seeded(seed),
+                quiet(),
+            ):
+                return _a_module(self._load(path, section), self.target)
+        except ModelError as error:
+            sides = _unfit(error.__cause__)
+            if sides is None:
+                raise
+            hint = "load it with the code that fits it, or save it under the keys of the model"
+            raise NotLoaded(str(error), module=sides[0], state=sides[1], hint=hint) from error
+
+    def _load(self, path: Path, section: str | None) -> Any:
+        if self._restores:
             keywords = {} if self._config is None else {"override_config": self._config}
-            return _a_module(self._make.restore_from(str(path), **keywords), self.target)
-        lightning = isinstance(self._make, type) and issubclass(self._make, pl.LightningModule)
-        if self.container == "Lightning checkpoint" and lightning:
-            return self._load_lightning(path)
-        keywords = {} if self._config is None else {"cfg": self._config}
-        _refuse_arguments(self._make, keywords, self.target)
-        module = _a_module(self._make(**keywords), self.target)
-        with open_checkpoint(path) as checkpoint:
-            state = tensors_of(checkpoint)
-        for key, value in module.state_dict().items():
-            if key.endswith("_extra_state") and key not in state and not torch.is_tensor(value):
-                raise ModelError(
-                    f"{path}: {key} of {self.target} is a {type(value).__name__}, and only tensors "
-                    "are read of a file",
-                    hint="give it as a tensor in get_extra_state(), or --model a function that "
-                    "returns a model without it",
-                )
-        module.load_state_dict(state, strict=True)
+            return self._make.restore_from(str(path), **keywords)  # type: ignore[attr-defined]
+        folder = self._pretrained(path)
+        if folder is not None:
+            return load_pretrained(self._make, folder, base=self._base)
+        if isinstance(self._make, type) and lightning_of(self._make) is not None:
+            trusted = self._trust and self.container == _LIGHTNING
+            state = None if trusted else _state_in(path, section)
+            with tempfile.TemporaryDirectory() as name:
+                return load_lightning(self._make, path, state, Path(name), self._keywords)
+        _check_arguments(self._make, self._keywords, self.target)
+        module = _a_module(self._make(**self._keywords), self.target)
+        state = _state_in(path, section)
+        if self.container == _LIGHTNING and lightning_of(module) is not None:
+            handed = {**data_of(path), "state_dict": state}
+            module.on_load_checkpoint(handed)  # type: ignore[operator]
+            state = handed["state_dict"]
+        _check_extra_state(module, state, path, self.target)
+        module.load_state_dict(with_tied(module, state), strict=True)
         return module
 
-    def _load_lightning(self, path: Path) -> nn.Module:
-        keywords: dict[str, Any] = {} if self._config is None else {"cfg": self._config}
-        load: Callable[..., Any] = self._make.load_from_checkpoint  # type: ignore[attr-defined]
-        try:
-            with torch.serialization.safe_globals(SAFE_GLOBALS):
-                model = load(
-                    str(path), map_location="cpu", weights_only=not self._trust, **keywords
-                )
-        except pickle.UnpicklingError as error:
-            with torch.serialization.safe_globals(SAFE_GLOBALS):
-                names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-            raise ModelError(
-                f"{path}: loading it by Lightning would import {', '.join(sorted(names))}",
-                hint="if you trust the file, load it all the same with --trust-checkpoint",
-            ) from error
-        return _a_module(model, self.target)
-
     def save(self, module: nn.Module, folder: Path, stem: str, *, original: Path) -> Saved:
-        """Save the model in the checkpoint's container, its own way.
+        """Save the model by its own way, in the checkpoint's container where that is free.
 
         Where `original` holds the state of a training, that is restored and saved as well.
         """
-        hint = "run the same save in a Python shell for its traceback"
-        with user_code(f"saving {self.target}", hint), quiet():
+        with user_code(f"saving {self.target}", "see where with --traceback"), quiet():
             return self._save(module, folder, stem, original)
 
     def _save(self, module: nn.Module, folder: Path, stem: str, original: Path) -> Saved:
-        refusal = unbuilt = None
         if self.container == "nemo" and hasattr(module, "save_to"):
             path = folder / f"{stem}.nemo"
             save_to: Any = module.save_to
             save_to(str(path))
-        elif self.container == "Lightning checkpoint" and isinstance(module, pl.LightningModule):
+            return Saved(path)
+        if self._pretrained(original) is not None:
+            path = folder / stem
+            save_pretrained: Any = module.save_pretrained
+            with offline():
+                save_pretrained(str(path))
+            return Saved(path)
+        if self.container == _LIGHTNING and lightning_of(module) is not None:
             path = folder / f"{stem}.ckpt"
             trainer = trainer_of(module)
             try:
                 refusal, unbuilt = self._restore_training(trainer, original)
                 trainer.save_checkpoint(path)
             finally:
-                module.trainer = None  # with one that does not run, `log` in its forward fails
-        elif "safetensors" in self.container:
+                # With one that does not run, `log` in its forward fails.
+                module.trainer = None  # type: ignore[assignment]
+            return Saved(path, refusal, unbuilt)
+        if "safetensors" in self.container:
             from safetensors.torch import save_model
 
             path = folder / f"{stem}.safetensors"
@@ -218,19 +228,19 @@ class Loader:
         else:
             path = folder / f"{stem}.pt"
             torch.save(module.state_dict(), path)
-        return Saved(path, refusal, unbuilt)
+        return Saved(path, keeps_training=False)
 
-    def _restore_training(
-        self, trainer: pl.Trainer, original: Path
-    ) -> tuple[str | None, str | None]:
+    def _restore_training(self, trainer: Any, original: Path) -> tuple[str | None, str | None]:
         """Give the trainer the optimizers and schedulers of a full checkpoint, as `fit` would.
 
         Returns why the optimizers refuse it, if they do, and why there are none, if so.
         """
-        if not _has_optimizers(original):
+        if not has_optimizers(original):
             return None, None
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            state = torch.load(original, map_location="cpu", weights_only=not self._trust)
+        if self._trust:
+            state = torch.load(original, map_location="cpu", weights_only=False)
+        else:
+            state = training_of(original)
         try:
             with user_code("configure_optimizers()", "it needs a training"):
                 trainer.strategy.setup_optimizers(trainer)
@@ -247,7 +257,55 @@ class Loader:
         return None, None
 
 
-def _has_optimizers(path: Path) -> bool:
+def _defines(kind: type, name: str) -> type | None:
+    """The class that a method comes from."""
+    return next((base for base in kind.__mro__ if name in vars(base)), None)
+
+
+def _state_in(path: Path, section: str | None) -> dict[str, torch.Tensor]:
+    with open_checkpoint(path, section=section or None) as checkpoint:
+        return tensors_of(checkpoint)
+
+
+def _unfit(error: BaseException | None) -> tuple[nn.Module, Mapping[str, Any]] | None:
+    """The module that refused a state dict, and that state dict, from torch's own error."""
+    if not isinstance(error, RuntimeError) or "Error(s) in loading state_dict" not in str(error):
+        return None
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code is nn.Module.load_state_dict.__code__:
+            found = frame.f_locals["self"], dict(frame.f_locals["state_dict"])
+        trace = trace.tb_next
+    return found
+
+
+def with_tied(module: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict, and what its saver left out since the module ties it to what is there."""
+    own = {k: v for k, v in module.state_dict(keep_vars=True).items() if torch.is_tensor(v)}
+    there = {id(value): key for key, value in own.items() if key in state}
+    filled = {
+        key: state[there[id(value)]]
+        for key, value in own.items()
+        if key not in state and id(value) in there
+    }
+    return {**state, **filled}
+
+
+def _check_extra_state(
+    module: nn.Module, state: Mapping[str, Any], path: Path, target: str
+) -> None:
+    for key, value in module.state_dict().items():
+        if key.endswith("_extra_state") and key not in state and not torch.is_tensor(value):
+            raise ModelError(
+                f"{path}: {key} of {target} is a {type(value).__name__}, and only tensors "
+                "are read of a file",
+                hint="give it as a tensor in get_extra_state(), or --model a function that "
+                "returns a model without it",
+            )
+
+
+def has_optimizers(path: Path) -> bool:
     try:
         open_checkpoint(path, section="optimizer_states").close()
     except CheckpointError:
@@ -257,9 +315,9 @@ def _has_optimizers(path: Path) -> bool:
 
 def compare_training_state(original: Path, saved: Saved) -> list[Finding] | None:
     """Compare the optimizers' state in two checkpoints; None where there is nothing to compare."""
-    if saved.unbuilt is not None or not _has_optimizers(original):
+    if saved.unbuilt is not None or not has_optimizers(original):
         return None
-    if saved.refusal is not None or not _has_optimizers(saved.path):
+    if saved.refusal is not None or not has_optimizers(saved.path):
         lost = saved.refusal or "lost by the save"
         return [Finding(kind="optimizer", key="optimizer_states", expected="kept", actual=lost)]
     with (
@@ -281,7 +339,7 @@ def compare_training_state(original: Path, saved: Saved) -> list[Finding] | None
     ]
 
 
-def _refuse_arguments(make: Callable[..., Any], keywords: Mapping[str, Any], target: str) -> None:
+def _check_arguments(make: Callable[..., Any], keywords: Mapping[str, Any], target: str) -> None:
     """Say what a factory lacks before it is called, where its signature can be looked at."""
     try:
         inspect.signature(make).bind(**keywords)
@@ -302,37 +360,3 @@ def _a_module(made: Any, target: str) -> nn.Module:
             hint="name a class, or a function without arguments that returns the model",
         )
     return made
-
-
-def trainer_of(module: pl.LightningModule) -> pl.Trainer:
-    """A silent Trainer with the module attached: what `save_checkpoint` needs, and no more."""
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        # What a job's scheduler or launcher says is of other processes, and may be refused.
-        plugins=[LightningEnvironment()],
-    )
-    trainer.strategy.connect(module)
-    module.trainer = trainer
-    return trainer
-
-
-def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The tensors of a file as torch tensors, read by the harness: torch unpickles nothing."""
-    made: dict[str, torch.Tensor] = {}
-    for key, tensor in checkpoint.tensors.items():
-        made[key] = made[tensor.alias_of] if tensor.alias_of else _as_torch(tensor)
-    return made
-
-
-def _as_torch(tensor: Tensor) -> torch.Tensor:
-    dtype = getattr(torch, tensor.dtype.name)
-    if tensor.numel == 0:
-        return torch.empty(tensor.shape, dtype=dtype)
-    data = torch.empty(tensor.nbytes, dtype=torch.uint8)
-    tensor.read_into(0, data.numpy().data)
-    return data.view(dtype).reshape(tensor.shape)

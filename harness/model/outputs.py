@@ -26,8 +26,8 @@ from harness.checkpoint.tensors import Tensor
 from harness.errors import ModelError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.scan import fingerprint
-from harness.model.loading import seeded, tensors_of
-from harness.model.state import as_checkpoint
+from harness.model.loading import seeded
+from harness.model.state import as_checkpoint, tensors_of
 from harness.model.targets import user_code
 from harness.streaming.workers import Workers
 

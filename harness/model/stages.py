@@ -24,12 +24,14 @@ from harness.comparison.comparison import Comparison
 from harness.comparison.findings import FINDING_KINDS, Divergence, Finding
 from harness.comparison.measuring import AgainstGolden, WhileRunning
 from harness.comparison.policy import STAGES, Policy
-from harness.errors import ModelError, NotRecorded
+from harness.errors import NotRecorded
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.scan import fingerprint
 from harness.golden.golden import Golden, LiveRecord, source_of, without_paths
 from harness.model.config import load_config
-from harness.model.loading import Loader, Saved, compare_training_state
+from harness.model.lightning import plain_hyperparameters
+from harness.model.loading import Loader, NotLoaded, Saved, compare_training_state
+from harness.model.mismatch import brief_keys, of_failed_load
 from harness.model.outputs import OUTPUT_TOLERANCE, inputs_of, outputs_of
 from harness.model.state import as_checkpoint, state_of, transient_buffers
 from harness.model.targets import resolve
@@ -43,14 +45,15 @@ class LiveOptions:
 
     `target` is `package.module:Name`, None for what the registry has; `config` is a YAML
     that replaces the model's configuration; `inputs` is a safetensors file of keyword arguments;
-    `keep` leaves the saved checkpoint beside the original as `NAME.test.*`; `trust` lets Lightning
-    unpickle. `output_atol` and `output_rtol` are the tolerance of outputs, None that of the golden,
-    or 1e-4.
+    `base` is the folder of the model that an adapter is for; `keep` leaves the saved checkpoint
+    beside the original as `NAME.test.*`; `trust` lets Lightning unpickle. `output_atol` and
+    `output_rtol` are the tolerance of outputs, None that of the golden, or 1e-4.
     """
 
     target: str | None = None
     config: Path | None = None
     inputs: Path | None = None
+    base: Path | None = None
     keep: bool = False
     trust: bool = False
     output_atol: float | None = None
@@ -75,15 +78,21 @@ class LiveOptions:
 
     def loader(self, checkpoint: Checkpoint) -> Loader:
         config = None if self.config is None else load_config(self.config)
-        return Loader(checkpoint, target=self.target, config=config, trust=self.trust)
+        return Loader(
+            checkpoint, target=self.target, config=config, base=self.base, trust=self.trust
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the stages are compared with: a golden's record, or the file itself (`roundtrip`)."""
+    """What the stages are compared with: a golden's record, or the file itself (`roundtrip`).
+
+    `section` is the part of the file that it is of, None for the state dict.
+    """
 
     weights: Fingerprint
     live: LiveRecord | None = None
+    section: str | None = None
 
 
 def remembered(golden: Golden) -> LiveOptions:
@@ -114,7 +123,7 @@ def record_live(
     Buffers are sketched as its `weights` are.
     """
     loader = options.loader(checkpoint)
-    module = loader.load(path, seed=_FIRST_SEED)
+    module = loader.load(path, seed=_FIRST_SEED, section=checkpoint.section)
     buffers = transient_buffers(module)
     outputs = None
     if stage == "outputs":
@@ -146,18 +155,14 @@ def live_stages(
     Raises ModelError and CheckpointError where a stage cannot be run at all.
     """
     with contextlib.ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(path))
+        checkpoint = stack.enter_context(open_checkpoint(path, section=expected.section))
         loader = options.loader(checkpoint)
         stages = _Live(path, checkpoint, loader, expected, policy)
         try:
-            module = loader.load(path, seed=_FIRST_SEED)
-        except ModelError as error:
-            if not (policy.strip_prefix or policy.key_map):
-                raise
-            raise ModelError(
-                f"{error}; --map and --strip-prefix name what is compared, not what is loaded",
-                hint="save the checkpoint under the keys of the model",
-            ) from error
+            module = loader.load(path, seed=_FIRST_SEED, section=checkpoint.section)
+        except NotLoaded as error:
+            yield of_failed_load(error, expected.weights.name, policy, "load")
+            return
         yield stages.compare_load(module)
         if last == "load":
             return
@@ -166,7 +171,11 @@ def live_stages(
         else:
             folder, stem = Path(stack.enter_context(tempfile.TemporaryDirectory())), "saved"
         saved = loader.save(module, folder, stem, original=path)
-        again = loader.load(saved.path, seed=_SECOND_SEED)
+        try:
+            again = loader.load(saved.path, seed=_SECOND_SEED)
+        except NotLoaded as error:
+            yield of_failed_load(error, expected.weights.name, policy, "reload")
+            return
         reload = stages.compare_reload(module, again, saved)
         yield reload
         if last == "reload":
@@ -191,7 +200,8 @@ class _Live:
         found = self._compare_state(module, "load")
         suspects = {f.key for f in found.findings if f.kind in ("different", "unexpected")}
         if suspects:
-            other = self._print(self.loader.load(self.path, seed=_SECOND_SEED))
+            section = self.checkpoint.section
+            other = self._print(self.loader.load(self.path, seed=_SECOND_SEED, section=section))
             unwritten = {
                 key
                 for key in suspects & set(other.tensors)
@@ -204,20 +214,32 @@ class _Live:
                     for f in found.findings
                 ),
             )
+        if self.loader.is_strict(module):
+            found = _restored(found)
         before = () if self.expected.live is None else self.expected.live.parameters
         return _with(found, _changed_gradients(before, module))
 
     def compare_reload(self, module: nn.Module, again: nn.Module, saved: Saved) -> Comparison:
         """The state after saving and loading again, the optimizer's, the hyperparameters."""
         found = self._compare_state(again, "reload")
+        if self.loader.is_strict(again):
+            found = _restored(found)
         training = compare_training_state(self.path, saved)
         order = self._changed_order(module) if training is not None else []
         notes = found.notes
         if saved.unbuilt is not None:
             notes = (*notes, f"the optimizers' state was not compared: {saved.unbuilt}")
+        lost: list[Finding] = []
+        if saved.keeps_training:
+            with open_checkpoint(saved.path) as written:
+                lost = _lost_hyperparameters(self.checkpoint.config, written.config)
+        elif self.checkpoint.config is not None or training:
+            training = None
+            notes = (
+                *notes,
+                f"a {type(module).__name__} keeps no hyperparameters or optimizers: not compared",
+            )
         found = replace(found, notes=notes)
-        with open_checkpoint(saved.path) as written:
-            lost = _lost_hyperparameters(self.checkpoint.config, written.config)
         # What the load did to them is told there.
         gradients = _changed_gradients(_parameters(module), again)
         return _with(found, [*gradients, *(training or []), *order, *lost])
@@ -265,6 +287,22 @@ class _Live:
         ]
 
 
+def _restored(compared: Comparison) -> Comparison:
+    """Take what a module itself puts into the state dict that it loads as it says: a note.
+
+    Only where torch has checked that every key was given: else it may have been left as it was.
+    """
+    own = [finding.key for finding in compared.findings if finding.kind == "unexpected"]
+    if not own:
+        return compared
+    note = f"in no file, put there by the module when it loads: {brief_keys(own)}"
+    return replace(
+        compared,
+        findings=tuple(f for f in compared.findings if f.kind != "unexpected"),
+        notes=(*compared.notes, note),
+    )
+
+
 def _parameters(module: nn.Module, *, every_name: bool = False) -> tuple[tuple[str, bool], ...]:
     """Parameters in order, tied ones by their first name or by every one; and if trainable."""
     named = module.named_parameters(remove_duplicate=not every_name)
@@ -295,7 +333,9 @@ def _lost_hyperparameters(
     before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
 ) -> list[Finding]:
     """What the original's configuration says and the saved one does not say, or says otherwise."""
-    ours, theirs = dict(_leaves(without_paths(before))), dict(_leaves(without_paths(after)))
+    ours, theirs = (
+        dict(_leaves(without_paths(plain_hyperparameters(side or {})))) for side in (before, after)
+    )
     return [
         Finding(
             kind="hyperparameter",

@@ -1,4 +1,4 @@
-"""A live module as a `Checkpoint`, so that one fingerprint serves files and models alike.
+"""A live module as a `Checkpoint`, and a `Checkpoint` as torch tensors.
 
 In: a module. Out: its state dict, its non-persistent buffers, or any table of tensors, as views of
 the memory that they live in (read in pieces if that is not the CPU's). Refused: tensors without
@@ -108,3 +108,21 @@ def _wrap(key: str, tensor: torch.Tensor, storages: dict[int, Storage]) -> Tenso
         conjugate=tensor.is_conj(),
         negative=tensor.is_neg(),
     )
+
+
+def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors of a file as torch tensors, read by the harness: torch unpickles nothing."""
+    made: dict[str, torch.Tensor] = {}
+    for key, tensor in checkpoint.tensors.items():
+        made[key] = made[tensor.alias_of] if tensor.alias_of else as_torch(tensor)
+    return made
+
+
+def as_torch(tensor: Tensor) -> torch.Tensor:
+    """Read a tensor of a file into a torch tensor of its own."""
+    dtype = getattr(torch, tensor.dtype.name)
+    if tensor.numel == 0:
+        return torch.empty(tensor.shape, dtype=dtype)
+    data = torch.empty(tensor.nbytes, dtype=torch.uint8)
+    tensor.read_into(0, data.numpy().data)
+    return data.view(dtype).reshape(tensor.shape)

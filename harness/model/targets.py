@@ -16,6 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint.tensors import Checkpoint
 from harness.errors import HarnessError, ModelError
 from harness.golden.project import settings_of
 
@@ -137,6 +138,36 @@ def registered(config: Mapping[str, Any] | None, *, start: Path | None = None) -
             "[tool.harness.models] in pyproject.toml",
         )
     return known[name]
+
+
+def check_named_classes(checkpoint: Checkpoint, target: str) -> None:
+    """Raise ModelError for a config that has a class import what nobody but the file has named.
+
+    NeMo's own `restore_from` imports what `target` and `_target_` say. The local classes read them
+    as text.
+    """
+    root = target.partition(":")[0].partition(".")[0]
+    if root == "harness":
+        return
+    known = {root, "nemo", "torch"}
+    strange = {name for name in _named_in(checkpoint.config) if name.partition(".")[0] not in known}
+    if strange:
+        raise ModelError(
+            f"{checkpoint.name}: loading it would import {', '.join(sorted(strange))[:500]}",
+            hint="if you trust the file, load it with --trust-checkpoint",
+        )
+
+
+def _named_in(config: Any) -> Iterator[str]:
+    """The classes that a NeMo config names: dotted names under `target` and `_target_`."""
+    if isinstance(config, Mapping):
+        for key, child in config.items():
+            if key in ("target", "_target_") and isinstance(child, str) and "." in child:
+                yield child
+            yield from _named_in(child)
+    elif isinstance(config, (list, tuple)):
+        for child in config:
+            yield from _named_in(child)
 
 
 def _nemo_class(config: Mapping[str, Any] | None) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import save_file
 
 from harness import api
-from harness.model.loading import quiet
+from harness.model.lightning import quiet
 from tests.conftest import Harness, Run, on_terminal
 
 

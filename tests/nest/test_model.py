@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from harness import api
 from harness.errors import ModelError
-from harness.model.loading import trainer_of
+from harness.model.lightning import trainer_of
 from harness.nest.config import OptimConfig
 from harness.nest.model import AudioBatch, EncDecDenoiseMaskedTokenPredModel, NoamAnnealing
 
