@@ -26,7 +26,7 @@ from harness.fingerprints.integrity import damages
 from harness.fingerprints.scan import MAX_KEPT_NUMEL
 from harness.fingerprints.scan import fingerprint as fingerprint_checkpoint
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES
-from harness.golden.file import check_unchanged, is_golden, read_golden, write_golden
+from harness.golden.file import is_golden, read_golden, replace_golden, write_golden
 from harness.golden.golden import Golden, LiveRecord, Update, source_of
 from harness.golden.places import (
     GOLDEN_FOLDER,
@@ -323,8 +323,15 @@ def update(
             check_integrity=True,
             workers=workers,
         )
+        originals = {
+            key: replace(old.tensors[key], alias_of=None) if key in same else tensor
+            for key, tensor in found.tensors.items()
+            if tensor.alias_of is None
+        }
         tensors = {
-            key: replace(old.tensors[key], alias_of=tensor.alias_of) if key in same else tensor
+            key: originals[key]
+            if tensor.alias_of is None
+            else replace(originals[tensor.alias_of], key=key, alias_of=tensor.alias_of)
             for key, tensor in found.tensors.items()
         }
         updated = replace(
@@ -340,8 +347,7 @@ def update(
         updated = replace(updated, history=(*golden.history, entry))
     elif reason and golden.history:
         updated = replace(updated, history=_explained(golden.history, reason))
-    check_unchanged(golden, updated)
-    write_golden(updated, overwrite=True)
+    replace_golden(golden, updated)
     return updated
 
 

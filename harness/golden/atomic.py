@@ -6,7 +6,24 @@ import contextlib
 import fcntl
 import glob
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only one who writes in a folder, where all who write there ask; may raise OSError.
+
+    The folder itself is locked: no file is left behind, and a kill gives the lock back. Where the
+    file system has no locks, nobody waits.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:

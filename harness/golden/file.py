@@ -12,6 +12,7 @@ in random order, which would make equal goldens differ. Both texts are of `harne
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from harness.checkpoint.formats.safetensors import (
     read_safetensors,
 )
 from harness.checkpoint.sources.access import open_source
-from harness.checkpoint.sources.paths import AnyPath, Location, is_there, to_path
+from harness.checkpoint.sources.paths import AnyPath, Location, to_path
 from harness.checkpoint.sources.source import read
 from harness.errors import CheckpointError, GoldenError
 from harness.fingerprints.fingerprint import Fingerprint
-from harness.golden.atomic import write_whole
+from harness.golden.atomic import locked, write_whole
 from harness.golden.columns import columns_of, rows_of, seal_of, tensors_of
-from harness.golden.golden import SUFFIX, Golden, LiveRecord, real_path, without_paths
+from harness.golden.disclosure import disclosed
+from harness.golden.golden import SUFFIX, Golden, LiveRecord, real_path
 from harness.golden.header import (
     SCHEMA,
     Contents,
@@ -43,6 +45,7 @@ from harness.golden.header import (
     schema_of,
     to_json,
 )
+from harness.streaming.chunks import chunks
 from harness.text.shell import quoted
 
 _LFS = b"version https://git-lfs"
@@ -55,33 +58,63 @@ def write_golden(golden: Golden, *, overwrite: bool = False) -> bool:
 
     Raises GoldenError where another golden is there and `overwrite` is not given.
     """
-    path = golden.path
     data = serialize(golden)
-    try:
+    with _writing(golden) as path:
+        return _write(golden, path, data, overwrite=overwrite)
+
+
+def replace_golden(before: Golden, after: Golden) -> bool:
+    """Write a golden in the place of the one that was read; returns False where nothing changes.
+
+    Reading what is there, comparing and writing is one step: of two updates at a time the second
+    raises GoldenError, for it would undo the first (but by URL, where nothing can be locked).
+    """
+    data = serialize(after)
+    with _writing(after) as path:
         if path.exists():
-            if _holds(path, data):
-                return False
-            if not overwrite:
-                raise _is_recorded(path)
-            check_is_golden(path)
-        if isinstance(path, Path):
-            path = real_path(path)  # a link stays one
-            path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _put(path, data, overwrite=overwrite)
-        except FileExistsError as error:  # written by somebody else in between
-            raise _is_recorded(golden.path) from error
+            _check_unchanged(before, after)
+        return _write(after, path, data, overwrite=True)
+
+
+@contextlib.contextmanager
+def _writing(golden: Golden) -> Iterator[AnyPath]:
+    """The place to write to, alone; says what went wrong on the way there."""
+    path = golden.path
+    try:
+        if not isinstance(path, Path):
+            yield path
+            return
+        path = real_path(path)  # a link stays one
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.parent):
+            yield path
     except OSError as error:
         raise GoldenError(
             f"{golden.path}: cannot be written: {error.strerror}",
             hint="check the folder's permissions, and free space",
         ) from error
+
+
+def _write(golden: Golden, path: AnyPath, data: bytes, *, overwrite: bool) -> bool:
+    if path.exists():
+        if _holds(path, data):
+            return False
+        if not overwrite:
+            raise _is_recorded(golden.path)
+        check_is_golden(golden.path)
+    try:
+        _put(path, data, overwrite=overwrite)
+    except FileExistsError as error:  # written by somebody else in between
+        raise _is_recorded(golden.path) from error
     return True
 
 
 def _holds(path: AnyPath, data: bytes) -> bool:
     with contextlib.closing(open_source(path)) as source:
-        return source.nbytes == len(data) and read(source, 0, len(data)) == data
+        return source.nbytes == len(data) and all(
+            read(source, part.start, part.nbytes) == data[part.start : part.start + part.nbytes]
+            for part in chunks(len(data))
+        )
 
 
 def _put(path: AnyPath, data: bytes, *, overwrite: bool) -> None:
@@ -101,10 +134,8 @@ def _is_recorded(path: AnyPath) -> GoldenError:
     )
 
 
-def check_unchanged(before: Golden, after: Golden) -> None:
+def _check_unchanged(before: Golden, after: Golden) -> None:
     """Raise GoldenError where a golden is no longer what was read, and `after` would undo that."""
-    if not is_there(before.path):
-        return
     there = read_golden(before.path)
     known = [(golden.fingerprint.root, golden.history) for golden in (before, after)]
     if (there.fingerprint.root, there.history) not in known:
@@ -171,7 +202,7 @@ def _contents(golden: Golden) -> Contents:
     return Contents(
         parts={name: rows_of(part) for name, part in golden.parts.items()},
         parameters=golden.live.parameters if golden.live else (),
-        config=without_paths(golden.fingerprint.config),
+        config=disclosed(golden.fingerprint.config),
     )
 
 

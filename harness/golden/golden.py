@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import msgspec
 
@@ -139,18 +138,3 @@ def _spelled_out(path: Path) -> Path:
 def real_path(path: Path) -> Path:
     """A path without links; where they go round in circles, with them."""
     return Path(os.path.realpath(path))
-
-
-def without_paths(value: Any) -> Any:
-    """Configurations hold paths of the machine that trained: keep their last part only."""
-    if isinstance(value, Mapping):
-        return {key: without_paths(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_paths(child) for child in value]
-    if isinstance(value, str) and (
-        value.startswith("~")
-        or PurePosixPath(value).is_absolute()
-        or PureWindowsPath(value).is_absolute()
-    ):
-        return f"…/{PureWindowsPath(value).name}"
-    return value

@@ -27,7 +27,8 @@ from harness.comparison.policy import STAGES, Policy
 from harness.errors import NotRecorded
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.scan import fingerprint
-from harness.golden.golden import Golden, LiveRecord, source_of, without_paths
+from harness.golden.disclosure import disclosed
+from harness.golden.golden import Golden, LiveRecord, source_of
 from harness.model.config import load_config
 from harness.model.lightning import plain_hyperparameters
 from harness.model.loading import Loader, NotLoaded, Saved, compare_training_state
@@ -334,7 +335,7 @@ def _lost_hyperparameters(
 ) -> list[Finding]:
     """What the original's configuration says and the saved one does not say, or says otherwise."""
     ours, theirs = (
-        dict(_leaves(without_paths(plain_hyperparameters(side or {})))) for side in (before, after)
+        dict(_leaves(disclosed(plain_hyperparameters(side or {})))) for side in (before, after)
     )
     return [
         Finding(

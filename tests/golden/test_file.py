@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -233,6 +234,72 @@ def test_an_update_keeps_what_the_golden_kept(tmp_path: Path, values: Any) -> No
     updated = api.update(tmp_path / "b.pt", golden, reason="")
     fresh = api.record(tmp_path / "b.pt", tmp_path / "f.safetensors", values=values)
     assert same(replace(updated, history=(), source=fresh.source), fresh)
+
+
+def test_an_update_of_a_key_that_is_newly_tied_is_what_a_fresh_record_gives(
+    tmp_path: Path,
+) -> None:
+    large, small = torch.randn(9000), torch.randn(10)
+    states: list[dict[str, Any]] = [
+        {"w": large, "s": small},
+        {"w": large, "head": large, "s": small, "t": small},
+        {"head": large, "t": small, "new": torch.randn(9000)},
+    ]
+    path = tmp_path / "g.safetensors"
+    api.record(states[-1], path)
+    for state in states:
+        updated = api.update(state, path)
+        fresh = api.record(state, tmp_path / "fresh.safetensors", overwrite=True)
+        assert same(replace(updated, history=()), fresh)
+
+
+def test_each_of_many_updates_at_a_time_is_in_the_history_or_told(tmp_path: Path) -> None:
+    path, reasons = tmp_path / "g.safetensors", list[str]()
+    api.record({"w": torch.zeros(5000)}, path)
+
+    def work(worker: int) -> None:
+        for turn in range(6):
+            number = 10.0 * worker + turn + 1
+            with contextlib.suppress(GoldenError):
+                api.update({"w": torch.full((5000,), number)}, path, reason=f"{number}")
+                reasons.append(f"{number}")
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(update.reason for update in read_golden(path).history) == sorted(reasons)
+    assert _files(tmp_path) == ["g.safetensors"]
+
+
+def test_a_golden_that_is_held_stays_what_it_was_read_as(tmp_path: Path) -> None:
+    one, other = (
+        api.record({"w": torch.randn(9000)}, tmp_path / f"{name}.safetensors") for name in "ab"
+    )
+    held, expected = read_golden(one.path), one.path.read_bytes()
+    with open(one.path, "r+b") as file:
+        file.write(other.path.read_bytes())
+    assert serialize(held) == expected
+    os.truncate(one.path, 0)
+    assert serialize(held) == expected
+
+
+def test_a_golden_of_very_many_tensors_is_read_back(tmp_path: Path) -> None:
+    """More than the header of a safetensors file may hold."""
+    with open_checkpoint(everything(tmp_path)) as checkpoint:
+        found = fingerprint(checkpoint)
+    steps = found.tensors["steps"]
+    many = {
+        key: replace(steps, key=key) for key in (f"layers.{n}.experts.w" for n in range(55_000))
+    }
+    golden = Golden(
+        path=tmp_path / "g.safetensors", fingerprint=replace(found, tensors=many), source=""
+    )
+    write_golden(golden)
+    read = read_golden(golden.path)
+    assert len(read.fingerprint.tensors) == 55_000
+    assert read.fingerprint.root == golden.fingerprint.root
 
 
 class Parts:
@@ -511,9 +578,10 @@ def test_a_file_that_another_writer_removed_before_it_was_locked_is_made_again(
     flock, removed = fcntl.flock, list[Path]()
 
     def late(file: Any, how: int) -> None:
-        if not removed:
+        if not removed:  # the folder is locked before
             removed.extend(golden.path.parent.glob(".*.tmp"))
-            removed[0].unlink()
+            for temporary in removed:
+                temporary.unlink()
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
