@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import msgspec
-
 from harness.checkpoint.sources.paths import AnyPath, is_there, is_url, to_path
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.golden.project import project_of, roots_of
@@ -20,7 +18,8 @@ _BELOW_ROOT = "root:"
 PartName = Literal["weights", "buffers", "outputs"]
 
 
-class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
     """One entry of a golden's history: the root that was replaced, and why."""
 
     root: str
