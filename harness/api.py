@@ -8,14 +8,14 @@ read or written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.sources.paths import AnyPath, Location, path_of, to_local, to_path
-from harness.checkpoint.tensors import Checkpoint, Tensor
+from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.compare import compare, with_damages
 from harness.comparison.comparison import Comparison
 from harness.comparison.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
@@ -23,9 +23,10 @@ from harness.comparison.policy import Policy, Stage, check_stage
 from harness.errors import UsageError
 from harness.fingerprints.fingerprint import Fingerprint, structure
 from harness.fingerprints.integrity import damages
-from harness.fingerprints.scan import MAX_KEPT_NUMEL
+from harness.fingerprints.residues import DEFAULT_TOLERANCE
 from harness.fingerprints.scan import fingerprint as fingerprint_checkpoint
-from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES
+from harness.golden.budget import KeptValues as KeptValues
+from harness.golden.budget import choose, held_by
 from harness.golden.file import is_golden, read_golden, replace_golden, write_golden
 from harness.golden.golden import Golden, LiveRecord, Update, source_of
 from harness.golden.places import (
@@ -37,7 +38,6 @@ from harness.golden.places import (
     new_golden,
     source_after,
 )
-from harness.streaming.chunks import CHUNK_NBYTES
 from harness.streaming.workers import Progress, Workers
 from harness.subjects import (
     KEPT,
@@ -69,13 +69,6 @@ __all__ = [
     "verify_stages",
 ]
 
-KeptValues = Literal["small", "all", "none"]
-_KEEP: Mapping[KeptValues, Callable[[Tensor], bool]] = {
-    "small": lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,
-    "all": lambda tensor: True,
-    "none": nothing,
-}
-
 
 @of_live_ones_too
 def fingerprint(
@@ -97,8 +90,10 @@ def record(
     golden: Location | None = None,
     *,
     section: str | None = None,
-    block_nbytes: int = DEFAULT_BLOCK_NBYTES,
+    max_size: int | None = None,
     values: KeptValues = "small",
+    atol: float = DEFAULT_TOLERANCE[0],
+    rtol: float = DEFAULT_TOLERANCE[1],
     stage: Stage = "file",
     live: LiveOptions | None = None,
     overwrite: bool = False,
@@ -109,35 +104,44 @@ def record(
 
     What is no path needs `golden`, and has no `section` and no live stages.
 
-    `block_nbytes` (a power of two, 1024 to 1 MiB) of a tensor share one row of the sketch: less
-    localises and proves more, more makes the golden smaller. `stage` beyond "file" also records
-    what the model of `live` makes of the checkpoint, and "outputs" what it computes. Raises
-    CheckpointError, ModelError, and GoldenError where a golden is there already and `overwrite`
-    is not given.
+    It holds as much of the weights as fits into `max_size` bytes, by default 8 MB, or 1 % of the
+    checkpoint where that is more, at most 100 MB: residues, which decide allclose at `atol` and
+    `rtol`, or sketches alone (`harness.golden.budget`). `values` "all" keeps every value, "none"
+    none. `atol` and `rtol` are also what a later `verify` allows by default.
+
+    `stage` beyond "file" also records what the model of `live` makes of the checkpoint, and
+    "outputs" what it computes, which comes on top of `max_size`. Raises CheckpointError,
+    ModelError, UsageError for what does not fit, and GoldenError where a golden is there already
+    and `overwrite` is not given.
     """
     only_of_files(subject, golden, section=section, stage=stage)
     path = path_of(subject)
-    if not 1024 <= block_nbytes <= CHUNK_NBYTES // 4 or block_nbytes & (block_nbytes - 1):
+    if values not in get_args(KeptValues):
+        known = ", ".join(get_args(KeptValues))
+        raise UsageError(f"values={values!r}: there are none", hint=f"one of {known}")
+    if values == "all" and max_size is not None:
         raise UsageError(
-            f"--block-size {block_nbytes}: must be a power of two from 1024 to {CHUNK_NBYTES // 4}",
-            hint=f"leave it out for {DEFAULT_BLOCK_NBYTES}",
+            "--max-size has no effect with --values all, which keeps every value",
+            hint="leave out one of them",
         )
-    if values not in _KEEP:
-        raise UsageError(f"values={values!r}: there are none", hint=f"one of {', '.join(_KEEP)}")
+    Policy(atol=atol, rtol=rtol)  # raises for what is no tolerance
     target = new_golden(
         subject, golden, section=section, live=_as_options(stage, live), overwrite=overwrite
     )
     with opened(subject, section) as checkpoint:
+        holding = choose(checkpoint, max_size, values, (atol, rtol))
         found = fingerprint_checkpoint(
             checkpoint,
-            keep_values=_KEEP[values],
-            block_nbytes=block_nbytes,
+            keep_values=holding.keeps,
+            block_nbytes=holding.block_nbytes,
+            residues=(atol, rtol) if holding.residues else None,
             check_integrity=True,
             workers=Workers(jobs=jobs, progress=progress),
         )
+        found = replace(found, config=checkpoint.config, tolerance=(atol, rtol))
         recorded = Golden(
             path=target,
-            fingerprint=replace(found, config=checkpoint.config),
+            fingerprint=found,
             source="" if path is None else source_of(path, target),
             section=section,
             live=_record_live(path, checkpoint, target, stage, live, found),
@@ -314,12 +318,13 @@ def update(
             for key, tensor in digests.tensors.items()
             if key in old.tensors and old.tensors[key].digest == tensor.digest
         }
-        keeps = _kept_as_before(old)
+        holding = held_by(old)
         found = fingerprint_checkpoint(
             actual,
             details=lambda tensor: tensor.key not in same,
-            keep_values=keeps,
-            block_nbytes=old.block_nbytes,
+            keep_values=holding.keeps,
+            block_nbytes=holding.block_nbytes,
+            residues=old.tolerance if holding.residues else None,
             check_integrity=True,
             workers=workers,
         )
@@ -336,7 +341,9 @@ def update(
         }
         updated = replace(
             golden,
-            fingerprint=replace(found, tensors=tensors, config=actual.config),
+            fingerprint=replace(
+                found, tensors=tensors, config=actual.config, tolerance=old.tolerance
+            ),
             source=source_after(subject, golden),
             live=_update_live(path, actual, golden, last, live),
         )
@@ -391,7 +398,7 @@ def diff(
         with opened_for(recorded, one) as checkpoint:
             found = fingerprint_checkpoint(
                 checkpoint,
-                keep_values=_kept_as_before(recorded.fingerprint),
+                keep_values=held_by(recorded.fingerprint).keeps,
                 block_nbytes=recorded.fingerprint.block_nbytes,
                 workers=workers,
             )
@@ -432,17 +439,6 @@ def _update_live(
         to_local(golden.path, KEPT),
         golden.fingerprint,
     )
-
-
-def _kept_as_before(old: Fingerprint) -> Callable[[Tensor], bool]:
-    """Keep values or sketches as the golden at hand does, for new tensors as `record` does."""
-    small = [t for t in old.tensors.values() if t.numel <= MAX_KEPT_NUMEL]
-    large = [t for t in old.tensors.values() if t.numel > MAX_KEPT_NUMEL]
-    if any(tensor.values is not None for tensor in large):
-        return _KEEP["all"]
-    if small and not any(tensor.values is not None for tensor in small):
-        return _KEEP["none"]
-    return _KEEP["small"]
 
 
 def _with_digests(outlined: Fingerprint, alone: Checkpoint, workers: Workers) -> Fingerprint:

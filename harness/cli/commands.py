@@ -31,6 +31,7 @@ from harness.cli.options import (
     remember_roots,
     report_options,
     run_options,
+    size,
     stage_of,
     stage_options,
     without_operands,
@@ -196,11 +197,13 @@ def _import_numpy() -> None:
 @_ROOT
 @click.option("--section", help="Another part than the state dict; '.' for every tensor.")
 @click.option(
-    "--block-size",
-    type=int,
-    metavar="BYTES",
-    help="Bytes of a tensor that share a row of the sketch (default 32768).",
+    "--max-size",
+    callback=size,
+    metavar="SIZE",
+    help="What the golden may take, such as 57MB (default: 8MB or 1 %, up to 100MB).",
 )
+@click.option("--atol", type=float, help="Decide allclose at this atol (default 1e-5).")
+@click.option("--rtol", type=float, help="Decide allclose at this rtol (default 1e-5).")
 @click.option(
     "--values",
     type=click.Choice(["small", "all", "none"]),
@@ -239,7 +242,9 @@ def _record(
     golden: AnyPath | None,
     *,
     section: str | None,
-    block_size: int | None,
+    max_size: int | None,
+    atol: float | None,
+    rtol: float | None,
     values: Any,
     stage: Any,
     overwrite: bool,
@@ -248,7 +253,7 @@ def _record(
 ) -> None:
     from harness import api
     from harness.checkpoint.sources.access import open_source
-    from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES
+    from harness.golden.budget import said_of
 
     stage = stage_of(stage, options)
     with progress_bar(checkpoint) as progress:
@@ -256,8 +261,9 @@ def _record(
             checkpoint,
             golden,
             section=section,
-            block_nbytes=DEFAULT_BLOCK_NBYTES if block_size is None else block_size,
+            max_size=max_size,
             values=values,
+            **{name: it for name, it in (("atol", atol), ("rtol", rtol)) if it is not None},
             stage=stage,
             live=live_of(options) if stage != "file" else None,
             overwrite=overwrite,
@@ -277,6 +283,7 @@ def _record(
         f"({found.container}{section}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
     )
     click.echo(escaped(said))
+    click.echo(said_of(found))
     if isinstance(checkpoint, Path) and recorded.checkpoint is None:
         click.echo(
             f"note: {escaped(str(checkpoint))} is outside of the project: verify it by its path, "

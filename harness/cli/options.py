@@ -76,6 +76,16 @@ def remember_roots(ctx: click.Context, param: click.Parameter, roots: tuple[Path
         os.environ[ROOT_VARIABLE] = os.pathsep.join(str(root.absolute()) for root in roots)
 
 
+def size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """Read a number of bytes, such as `57MB`, as a callback of an option."""
+    from harness.text.sizes import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx=ctx, param=param) from None
+
+
 def _pair(
     text: str, ctx: click.Context, param: click.Parameter, *, at_last: bool = False
 ) -> tuple[str, str]:
@@ -110,8 +120,8 @@ def _tolerances(ctx: click.Context, param: click.Parameter, texts: Any) -> Any:
 
 
 _POLICY = [
-    click.option("--atol", type=float, show_default="1e-5", help="As in allclose."),
-    click.option("--rtol", type=float, show_default="1e-5", help="As in allclose."),
+    click.option("--atol", type=float, show_default="recorded", help="As in allclose."),
+    click.option("--rtol", type=float, show_default="recorded", help="As in allclose."),
     click.option("--exact", is_flag=True, help="Allow no difference at all."),
     click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out keys. Repeatable."),
     click.option(
@@ -156,15 +166,11 @@ def policy_of(options: dict[str, Any]) -> Policy:
                 hint=f"leave out --exact, or {flag}",
             )
     given = {n: options[n] for n in ("atol", "rtol") if options[n] is not None}
-    rtol = given.get("rtol", Policy.rtol)
     return Policy(
         **given,
         exact=options["exact"],
         ignore=options["ignore"],
-        tolerances=tuple(
-            (glob, atol, rtol if its_rtol is None else its_rtol)
-            for glob, atol, its_rtol in options["tolerances"]
-        ),
+        tolerances=options["tolerances"],
         key_map=options["key_map"],
         strip_prefix=options["strip_prefix"],
         check_dtype=not options["no_check_dtype"],
@@ -216,10 +222,11 @@ _LIVE = [
         "--trust-checkpoint", is_flag=True, help="Let Lightning unpickle: runs what the file says."
     ),
 ]
-_RUN = [
-    click.option("--keep", is_flag=True, help="Keep the saved file beside the checkpoint."),
-    click.option("--output-atol", type=float, help="As --atol, of outputs (default 1e-4)."),
-    click.option("--output-rtol", type=float, help="As --rtol, of outputs (default 1e-4)."),
+_RUN = [click.option("--keep", is_flag=True, help="Keep the saved file beside the checkpoint.")]
+_OF_OUTPUTS = "of outputs (default: as recorded, else 1e-4)."
+_LIVE += [
+    click.option("--output-atol", type=float, help=f"As --atol, {_OF_OUTPUTS}"),
+    click.option("--output-rtol", type=float, help=f"As --rtol, {_OF_OUTPUTS}"),
 ]
 
 

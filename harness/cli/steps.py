@@ -60,11 +60,12 @@ def next_steps(
     command: Sequence[str],
     update: Sequence[str],
     reference: str = "RECORDED_CKPT",
+    record: Sequence[str] = (),
 ) -> list[str]:
     """What to do about a stage that does not pass: decide it, look past what it found, accept it.
 
     `command` verifies again, `update` accepts; `reference` is the recorded checkpoint, where it is
-    known.
+    known; `record` makes a golden that decides more, where one can.
     """
     if comparison.ok:
         return []
@@ -76,5 +77,7 @@ def next_steps(
     if comparison.verdict == "undecided" and comparison.stage == "file":
         decide = with_options(command, f"--reference {quoted(reference)}")
         lines.insert(0, f"to decide exactly:  {decide}")
+        if record:
+            lines.insert(1, f"to decide without it, from now on:  {command_line(record)}")
     accept = with_options(update, '--update-golden --reason "why"')
     return [*lines, f"if this change is intended:  {accept}"]

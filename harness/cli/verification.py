@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -283,6 +284,7 @@ class Verification:
                 found,
                 command=["harness", *asked_again(self.arguments), *which],
                 update=["harness", *self._updating_arguments(), *which],
+                record=_recording(golden, found, there),
                 **({} if there is None else {"reference": str(there)}),
             )
         )
@@ -315,3 +317,24 @@ def _is_of_another(golden: Golden, target: Target) -> bool:
 
 def _last_stage(golden: Golden) -> str:
     return golden.live.stages[-1] if golden.live is not None else "file"
+
+
+def _recording(golden: Golden, found: Comparison, reference: AnyPath | None) -> list[str]:
+    """The command that records a golden which decides what this one leaves undecided."""
+    undecided = [f.key for f in found.findings if f.kind == "undecided"]
+    tensors = [
+        golden.fingerprint.tensors[key] for key in undecided if key in found.expected.tensors
+    ]
+    if not any(tensor.sketch is not None and tensor.residues is None for tensor in tensors):
+        return []
+    from harness.golden.budget import size_that_decides
+
+    size = size_that_decides(golden.fingerprint)
+    command = ["harness", "record", str(reference or "RECORDED_CKPT"), "-g", str(golden.path)]
+    command += [] if golden.section is None else ["--section", golden.section]
+    if golden.live is not None:
+        files = {"--config": golden.live.config, "--inputs": golden.live.inputs}
+        given = {flag: str(golden.beside(file)) for flag, file in files.items() if file is not None}
+        given |= {} if golden.live.target is None else {"--model": golden.live.target}
+        command += [f"--{golden.live.stages[-1]}", *chain.from_iterable(given.items())]
+    return [*command, "--overwrite", "--max-size", size]

@@ -38,6 +38,7 @@ def compare(
     stage: str = "file",
 ) -> Comparison:
     """Compare `actual` with `expected` (a golden, as a rule); all findings are collected."""
+    policy = policy.with_recorded(expected.tolerance)
     matching = match(expected, actual, policy)
     findings = list(_of_keys(matching))
     aliases = _alias_changes(expected, actual, matching.pairs)

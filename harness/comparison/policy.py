@@ -41,14 +41,15 @@ class Policy:
 
     `ignore` and `tolerances` take globs over the golden's keys (the checkpoint's, for unexpected
     ones); of several tolerances that fit, the last wins. `key_map` renames the golden's keys, or
-    prefixes that end in a dot; `strip_prefix` is taken off the checkpoint's keys.
+    prefixes that end in a dot; `strip_prefix` is taken off the checkpoint's keys. Where `atol` or
+    `rtol` is None, it is what the golden recorded.
     """
 
-    atol: float = 1e-5
-    rtol: float = 1e-5
+    atol: float | None = None
+    rtol: float | None = None
     exact: bool = False
     ignore: tuple[str, ...] = ()
-    tolerances: tuple[tuple[str, float, float], ...] = ()
+    tolerances: tuple[tuple[str, float, float | None], ...] = ()
     key_map: tuple[tuple[str, str], ...] = ()
     strip_prefix: str = ""
     check_dtype: bool = True
@@ -70,7 +71,7 @@ class Policy:
                     f"{name} takes a tuple of {entry}, not {given!r}", hint=f"{name}={example!r}"
                 )
         for glob, atol, rtol in [("", self.atol, self.rtol), *self.tolerances]:
-            if not (0 <= atol <= _GREATEST and 0 <= rtol <= _GREATEST):
+            if not all(0 <= given <= _GREATEST for given in (atol, rtol) if given is not None):
                 where = f" for {glob}" if glob else ""
                 raise UsageError(
                     f"a tolerance must be a finite number from 0 up (in float32), not atol {atol}, "
@@ -78,14 +79,30 @@ class Policy:
                     hint="leave it out for 1e-5, or allow no difference at all: --exact",
                 )
 
+    def with_recorded(self, recorded: tuple[float, float]) -> Policy:
+        """Take what is not said from a golden's tolerance (atol, rtol)."""
+        atol, rtol = recorded
+        return replace(
+            self,
+            atol=atol if self.atol is None else self.atol,
+            rtol=rtol if self.rtol is None else self.rtol,
+        )
+
+    @property
+    def general(self) -> Tolerance:
+        """The tolerance for what no glob fits."""
+        unsaid = Tolerance()
+        atol = unsaid.atol if self.atol is None else self.atol
+        rtol = unsaid.rtol if self.rtol is None else self.rtol
+        return Tolerance(atol=atol, rtol=rtol, exact=self.exact)
+
     def tolerance(self, key: str) -> Tolerance:
         """The tolerance for a golden's key."""
-
-        atol, rtol = self.atol, self.rtol
-        for glob, its_atol, its_rtol in self.tolerances:
+        found = self.general
+        for glob, atol, rtol in self.tolerances:
             if _fits(key, glob):
-                atol, rtol = its_atol, its_rtol
-        return Tolerance(atol=atol, rtol=rtol, exact=self.exact)
+                found = replace(found, atol=atol, rtol=self.general.rtol if rtol is None else rtol)
+        return found
 
     def ignores(self, key: str) -> bool:
         return any(_fits(key, glob) for glob in self.ignore)

@@ -163,7 +163,7 @@ def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[s
 
 
 def _differences(differences: Sequence[Difference]) -> Iterator[str]:
-    from harness.comparison.difference import round_outward, sufficient_atol  # there is one
+    from harness.comparison.difference import sufficient_atol  # there is one
 
     worst = max(differences, key=lambda d: (d.max_abs[0], d.max_abs[1]))
     if len(differences) == 1:
@@ -171,7 +171,7 @@ def _differences(differences: Sequence[Difference]) -> Iterator[str]:
     if worst.verdict == "different" and math.isinf(worst.max_abs[1]) and worst.max_abs[0] == 0.0:
         return  # nothing is known but that the digest differs
     endless = math.isinf(worst.max_abs[0])
-    size = "is no number" if endless else _interval(round_outward(worst.max_abs))
+    size = "is no number" if endless else _size(worst)
     rms = (
         ""
         if math.isnan(worst.rms) or endless
@@ -197,6 +197,17 @@ def _differences(differences: Sequence[Difference]) -> Iterator[str]:
     if any(any(d.num_nonfinite) for d in differences):
         counts = [sum(d.num_nonfinite[side] for d in differences) for side in (0, 1)]
         yield f"NaN and infinities: {counts[0]:,} expected, {counts[1]:,} actual"
+
+
+def _size(difference: Difference) -> str:
+    """The greatest difference: a number, one that is about so much, or an interval."""
+    from harness.comparison.difference import round_outward
+
+    low, high = difference.max_abs
+    if difference.about is None:
+        return _interval(round_outward((low, high)))
+    more, less = high - difference.about, difference.about - low
+    return f"{difference.about:.1e} ± {round_outward((0.0, max(more, less)))[1]:.0e}"
 
 
 def _interval(ends: tuple[float, float]) -> str:

@@ -80,6 +80,12 @@ class Fingerprint:
     tolerance: tuple[float, float] = DEFAULT_TOLERANCE
     config: Mapping[str, Any] | None = None
 
+    @property
+    def keeps_residues(self) -> bool:
+        """Whether there are residues beside sketches, or would be."""
+        sketched = [t for t in self.tensors.values() if t.sketch is not None]
+        return not sketched or any(tensor.residues is not None for tensor in sketched)
+
     @cached_property
     def root(self) -> bytes:
         """One name of 32 bytes for the whole model, the same in every container."""
@@ -92,7 +98,7 @@ class Fingerprint:
         return hasher.digest()
 
 
-def structure(checkpoint: Checkpoint) -> Fingerprint:
+def structure(checkpoint: Checkpoint | Fingerprint) -> Fingerprint:
     """The keys, dtypes and shapes alone: nothing is read but the structure."""
     return Fingerprint(
         name=checkpoint.name,

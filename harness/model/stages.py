@@ -61,7 +61,8 @@ class LiveOptions:
     output_rtol: float | None = None
 
     def check(self) -> None:
-        """Raise ModelError or CheckpointError for a target, config or inputs that are no such."""
+        """Raise UsageError, ModelError or CheckpointError for what is none of what is asked for."""
+        Policy(atol=self.output_atol, rtol=self.output_rtol)
         if self.target is not None:
             resolve(self.target)
         if self.config is not None:
@@ -121,7 +122,7 @@ def record_live(
     """Load the checkpoint and record what the model makes of it, up to a stage.
 
     `golden` is the file that the record goes into: the files that it names are kept relative to it.
-    Buffers are sketched as its `weights` are.
+    Of buffers as much is kept as of its `weights`.
     """
     loader = options.loader(checkpoint)
     module = loader.load(path, seed=_FIRST_SEED, section=checkpoint.section)
@@ -138,7 +139,11 @@ def record_live(
         inputs=None if options.inputs is None else source_of(options.inputs, golden),
         parameters=_parameters(module),
         buffers=replace(
-            fingerprint(as_checkpoint(buffers, "buffers"), block_nbytes=weights.block_nbytes),
+            fingerprint(
+                as_checkpoint(buffers, "buffers"),
+                block_nbytes=weights.block_nbytes,
+                residues=weights.tolerance if weights.keeps_residues else None,
+            ),
             container="live buffers",
             keeps_aliases=False,
         )
@@ -400,7 +405,7 @@ def _compare_outputs(
         )
 
     def beside(ours: Fingerprint, model: nn.Module) -> Comparison:
-        measure = WhileRunning(expected=ours, tolerance=tolerances.tolerance(""))
+        measure = WhileRunning(expected=ours, tolerance=tolerances.general)
         theirs = computed(model, measure)
         compared = compare(ours, theirs, tolerances, measure, stage="outputs")
         return replace(compared, divergence=first_departure(compared))

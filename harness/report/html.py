@@ -91,7 +91,7 @@ class _Stage:
         if policy.exact:
             return "exact: the same bytes"
         more = ", others for some names" if policy.tolerances else ""
-        return f"atol {policy.atol:g}, rtol {policy.rtol:g}{more}"
+        return f"atol {policy.general.atol:g}, rtol {policy.general.rtol:g}{more}"
 
 
 @dataclass(frozen=True, kw_only=True)

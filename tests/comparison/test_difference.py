@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from harness import api
+from harness.checkpoint import open_checkpoint
 from harness.comparison.difference import Difference, element, round_outward, sufficient_atol
+from harness.comparison.measuring import nothing
 from harness.comparison.policy import Policy
+from harness.fingerprints.scan import fingerprint
+from harness.golden.golden import Golden
 from tests.comparison.test_allclose import tensor_fingerprint
 
 NUMEL = 50_000  # several blocks, the last one in part
@@ -27,7 +31,9 @@ def difference(
     one, other, golden = folder / "one.pt", folder / "other.pt", folder / "golden"
     torch.save({"x": expected}, one)
     torch.save({"x": actual}, other)
-    recorded = api.record(one, golden, values="none", block_nbytes=block_nbytes, overwrite=True)
+    with open_checkpoint(one) as checkpoint:
+        sketched = fingerprint(checkpoint, keep_values=nothing, block_nbytes=block_nbytes)
+    recorded = Golden(path=golden, fingerprint=sketched, source="")
     [finding] = api.verify(other, recorded, policy=policy).findings
     assert finding.difference is not None
     return finding.difference

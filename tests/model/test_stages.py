@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from harness import api
+from harness.api import KeptValues
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
 from harness.comparison.measuring import BySketches
@@ -236,13 +237,13 @@ def test_an_output_alone_cannot_be_left_out_which_is_told_before_the_model_is_lo
             next(api.verify_stages(plain, golden, policy=policy))
 
 
-@pytest.mark.parametrize("block_nbytes", [4096, 32768])
-def test_a_large_transient_buffer_is_sketched_as_the_weights_are(
-    plain: Path, block_nbytes: int
+@pytest.mark.parametrize("values", ["small", "none"])
+def test_of_a_large_transient_buffer_is_kept_as_much_as_of_the_weights(
+    plain: Path, values: KeptValues
 ) -> None:
     golden = plain.parent / "golden.safetensors"
     live = LiveOptions(target=f"{HERE}:LargeBuffer")
-    api.record(plain, golden, stage="load", live=live, block_nbytes=block_nbytes)
+    api.record(plain, golden, stage="load", live=live, values=values)
     other = LiveOptions(target=f"{HERE}:OtherLargeBuffer")
     found = by_stage(api.verify_stages(plain, read_golden(golden), live=other))
     assert kinds(found["load"]) == [("different", "table")]
