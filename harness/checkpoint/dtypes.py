@@ -46,6 +46,11 @@ class DType:
         """Bytes of a real number."""
         return self.itemsize // self.num_components
 
+    @property
+    def is_value(self) -> bool:
+        """Whether the bytes are the text of a value, which is no tensor."""
+        return self.name == "value"
+
     def __str__(self) -> str:
         return self.name
 
@@ -88,6 +93,8 @@ def _dtypes() -> Iterator[DType]:
     yield DType(
         name="float4_e2m1fn_x2", itemsize=1, kind="packed", raw="|u1", real="|u1", safetensors="F4"
     )
+    # The text of an entry that is no tensor: a number, a string, a list.
+    yield DType(name="value", itemsize=1, kind="packed", raw="|u1", real="|u1")
     yield DType(name="bits16", itemsize=2, kind="packed", raw="<u2", real="<u2")
 
 

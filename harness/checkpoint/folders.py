@@ -38,6 +38,7 @@ def checkpoint_in(folder: AnyPath) -> AnyPath:
 
     `.metadata` comes first: the other files can be given by their own names, its folder cannot.
     """
+    from harness.checkpoint.formats.rankfiles import rank_sets
     from harness.checkpoint.formats.rankshards import rank_shards
 
     if (folder / METADATA).is_file():
@@ -53,7 +54,10 @@ def checkpoint_in(folder: AnyPath) -> AnyPath:
     if shards:
         return folder
     children: Iterator[AnyPath] = folder.iterdir() if can_list else iter(())
-    names = sorted(child.name for child in islice(children, 1000))
+    found = list(islice(children, 1000))
+    if rank_sets(found):
+        return folder
+    names = sorted(child.name for child in found)
     if any(name.endswith(DISTCP) for name in names):
         raise CheckpointError(
             f"{folder}: a torch.distributed.checkpoint folder without its {METADATA}, which is "

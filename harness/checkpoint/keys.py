@@ -31,7 +31,12 @@ def format_key(path: Sequence[object]) -> str:
     first, *rest = path
     plain = isinstance(first, str) and "[" not in first and first != "" and _encodes(first)
     head = str(first) if plain else _bracketed(first)
-    return head + "".join(_bracketed(step) for step in rest)
+    return head + format_steps(rest)
+
+
+def format_steps(steps: Sequence[object]) -> str:
+    """Render steps that follow others in a key."""
+    return "".join(map(_bracketed, steps))
 
 
 def _bracketed(step: object) -> str:

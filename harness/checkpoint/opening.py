@@ -9,15 +9,17 @@ written but unlinked temporary files for what is compressed, and for parts of re
 from __future__ import annotations
 
 import stat
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from harness.checkpoint.config import config_of_yaml, hyperparameters_of
 from harness.checkpoint.folders import checkpoint_in, not_a_checkpoint, similar_path
 from harness.checkpoint.formats.nemo import is_tar, read_nemo
+from harness.checkpoint.formats.rankfiles import RankFile, files_of, rank_sets
 from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.formats.torchfile import TorchFile, read_torch_legacy, read_torch_zip
-from harness.checkpoint.sections import find_tensors
+from harness.checkpoint.sections import Parts, find_section
 from harness.checkpoint.sources.access import open_source
 from harness.checkpoint.sources.inflated import InflatedSource
 from harness.checkpoint.sources.paths import DISTCP, METADATA, AnyPath, Location, to_path
@@ -35,6 +37,8 @@ def open_checkpoint(path: Location, *, section: str | None = None) -> Checkpoint
     the file ("."). Raises CheckpointError. Memory: about 2.5 KB per tensor.
     """
     path = folder = to_path(path)
+    if sets := rank_sets(files_of(path)):
+        return _rank_files(path, sets, section)
     try:
         is_folder = _is_folder(folder)
         if is_folder:
@@ -47,6 +51,8 @@ def open_checkpoint(path: Location, *, section: str | None = None) -> Checkpoint
     if is_folder and path.name == METADATA:
         return _distributed(folder, section)
     if is_folder and path is folder:
+        if sets := rank_sets(folder.iterdir()):
+            return _rank_files(folder, sets, section)
         _no_section(folder, section)
         return _rank_shards(folder)
     if path.name == METADATA or path.name.endswith(DISTCP):
@@ -129,21 +135,23 @@ def _torch_checkpoint(
     container: str | None = None,
     config_text: bytes | None = None,
 ) -> Checkpoint:
-    found, tensors = find_tensors(file, str(path), section)
+    found = find_section(file, str(path), section)
     lightning = isinstance(file.root, dict) and "pytorch-lightning_version" in file.root
     if container is None:
         container = "Lightning checkpoint" if lightning else file.container
     return Checkpoint(
         name=str(path),
         container=container,
-        section=found,
+        section=found.path,
         tensors=_nonempty(
             path,
-            tensor_table(str(path), tensors),
+            tensor_table(str(path), found.tensors),
             "TorchScript that is frozen keeps its weights as constants: give the file of before"
             if file.container == "TorchScript"
             else "is it the right file?",
         ),
+        unread=found.unread,
+        others=found.others,
         sources=(source,),
         read_config=partial(config_of_yaml, path, config_text)
         if config_text is not None
@@ -184,12 +192,14 @@ def _distributed(folder: AnyPath, section: str | None) -> Checkpoint:
     from harness.checkpoint.formats.dcp import read_dcp
 
     file, sources = read_dcp(folder)
-    found, tensors = find_tensors(file, str(folder), section)
+    found = find_section(file, str(folder), section)
     return Checkpoint(
         name=str(folder),
         container=file.container,
-        section=found,
-        tensors=_nonempty(folder, tensor_table(str(folder), tensors)),
+        section=found.path,
+        tensors=_nonempty(folder, tensor_table(str(folder), found.tensors)),
+        unread=found.unread,
+        others=found.others,
         sources=sources,
         # Tied tensors are saved one by one.
         keeps_aliases=False,
@@ -212,6 +222,41 @@ def _rank_shards(folder: AnyPath) -> Checkpoint:
     )
 
 
+def _rank_files(
+    path: AnyPath, sets: Mapping[str, list[RankFile]], section: str | None
+) -> Checkpoint:
+    from harness.checkpoint.formats.rankfiles import check_ranks, choose_set, join_ranks
+
+    chosen = choose_set(path, sets)
+    files = sets[chosen]
+    check_ranks(str(path), files)
+    sources: list[Source] = []
+    ranks: list[tuple[RankFile, Parts]] = []
+    try:
+        for file in files:
+            source = open_source(file.path)
+            sources.append(source)
+            found = find_section(_torch_file(source), str(file.path), section)
+            ranks.append((file, found))
+        tensors = tensor_table(str(path), join_ranks(str(path), ranks))
+    except BaseException:
+        for opened in sources:
+            opened.close()
+        raise
+    _, first = ranks[0]
+    return Checkpoint(
+        name=str(path),
+        container=f"torch files of {len(files)} ranks",
+        section=first.path,
+        tensors=_nonempty(path, tensors),
+        unread=first.unread,
+        others=(*first.others, *((glob, None) for glob in sets if glob != chosen)),
+        sources=tuple(sources),
+        # Tied tensors are put together one by one.
+        keeps_aliases=False,
+    )
+
+
 def _no_section(path: AnyPath, section: str | None) -> None:
     if section not in (None, "", "."):
         raise NoSection(
@@ -223,6 +268,6 @@ def _no_section(path: AnyPath, section: str | None) -> None:
 def _nonempty(
     path: AnyPath, tensors: dict[str, Tensor], hint: str = "is it the right file?"
 ) -> dict[str, Tensor]:
-    if not tensors:
+    if all(tensor.dtype.is_value for tensor in tensors.values()):
         raise CheckpointError(f"{path}: holds no tensors", hint=hint)
     return tensors

@@ -186,7 +186,9 @@ class Checkpoint:
 
     `container` is the format's name; `section` the path of the state dict inside ("" for the
     root); `keeps_aliases` tells whether the format can say that two tensors are tied;
-    `checksums` are the container's own.
+    `checksums` are the container's own. Entries that are no tensors are among them, as their text
+    in the dtype `value`; those that are not data are named in `unread`. `others` are the parts of
+    the file that were left out, with how many tensors they hold.
     """
 
     name: str
@@ -194,6 +196,8 @@ class Checkpoint:
     section: str
     tensors: Mapping[str, Tensor]
     sources: tuple[Source, ...] = ()
+    unread: tuple[str, ...] = ()
+    others: tuple[tuple[str, int | None], ...] = ()
     keeps_aliases: bool = True
     checksums: tuple[Checksum, ...] = ()
     read_config: Callable[[], Mapping[str, Any] | None] = lambda: None

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from harness.fingerprints.integrity import Damage
 
 
+_MAX_NAMED = 6
 _MAX_TO_CHECK = 20  # for damage
 _STRANGERS = "no key in common: is it a checkpoint of another model?"
 
@@ -81,7 +82,7 @@ def compare(
         num_ignored=matching.num_ignored,
         num_nan=sum(1 for t in matching.expected if t.stats is not None and t.stats.num_nan),
         stage=stage,
-        notes=(_STRANGERS,) if matching.are_strangers else (),
+        notes=tuple(_notes(expected, actual, are_strangers=matching.are_strangers)),
         are_strangers=matching.are_strangers,
     )
 
@@ -109,6 +110,16 @@ def _of_keys(matching: Matching) -> Iterator[Finding]:
         yield Finding(kind="missing", key=tensor.key, expected=describe(tensor))
     for tensor in matching.unexpected:
         yield Finding(kind="unexpected", key=tensor.key, actual=describe(tensor))
+
+
+def _notes(expected: Fingerprint, actual: Fingerprint, *, are_strangers: bool) -> Iterator[str]:
+    if are_strangers:
+        yield _STRANGERS
+    for entries in dict.fromkeys((expected.unread, actual.unread)):
+        if entries:
+            more = f", and {len(entries) - _MAX_NAMED:,} more" if len(entries) > _MAX_NAMED else ""
+            count = "1 entry" if len(entries) == 1 else f"{len(entries):,} entries"
+            yield f"{count} not compared: {', '.join(entries[:_MAX_NAMED])}{more}"
 
 
 def with_damages(
@@ -167,6 +178,16 @@ def _severity(finding: Finding) -> tuple[int, float]:
 def _structure(pair: Pair, policy: Policy) -> Finding | None:
     """The most structural thing in which two tensors of one key differ, if any."""
     ours, theirs = pair.expected, pair.actual
+    if ours.dtype.is_value or theirs.dtype.is_value:
+        if ours.dtype == theirs.dtype and ours.digest == theirs.digest:
+            return None
+        return Finding(
+            kind="value",
+            key=ours.key,
+            actual_key=_other_key(pair),
+            expected=describe(ours),
+            actual=describe(theirs),
+        )
     if ours.shape != theirs.shape:
         return Finding(
             kind="shape",

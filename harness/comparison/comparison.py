@@ -79,6 +79,7 @@ class Comparison:
         return self
 
 
+_MAX_OTHERS = 6
 SYMBOLS = {"identical": "✓", "close": "✓", "undecided": "?", "different": "✗"}
 _COLORS = {"identical": "32", "close": "32", "undecided": "33", "different": "31"}
 
@@ -114,7 +115,18 @@ def counts_of(comparison: Comparison) -> str:
     ]
     if comparison.num_ignored:
         counts.append(f"{comparison.num_ignored:,} ignored")
-    return ", ".join(counts)
+    return ", ".join(counts) + _part_compared(comparison)
+
+
+def _part_compared(comparison: Comparison) -> str:
+    """Which part of a file was looked at, and which were not."""
+    actual = comparison.actual
+    names = [printable(name) for name, _ in actual.others]
+    more = f", and {len(names) - _MAX_OTHERS} more" if len(names) > _MAX_OTHERS else ""
+    section = "" if actual.section in ("", ".") else f"section {printable(actual.section)}"
+    others = f"not compared: {', '.join(names[:_MAX_OTHERS])}{more}" if names else ""
+    said = "; ".join(filter(None, (section, others)))
+    return f" ({said})" if said else ""
 
 
 def _lines(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from harness.comparison.difference import Difference
 
 
+_MAX_TEXT = 200
+_DIGEST = re.compile(r"(?<=, digest )([0-9a-f]{16})[0-9a-f]{48}(?=>)")
 # Worst first: what explains all else, what stops a load, what computes something else, what is
 # only noted.
 FindingKind = Literal[
@@ -21,6 +24,7 @@ FindingKind = Literal[
     "renamed",
     "shape",
     "dtype",
+    "value",
     "unwritten",
     "different",
     "alias",
@@ -74,5 +78,12 @@ class Divergence:
 
 
 def describe(tensor: TensorFingerprint) -> str:
-    """A tensor in words: dtype and shape."""
-    return f"{tensor.dtype} {list(tensor.shape)}"
+    """A tensor in words: dtype and shape; a value as its text."""
+    if not tensor.dtype.is_value:
+        return f"{tensor.dtype} {list(tensor.shape)}"
+    if tensor.values is None:
+        return f"a value with the digest {(tensor.digest or b'').hex()[:16]}"
+    text = _DIGEST.sub(r"\1", tensor.values.decode("utf-8", "replace"))
+    return (
+        text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}… ({len(text):,} characters)"
+    )

@@ -270,17 +270,22 @@ def _find_renamed(
     found: dict[str, str] = {}
     for numbers in (_NUMBER.findall, lambda _: None):
         taken = set(found.values())
-        alike: dict[tuple[bytes, str], list[str]] = defaultdict(list)
+        alike: dict[tuple[bytes, str, str], list[str]] = defaultdict(list)
         for key, tensor in unexpected.items():
             if tensor.digest is not None and key not in taken:
-                alike[tensor.digest, str(numbers(key))].append(key)
+                alike[tensor.digest, str(numbers(key)), _own_name(tensor)].append(key)
         for key, tensor in missing.items():
-            candidates = alike.get((tensor.digest or b"", str(numbers(key))))
+            candidates = alike.get((tensor.digest or b"", str(numbers(key)), _own_name(tensor)))
             if candidates and key not in found:
                 first = candidates[:_MAX_ALIKE]
                 found[key] = max(first, key=lambda other: _likeness(key, other))
                 candidates.remove(found[key])
     return [(key, found[key]) for key in missing if key in found]
+
+
+def _own_name(tensor: TensorFingerprint) -> str:
+    """What a value must be called to be the same: many are 0, or True."""
+    return tensor.key.rpartition(".")[2] if tensor.dtype.is_value else ""
 
 
 def _likeness(one: str, other: str) -> int:

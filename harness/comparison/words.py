@@ -30,6 +30,7 @@ HEADINGS: dict[FindingKind, str] = {
     "renamed": "renamed: equal weights under another key",
     "shape": "shape",
     "dtype": "dtype",
+    "value": "value: entries other than tensors changed",
     "unwritten": "unwritten: left by the load as the model initialised them",
     "different": "different: allclose is false",
     "alias": "alias: tied weights are now separate, or the reverse",
@@ -104,7 +105,7 @@ def _grouped(findings: Sequence[Finding], style: Style) -> Iterator[tuple[str, l
     for finding in findings:
         said = (
             (finding.expected, finding.actual)
-            if finding.kind not in ("renamed", "alias")
+            if finding.kind not in ("renamed", "alias", "value")
             else (_template(finding.expected), _template(finding.actual))
         )
         alike.setdefault(said, []).append(finding)
@@ -152,7 +153,7 @@ def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[s
         yield f"      is now {now}"
     elif first.kind == "prefix":
         yield f"    {first.count:,} keys: expected {first.expected}, actual {first.actual}"
-    elif first.difference is None:  # an alias
+    elif first.difference is None:  # a value, or an alias
         yield f"    {pattern}{many}"
         yield f"      expected {first.expected or 'nothing'}"
         yield f"      actual   {first.actual or 'nothing'}"

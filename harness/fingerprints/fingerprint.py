@@ -11,12 +11,14 @@ from typing import Any
 from blake3 import blake3
 
 from harness.checkpoint.dtypes import DType
-from harness.checkpoint.tensors import Checkpoint
+from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.fingerprints.residues import DEFAULT_TOLERANCE, Residues
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, Sketch
-from harness.fingerprints.stats import (
-    Stats,
-)
+from harness.fingerprints.stats import Stats
+from harness.streaming.chunks import chunks
+from harness.text.disclosure import may_keep
+
+MAX_KEPT_NUMEL = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,9 @@ class _Excerpt(TensorFingerprint):
 class Fingerprint:
     """What is known of a checkpoint; `name` says where it came from.
 
+    `unread` entries are not among the `tensors`, and `others` are the parts of the file that are
+    not, with how many tensors they hold: see `harness.checkpoint.tensors.Checkpoint`.
+
     `tolerance` (atol, rtol) is what residues were kept for, and what a comparison with this allows
     by default.
     """
@@ -75,6 +80,8 @@ class Fingerprint:
     container: str
     section: str
     tensors: Mapping[str, TensorFingerprint]
+    unread: tuple[str, ...] = ()
+    others: tuple[tuple[str, int | None], ...] = ()
     keeps_aliases: bool = True
     block_nbytes: int = DEFAULT_BLOCK_NBYTES
     tolerance: tuple[float, float] = DEFAULT_TOLERANCE
@@ -99,18 +106,41 @@ class Fingerprint:
 
 
 def structure(checkpoint: Checkpoint | Fingerprint) -> Fingerprint:
-    """The keys, dtypes and shapes alone: nothing is read but the structure."""
+    """The keys, dtypes and shapes alone: nothing is read but the structure, and values in it."""
     return Fingerprint(
         name=checkpoint.name,
         container=checkpoint.container,
         section=checkpoint.section,
+        unread=checkpoint.unread,
+        others=checkpoint.others,
         keeps_aliases=checkpoint.keeps_aliases,
         tensors={
-            key: TensorFingerprint(
+            key: of_value(t)
+            if t.dtype.is_value
+            else TensorFingerprint(
                 key=key, dtype=t.dtype, shape=t.shape, digest=None, alias_of=t.alias_of
             )
             for key, t in checkpoint.tensors.items()
         },
+    )
+
+
+def of_value(tensor: Tensor | TensorFingerprint) -> TensorFingerprint:
+    """The fingerprint of a value: its text is kept where it is short, and no secret."""
+    if isinstance(tensor, TensorFingerprint):
+        return tensor
+    text = bytearray(tensor.nbytes)
+    tensor.read_into(0, memoryview(text))
+    digests = [blake3(text[c.start : c.start + c.nbytes]).digest() for c in chunks(len(text))]
+    # What it is called, not what it is in: `attn.key` is no secret, `attn.key.token` is one.
+    own_name = tensor.key.rpartition(".")[2].rpartition("[")[2]
+    keeps = len(text) <= MAX_KEPT_NUMEL and may_keep(own_name, text.decode())
+    return TensorFingerprint(
+        key=tensor.key,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        digest=digest_of(tensor.dtype, tensor.shape, digests),
+        values=bytes(text) if keeps else None,
     )
 
 

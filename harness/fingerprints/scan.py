@@ -19,7 +19,14 @@ from blake3 import blake3
 from harness.checkpoint.dtypes import DType, numpy_dtype
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
 from harness.fingerprints.arithmetic import as_floats, moments_of_runs
-from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, block_numel, digest_of
+from harness.fingerprints.fingerprint import (
+    MAX_KEPT_NUMEL,
+    Fingerprint,
+    TensorFingerprint,
+    block_numel,
+    digest_of,
+    of_value,
+)
 from harness.fingerprints.integrity import (
     Run,
     check_undamaged,
@@ -46,7 +53,6 @@ from harness.streaming.workers import ALL_CORES, Workers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-MAX_KEPT_NUMEL = 4096
 # Elements of a part, 2 MiB as float32. On two threads float32 took 0.174 ns a byte, bfloat16 0.29;
 # with an eighth of it 0.28 and 0.62, for projections want many rows, and threads waited for each
 # other; with twice as much 0.176 and 0.29: it leaves the cache between the passes.
@@ -72,6 +78,8 @@ def fingerprint(
     plus what is kept. Raises CheckpointError.
     """
     originals = [t for t in checkpoint.tensors.values() if t.alias_of is None]
+    prints = {tensor.key: of_value(tensor) for tensor in originals if tensor.dtype.is_value}
+    originals = [tensor for tensor in originals if not tensor.dtype.is_value]
     runs: dict[str, list[Run]] = {}
     rest: list[Checksum] = []
     if check_integrity:
@@ -100,7 +108,6 @@ def fingerprint(
             )
         ]
         check_undamaged(known, rest, workers)
-    prints: dict[str, TensorFingerprint] = {}
     for tensor, scan, parts in zip(originals, scans, scanned, strict=True):
         joined = _join(scan, parts)
         if joined.values is None and details(tensor) and keep_values(tensor):
@@ -120,6 +127,8 @@ def fingerprint(
         container=checkpoint.container,
         section=checkpoint.section,
         tensors=table,
+        unread=checkpoint.unread,
+        others=checkpoint.others,
         keeps_aliases=checkpoint.keeps_aliases,
         block_nbytes=block_nbytes,
         tolerance=residues or DEFAULT_TOLERANCE,

@@ -15,14 +15,18 @@ from typing import Literal
 from harness.checkpoint.dtypes import DType
 from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.errors import UsageError
-from harness.fingerprints.fingerprint import Fingerprint, block_numel, structure
+from harness.fingerprints.fingerprint import (
+    MAX_KEPT_NUMEL,
+    Fingerprint,
+    block_numel,
+    structure,
+)
 from harness.fingerprints.residues import DIGEST_NBYTES, Grid, num_residue_blocks
-from harness.fingerprints.scan import MAX_KEPT_NUMEL
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, NUM_PROJECTIONS, num_blocks
 from harness.golden.columns import rows_of
-from harness.golden.disclosure import disclosed
 from harness.golden.header import Contents, to_json
 from harness.streaming.chunks import CHUNK_NBYTES
+from harness.text.disclosure import disclosed
 from harness.text.sizes import size_at_least
 
 KeptValues = Literal["small", "all", "none"]
@@ -93,7 +97,7 @@ class Sizes:
 
 def held_by(golden: Fingerprint) -> Holding:
     """What a golden holds of its tensors: an update holds as much of new ones."""
-    originals = [t for t in golden.tensors.values() if t.alias_of is None]
+    originals = [t for t in golden.tensors.values() if t.alias_of is None and not t.dtype.is_value]
     kept = max((t.numel for t in originals if t.values is not None), default=0)
     left = min((t.numel for t in originals if t.values is None), default=MAX_KEPT_NUMEL + 1)
     limits: list[int | None] = [n for n in (MAX_KEPT_NUMEL, _FEW_NUMEL, 0) if kept <= n < left]

@@ -31,7 +31,6 @@ from harness.errors import CheckpointError, GoldenError
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.golden.atomic import locked, write_whole
 from harness.golden.columns import columns_of, rows_of, seal_of, tensors_of
-from harness.golden.disclosure import disclosed
 from harness.golden.golden import SUFFIX, Golden, LiveRecord, real_path
 from harness.golden.header import (
     SCHEMA,
@@ -46,6 +45,7 @@ from harness.golden.header import (
     to_json,
 )
 from harness.streaming.chunks import chunks
+from harness.text.disclosure import disclosed
 from harness.text.shell import quoted
 
 _LFS = b"version https://git-lfs"

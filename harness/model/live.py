@@ -17,13 +17,14 @@ from torch import nn
 from harness.checkpoint.tensors import Checkpoint
 from harness.errors import UsageError
 from harness.model.state import as_checkpoint
+from harness.model.values import with_values
 
 Live: TypeAlias = nn.Module | Mapping[str, torch.Tensor]
 _Result = TypeVar("_Result")
 
 
 def call_with(live: Live, verb: Callable[[Checkpoint], _Result]) -> _Result:
-    """Call a verb with a module's state dict, or the tensors of a state dict, as a checkpoint.
+    """Call a verb with a module's state dict, or any other, as a checkpoint.
 
     Nothing is copied; the tensors must not change while they are read. A state with DTensors, in a
     run of torch.distributed, is spread over ranks: all of them must call this alike, and get the
@@ -32,17 +33,23 @@ def call_with(live: Live, verb: Callable[[Checkpoint], _Result]) -> _Result:
     Raises UsageError, ModelError for tensors without values (meta) or of a layout without one
     storage, TeamError, and what the verb raises.
     """
-    tensors, name = _tensors_of(live)
+    state, name = _state_of(live)
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+    def call_whole(checkpoint: Checkpoint) -> _Result:
+        return verb(with_values(checkpoint, state))
+
     if dist.is_available() and dist.is_initialized():
         from harness.model.distributed.sharded import is_spread, together  # 1 s of imports
 
         if is_spread(tensors):
-            return together(tensors, name, verb)
-    return verb(as_checkpoint(tensors, name))
+            return together(tensors, name, call_whole)
+    return call_whole(as_checkpoint(tensors, name))
 
 
-def _tensors_of(live: Live) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors, and what a person would call them."""
+def _state_of(live: Live) -> tuple[Mapping[str, object], str]:
+    """The state dict, and what a person would call it."""
+    state: Mapping[str, object]
     if isinstance(live, nn.Module):
         state, name = live.state_dict(), f"the live {type(live).__name__}"
     elif isinstance(live, Mapping):
@@ -60,10 +67,9 @@ def _tensors_of(live: Live) -> tuple[dict[str, torch.Tensor], str]:
             f"cannot fingerprint {'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}",
             hint="give a path, an open checkpoint, a torch.nn.Module, or its state_dict()",
         )
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
+    if not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UsageError(f"{name}: holds no tensors", hint="give the model's state_dict()")
-    return tensors, name
+    return state, name
 
 
 def _has_tensors(value: object) -> bool:

@@ -27,7 +27,6 @@ from harness.comparison.policy import STAGES, Policy
 from harness.errors import NotRecorded
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.scan import fingerprint
-from harness.golden.disclosure import disclosed
 from harness.golden.golden import Golden, LiveRecord, source_of
 from harness.model.config import load_config
 from harness.model.lightning import plain_hyperparameters
@@ -36,6 +35,7 @@ from harness.model.mismatch import brief_keys, of_failed_load
 from harness.model.outputs import OUTPUT_TOLERANCE, inputs_of, outputs_of
 from harness.model.state import as_checkpoint, state_of, transient_buffers
 from harness.model.targets import resolve
+from harness.text.disclosure import disclosed
 
 _FIRST_SEED, _SECOND_SEED = 1, 2
 

@@ -18,6 +18,7 @@ from harness.checkpoint.keys import format_key
 from harness.checkpoint.sources.source import Source
 from harness.checkpoint.tensors import Checkpoint, Storage, Tensor, tensor_table
 from harness.errors import ModelError
+from harness.model.values import with_values
 
 
 class _Memory(Source):
@@ -62,9 +63,10 @@ def as_checkpoint(tensors: Mapping[str, torch.Tensor], name: str) -> Checkpoint:
 
 
 def state_of(module: nn.Module, name: str) -> Checkpoint:
-    """The state dict of a module, the tensors in it that are tensors."""
+    """The state dict of a module."""
     state = module.state_dict()
-    return as_checkpoint({k: v for k, v in state.items() if isinstance(v, torch.Tensor)}, name)
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return with_values(as_checkpoint(tensors, name), state)
 
 
 def transient_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -114,6 +116,8 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The tensors of a file as torch tensors, read by the harness: torch unpickles nothing."""
     made: dict[str, torch.Tensor] = {}
     for key, tensor in checkpoint.tensors.items():
+        if tensor.dtype.is_value:
+            continue
         made[key] = made[tensor.alias_of] if tensor.alias_of else as_torch(tensor)
     return made
 

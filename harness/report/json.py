@@ -4,7 +4,8 @@ The schema, to which later versions only add:
 
     verify, diff  {"exit_code", "goldens": [{"golden", "checkpoint", "root": {"expected", "actual"},
                    "stages": [{"stage", "verdict", "num_identical", "num_ignored", "findings",
-                   "notes", "first_departure": {"diverging_module", "key", "inputs_agreeing",
+                   "notes", "not_compared": {"sections", "entries"},
+                   "first_departure": {"diverging_module", "key", "inputs_agreeing",
                    "inputs_undecided", "inputs_diverging", "num_before", "num_undecided"}
                    | null}],
                    "error"?, "updated"?, "next_steps"}],
@@ -17,8 +18,9 @@ The schema, to which later versions only add:
     element       {"index", "expected", "actual"}
     stats         {"min", "max", "mean", "std", "l2", "num_zero", "num_nan", "num_posinf",
                    "num_neginf"} | null
-    show          {"root", "container", "section", "tensors": [{"key", "dtype", "shape", "digest",
-                   "alias_of", "stats"}], "history"?}
+    show          {"root", "container", "section", "other_sections": [{"section", "num_tensors"}],
+                   "not_read", "tensors": [{"key", "dtype", "shape", "digest", "alias_of",
+                   "value"?, "stats"}], "history"?}
     error         {"kind", "message", "hint"}; alone, {"exit_code": 2, "error"}, where a command
                   was not understood or is none of the above
 
@@ -35,7 +37,7 @@ from typing import Any
 
 from harness.comparison.comparison import Comparison
 from harness.comparison.difference import Difference
-from harness.comparison.findings import Divergence, Finding
+from harness.comparison.findings import Divergence, Finding, describe
 from harness.errors import HarnessError
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.stats import Stats
@@ -92,6 +94,10 @@ def comparison_as_json(comparison: Comparison) -> Json:
         "num_ignored": comparison.num_ignored,
         "findings": [_finding(finding) for finding in comparison.findings],
         "notes": list(comparison.notes),
+        "not_compared": {
+            "sections": [name for name, _ in comparison.actual.others],
+            "entries": sorted({*comparison.expected.unread, *comparison.actual.unread}),
+        },
         "first_departure": None
         if comparison.divergence is None
         else divergence_lines(comparison.divergence),
@@ -173,6 +179,10 @@ def fingerprint_as_json(fingerprint: Fingerprint) -> Json:
         "root": fingerprint.root.hex(),
         "container": fingerprint.container,
         "section": fingerprint.section,
+        "other_sections": [
+            {"section": name, "num_tensors": count} for name, count in fingerprint.others
+        ],
+        "not_read": list(fingerprint.unread),
         "tensors": [
             {
                 "key": tensor.key,
@@ -180,6 +190,7 @@ def fingerprint_as_json(fingerprint: Fingerprint) -> Json:
                 "shape": list(tensor.shape),
                 "digest": (tensor.digest or b"").hex(),
                 "alias_of": tensor.alias_of,
+                **({"value": describe(tensor)} if tensor.dtype.is_value else {}),
                 "stats": _stats(tensor.stats),
             }
             for tensor in fingerprint.tensors.values()

@@ -201,7 +201,7 @@ class Tables:
 
     def _told(self, finding: Finding, expected: TensorFingerprint | None) -> Told:
         said = finding.difference is None
-        said &= finding.kind not in ("missing", "unexpected", "renamed", "dtype", "shape")
+        said &= finding.kind not in ("missing", "unexpected", "renamed", "dtype", "shape", "value")
         return Told(
             kind=finding.kind,
             expected=finding.expected if said else None,
@@ -243,7 +243,7 @@ def _counterpart(
     for finding in findings:
         if finding.kind == "missing":
             return None
-        if finding.difference is not None or finding.kind in ("dtype", "shape"):
+        if finding.difference is not None or finding.kind in ("dtype", "shape", "value"):
             return actual.tensors[finding.actual_key or finding.key]
     return tensor
 

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from math import prod
 
 from harness.checkpoint import open_checkpoint
-from harness.fingerprints.fingerprint import Fingerprint
+from harness.comparison.findings import describe
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.stats import Stats
 from harness.golden.golden import Golden, Update
 from harness.text.folding import escaped, printable
+from harness.text.shell import quoted
 
 _MAX_SHOWN = 8  # names of settings
+_MAX_TEXT = 60
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -35,15 +38,24 @@ def told(update: Update) -> str:
 
 
 def _head(fingerprint: Fingerprint) -> Iterator[str]:
-    originals = [t for t in fingerprint.tensors.values() if t.alias_of is None]
+    originals = [
+        t for t in fingerprint.tensors.values() if t.alias_of is None and not t.dtype.is_value
+    ]
     numel = sum(prod(tensor.shape) for tensor in originals)
     section = f", section {escaped(fingerprint.section)}" if fingerprint.section else ""
     yield f"root       {fingerprint.root.hex()}"
     yield f"container  {escaped(fingerprint.container)}{section}"
+    num_values = sum(tensor.dtype.is_value for tensor in fingerprint.tensors.values())
     yield (
-        f"tensors    {len(fingerprint.tensors):,}, {numel:,} numbers, "
+        f"tensors    {len(fingerprint.tensors) - num_values:,}, {numel:,} numbers, "
         f"{_size(sum(tensor.nbytes for tensor in originals))}"
     )
+    if num_values:
+        yield f"values     {num_values:,} entries that are no tensors"
+    for name, count in fingerprint.others:
+        where = "" if count is None else f" ({count:,} tensors): --section {quoted(name)}"
+        yield f"not shown  {escaped(name)}{where}"
+    yield from (f"not read   {escaped(entry)}" for entry in fingerprint.unread)
 
 
 def _about(golden: Golden) -> Iterator[str]:
@@ -89,10 +101,18 @@ def _rows(fingerprint: Fingerprint, with_stats: bool) -> Iterator[str]:
         yield _row(
             (tensor.digest or b"").hex()[:16],
             tensor.dtype.name,
-            str(list(tensor.shape)),
+            "" if tensor.dtype.is_value else str(list(tensor.shape)),
             _numbers(tensor.stats) if with_stats else (),
-            printable(tensor.key) + tied,
+            printable(tensor.key) + tied + _value(tensor),
         )
+
+
+def _value(tensor: TensorFingerprint) -> str:
+    """The text of a value, behind its key."""
+    if not tensor.dtype.is_value:
+        return ""
+    text = escaped(describe(tensor))
+    return f": {text if len(text) <= _MAX_TEXT else f'{text[: _MAX_TEXT - 1]}…'}"
 
 
 def _row(digest: str, dtype: str, shape: str, numbers: Sequence[str], key: str) -> str:

@@ -232,5 +232,9 @@ def test_every_tensor_of_nested_dicts_has_its_key(
     if not paths:
         return
     with open_checkpoint(file, section=".") as checkpoint:
-        found = {key: float(tensor.array()) for key, tensor in checkpoint.tensors.items()}
+        found = {
+            key: float(tensor.array())
+            for key, tensor in checkpoint.tensors.items()
+            if not tensor.dtype.is_value
+        }
     assert found == {format_key(path): index + 1.0 for index, path in enumerate(paths)}

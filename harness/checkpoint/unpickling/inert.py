@@ -33,6 +33,12 @@ class Record:
     pairs: dict[Any, Any] = field(default_factory=dict)
 
 
+class Items(list[Any]):
+    """A set or frozenset: its items, in the order of the file, which means nothing."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class OpaqueKey:
     """A dictionary key that is neither text nor a number: kept, but equal to itself only."""

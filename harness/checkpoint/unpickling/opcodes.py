@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from harness.checkpoint.unpickling.inert import Items
 from harness.checkpoint.unpickling.machine import Constructors, Machine
 from harness.errors import CheckpointError
 
@@ -224,7 +225,7 @@ def _build(m: Machine) -> None:
 _SLOT, _ENTRY, _NUMBER, _OBJECT, _CALL = 16, 32, 48, 80, 112
 
 # The code, its operand where that has a fixed size, what it costs, and what it does. Sets are
-# lists here: order and duplicates do not matter to us.
+# lists here, that say so.
 _ROWS: list[tuple[bytes, str, int, Callable[..., Any]]] = [
     (b"\x80", "B", _SLOT, _protocol),
     (b"\x95", "<Q", _SLOT, lambda m, nbytes: None),  # FRAME
@@ -278,9 +279,9 @@ _ROWS: list[tuple[bytes, str, int, Callable[..., Any]]] = [
     (b"d", "", _OBJECT, _dict),
     (b"s", "", _SLOT, _set_item),
     (b"u", "", _SLOT, _set_items),
-    (b"\x8f", "", _OBJECT, lambda m: m.push([])),  # EMPTY_SET
+    (b"\x8f", "", _OBJECT, lambda m: m.push(Items())),  # EMPTY_SET
     (b"\x90", "", _SLOT, _extend),  # ADDITEMS
-    (b"\x91", "", _OBJECT, lambda m: m.push(m.pop_to_mark())),  # FROZENSET
+    (b"\x91", "", _OBJECT, lambda m: m.push(Items(m.pop_to_mark()))),  # FROZENSET
     # the memo
     (b"q", "B", _ENTRY, Machine.put),
     (b"r", "<I", _ENTRY, Machine.put),

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeGuard
 from harness.checkpoint.dtypes import DTYPES, DType
 from harness.checkpoint.sources.source import Source
 from harness.checkpoint.tensors import Storage, Tensor
-from harness.checkpoint.unpickling.inert import Global, Record, plain_key
+from harness.checkpoint.unpickling.inert import Global, Items, Record, plain_key
 from harness.checkpoint.unpickling.machine import Constructors
 
 # torch.storage._dtype_to_storage_type_map, turned around
@@ -62,10 +62,15 @@ _DTYPE_ALIASES = {
 class Composite:
     """A tensor that torch keeps as several: sparse, nested, quantized, or a subclass.
 
-    Of the parts, which may be all attributes of an object, only the tensors count.
+    `parts` are tensors and what else the object is made of, by name; `base` is the tensor that is
+    one by itself, and only has others as attributes. `kind` is the class, `shape` what it says of
+    itself, where the file has them.
     """
 
     parts: MutableMapping[Any, Any]
+    base: Tensor | None = None
+    kind: Global | None = None
+    shape: tuple[int, ...] | None = None
     structure_nbytes: ClassVar[int] = 2048  # what it costs in memory, for the unpickler
 
 
@@ -95,7 +100,7 @@ def torch_dtype(value: Any) -> DType:
         return value
     if isinstance(value, Global) and value.module == "torch":
         dtype = DTYPES.get(_DTYPE_ALIASES.get(value.name, value.name))
-        if dtype is not None:
+        if dtype is not None and not dtype.is_value:
             return dtype
     raise ValueError(f"unknown dtype {brief(value)}")
 
@@ -192,13 +197,28 @@ def _rebuild_qtensor(
 class _Literal(Source):
     """Bytes that stand in the pickle itself, as a source."""
 
-    def __init__(self, data: bytes) -> None:
-        self.name = "a number in the pickle"
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.name = "data in the pickle"
         self.nbytes = len(data)
         self._data = data
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self._data[offset : offset + len(buffer)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Literal, (bytes(self._data),)
+
+
+def literal(data: bytes | memoryview) -> _Literal:
+    """Bytes of a pickle as a source."""
+    return _Literal(data)
+
+
+def value_tensor(key: str, text: str) -> Tensor:
+    """An entry that is no tensor: the bytes of its text, of the dtype `value`."""
+    data = text.encode()
+    storage = Storage(source=_Literal(data), offset=0, nbytes=len(data))
+    return Tensor(key=key, dtype=DTYPES["value"], shape=(len(data),), storage=storage)
 
 
 def _scalar(data: bytes, dtype: str) -> Tensor:
@@ -249,7 +269,12 @@ def _rebuild_meta(dtype: Any, size: Any, stride: Any, requires_grad: Any) -> Ten
 
 def _rebuild_wrapper(*args: Any) -> Composite:
     """A subclass without bytes of its own: its inner tensors follow in its state."""
-    return Composite(parts={})
+    kind, _, size, *_ = (*args, None, None, None)
+    return Composite(
+        parts={},
+        kind=kind if isinstance(kind, Global) else None,
+        shape=_size(size) if isinstance(size, (tuple, list)) else None,
+    )
 
 
 def _rebuild_subclass(function: Any, kind: Any, args: Any, state: Any) -> Any:
@@ -260,21 +285,49 @@ def _rebuild_subclass(function: Any, kind: Any, args: Any, state: Any) -> Any:
     if constructor in (None, _rebuild_subclass) or not isinstance(args, tuple):
         raise ValueError(f"a tensor subclass made by an unknown {brief(function)}")
     made = constructor(*args)
-    attributes = state
-    if isinstance(state, tuple) and state and isinstance(state[0], dict):
-        attributes = state[0]  # (__dict__, __slots__)
-    if not isinstance(made, Composite) or not isinstance(attributes, dict):
-        return made  # as_subclass: the same bytes under another class
+    attributes = _attributes(state)
+    if isinstance(made, Tensor):  # as_subclass: the same bytes under another class
+        return _with_attributes(made, attributes)
+    if not isinstance(made, Composite):
+        return made
     below = made.parts.maps if isinstance(made.parts, ChainMap) else [made.parts]
     if len(below) > _MAX_CLASSES:
         raise ValueError("a tensor subclass of a subclass without end")
-    return Composite(parts=ChainMap(attributes, *below))
+    return replace(
+        made,
+        parts=ChainMap(*attributes, *below),
+        kind=kind if isinstance(kind, Global) else made.kind,
+    )
+
+
+def _attributes(state: Any) -> list[dict[Any, Any]]:
+    """An object's attributes as `copyreg` keeps them: `__dict__`, or (`__dict__`, `__slots__`)."""
+    if not isinstance(state, tuple) or len(state) != 2:
+        state = (state,)
+    return [part for part in state if isinstance(part, dict)]
+
+
+def _with_attributes(tensor: Tensor, attributes: list[dict[Any, Any]]) -> Tensor | Composite:
+    """A tensor to which others were attached."""
+    attached = {
+        name: value
+        for part in attributes
+        for name, value in part.items()
+        if isinstance(value, (Tensor, Composite))
+    }
+    return Composite(parts=attached, base=tensor) if attached else tensor
 
 
 def _rebuild_parameter(data: Any, *rest: Any) -> Any:
     if not isinstance(data, (Tensor, Composite)):
         raise ValueError(f"a parameter needs a tensor, not {brief(data)}")
     return data
+
+
+def _rebuild_parameter_with_state(data: Any, *rest: Any) -> Any:
+    made = _rebuild_parameter(data)
+    *_, state = (None, *rest)
+    return _with_attributes(made, _attributes(state)) if isinstance(made, Tensor) else made
 
 
 def _rebuild_from_cpu_tensor(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Any:
@@ -297,6 +350,19 @@ def _collection(*args: Any) -> list[Any]:
     if not isinstance(items, list):
         raise ValueError(f"a collection of {brief(items)}")
     return list(items)
+
+
+def _items(*args: Any) -> Items:
+    return Items(_collection(*args))
+
+
+def _byte_array(*args: Any) -> bytes | memoryview:
+    match args:
+        case () | (0,):
+            return b""
+        case (bytes() | memoryview() as data,):
+            return data
+    return _from_bytes(args[0], "latin1" if args[1:] == ("latin-1",) else "")
 
 
 def _mapping(*args: Any) -> dict[Any, Any]:
@@ -337,10 +403,11 @@ CONSTRUCTORS: Constructors = {
         for module in ("builtins", "__builtin__")
         for name, constructor in [
             ("dict", _mapping),
-            ("set", _collection),
-            ("frozenset", _collection),
+            ("set", _items),
+            ("frozenset", _items),
             ("list", _collection),
             ("bytes", _empty_bytes),
+            ("bytearray", _byte_array),
         ]
     },
     ("_codecs", "encode"): _from_bytes,
@@ -353,7 +420,7 @@ CONSTRUCTORS: Constructors = {
     ("torch._utils", "_rebuild_sparse_csr_tensor"): _rebuild_sparse_tensor,
     ("torch._utils", "_rebuild_nested_tensor"): _rebuild_nested_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter_with_state,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): _rebuild_meta,
     ("torch._utils", "_rebuild_wrapper_subclass"): _rebuild_wrapper,
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _rebuild_from_cpu_tensor,

@@ -117,7 +117,7 @@ def test_sections_have_the_keys_and_values_of_the_consolidated_file(
         open_checkpoint(saves / folder, section=section) as ours,
         open_checkpoint(file, section=section) as theirs,
     ):
-        assert len(ours.tensors) == count
+        assert sum(not tensor.dtype.is_value for tensor in ours.tensors.values()) == count
         assert set(ours.tensors) == set(theirs.tensors)
     assert root(saves / folder, section) == root(file, section)
 

@@ -139,10 +139,11 @@ class Plain(torch.Tensor):
     pass
 
 
-def test_a_wrapper_is_its_inner_tensors(tmp_path: Path) -> None:
+def test_a_wrapper_is_what_is_inside(tmp_path: Path) -> None:
     inner, scale = torch.arange(6, dtype=torch.int8).reshape(2, 3), torch.tensor([0.5])
     torch.save({"w": Wrapper(inner, scale), "b": torch.ones(1)}, tmp_path / "w.pt")
     expected = {"w[inner]": bits(inner), "w[scale]": bits(scale), "b": bits(torch.ones(1))}
+    expected["w[note]"] = b'"text"'
     assert parts_of(tmp_path / "w.pt") == expected
 
 
@@ -162,4 +163,5 @@ def test_a_subclass_with_its_own_bytes_is_a_tensor(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "w.pt")
     loaded = torch.load(tmp_path / "w.pt", weights_only=False)
     expected = {key: bits(tensor.as_subclass(torch.Tensor)) for key, tensor in loaded.items()}
+    expected["marked[note]"] = bits(torch.ones(3))
     assert parts_of(tmp_path / "w.pt") == expected

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import api
-from harness.golden.disclosure import disclosed
 from harness.golden.file import read_golden
+from harness.text.disclosure import disclosed
 
 
 @pytest.mark.parametrize(

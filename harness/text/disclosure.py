@@ -1,4 +1,4 @@
-"""What of a configuration may stand in a file that people commit.
+"""What of a configuration, or of a value, may stand in a file that people commit.
 
 In: plain data, as a checkpoint has it. Out: the same without what tells of the machine (of a path
 only its last part) and without secrets, each of which becomes its digest: a change of one is seen,
@@ -21,6 +21,8 @@ _SECRET = re.compile(r".*(secret|passw(or)?d|passphrase|pwd|credential|signature
 _MAYBE_SECRET = re.compile(r".*(key|token|auth|authorization)s?")
 _WITH_USER = re.compile(r"\w[\w+.-]*://[^\s/?#@]+@")
 _ASSIGNED = re.compile(r"([\w.-]+)=[^\s=]")
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_PAIR = re.compile(r'"((?:[^"\\]|\\.)*)": (.)', re.DOTALL)
 _HIDDEN = re.compile(r"<secret, BLAKE3 [0-9a-f]{16}>")
 
 
@@ -43,6 +45,17 @@ def disclosed(value: Any) -> Any:
             for flag, child in zip(flags, value, strict=False)
         ]
     return _text(value) if isinstance(value, str) else value
+
+
+def may_keep(key: str, text: str) -> bool:
+    """Whether a golden may keep the text of a value: it holds none of the above."""
+    pairs = [(key, text[:1]), *_PAIR.findall(text)]
+    if any(
+        _names(_SECRET, name) or (_names(_MAYBE_SECRET, name) and start in "\"'b[({")
+        for name, start in pairs
+    ):
+        return False
+    return all(_text(one) == one for one in _QUOTED.findall(text))
 
 
 def _under(key: str, value: Any) -> Any:

@@ -1,0 +1,44 @@
+"""The entries of a live state dict that are no tensors, read as those of its file would be.
+
+In: a state dict, or what is left of one. Out: the same tensors and values that a file of it would
+give, because it is one: written by `torch.save` into memory, and read by the harness. Entries that
+cannot be pickled are named.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from harness.checkpoint.formats.torchfile import read_torch_zip
+from harness.checkpoint.sections import find_section
+from harness.checkpoint.tensors import Checkpoint, Tensor
+from harness.checkpoint.unpickling.rebuild import literal
+from harness.errors import CheckpointError
+
+
+def with_values(checkpoint: Checkpoint, state: Mapping[str, object]) -> Checkpoint:
+    """Add what of `state` is no tensor; the memory of it is copied."""
+    found: dict[str, Tensor] = {}
+    unread: list[str] = []
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            continue
+        file = io.BytesIO()
+        try:
+            torch.save({key: value}, file)
+            root = read_torch_zip(literal(file.getbuffer()))
+            section = find_section(root, checkpoint.name, ".")
+        except CheckpointError as error:
+            unread.append(f"{key} ({error})")
+        except Exception as error:  # whatever the object's own pickling raises
+            unread.append(f"{key} (cannot be pickled: {type(error).__name__})")
+        else:
+            found |= {tensor.key: tensor for tensor in section.tensors}
+            unread += section.unread
+    if not found and not unread:
+        return checkpoint
+    return replace(checkpoint, tensors={**checkpoint.tensors, **found}, unread=tuple(unread))
