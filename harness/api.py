@@ -47,6 +47,7 @@ from harness.subjects import (
     only_of_files,
     opened,
     opened_for,
+    opened_part,
 )
 
 if TYPE_CHECKING:
@@ -190,12 +191,15 @@ def verify(
     subject: Subject | None = None,
     golden: Location | Golden | None = None,
     *,
+    section: str | None = None,
     policy: Policy | None = None,
     reference: Location | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare a checkpoint with its golden; without one, the checkpoint that the golden names.
+
+    `section` is the part of the checkpoint to look at, by default the one that the golden is of.
 
     `reference` is the checkpoint that the golden was recorded from: changed tensors are compared
     with it element by element. What is no path needs `golden`. Raises CheckpointError, GoldenError,
@@ -206,7 +210,7 @@ def verify(
     recorded = _read(subject, golden)
     with ExitStack() as stack:
         actual = stack.enter_context(
-            opened_for(recorded, named_source(recorded) if subject is None else subject)
+            opened_for(recorded, named_source(recorded) if subject is None else subject, section)
         )
         beside = None
         if reference is not None:
@@ -241,6 +245,7 @@ def verify_stages(
     path: Location | None,
     golden: Location | Golden | None = None,
     *,
+    section: str | None = None,
     policy: Policy | None = None,
     stage: Stage | None = None,
     live: LiveOptions | None = None,
@@ -259,6 +264,7 @@ def verify_stages(
     yield verify(
         path,
         golden,
+        section=section,
         policy=policy,
         reference=reference,
         jobs=jobs,
@@ -371,6 +377,8 @@ def diff(
     expected: Location,
     actual: Location,
     *,
+    section: str | None = None,
+    section_b: str | None = None,
     policy: Policy | None = None,
     stats: bool = False,
     jobs: int | None = None,
@@ -378,6 +386,7 @@ def diff(
 ) -> Comparison:
     """Compare two checkpoints element by element, or goldens with either by their sketches.
 
+    `section` is the part of both checkpoints to look at, `section_b` that of the second.
     `stats` also measures the statistics of what differs between two checkpoints.
     Raises CheckpointError, GoldenError, and UsageError for options of the policy that fit nothing.
     """
@@ -386,7 +395,10 @@ def diff(
     if is_golden(one):
         recorded = read_golden(one)
         if not is_golden(other):
-            return verify(other, recorded, policy=policy, jobs=jobs, progress=progress)
+            part_b = section if section_b is None else section_b
+            return verify(
+                other, recorded, section=part_b, policy=policy, jobs=jobs, progress=progress
+            )
         return compare(
             recorded.fingerprint,
             read_golden(other).fingerprint,
@@ -395,7 +407,7 @@ def diff(
         )
     if is_golden(other):
         recorded = read_golden(other)
-        with opened_for(recorded, one) as checkpoint:
+        with opened_for(recorded, one, section) as checkpoint:
             found = fingerprint_checkpoint(
                 checkpoint,
                 keep_values=held_by(recorded.fingerprint).keeps,
@@ -405,7 +417,10 @@ def diff(
         return compare(
             found, recorded.fingerprint, policy, BySketches(recorded.fingerprint.block_nbytes)
         )
-    with open_checkpoint(one) as left, open_checkpoint(other) as right:
+    with (
+        opened(one, section) as left,
+        opened_part(other, section if section_b is None else section_b, section_b) as right,
+    ):
         ours, theirs = structure(left), structure(right)
         # Renames are told by digest: only keys that stand on one side alone need one.
         alone = set(left.tensors) ^ set(right.tensors)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
@@ -22,6 +22,7 @@ from harness.comparison.policy import check_stage
 from harness.errors import NoSection, UsageError
 from harness.golden.golden import Golden
 from harness.golden.places import GOLDEN_FOLDER, check_not_golden
+from harness.text.shell import quoted
 
 if TYPE_CHECKING:
     from harness.checkpoint.sources.remote import RemotePath
@@ -79,18 +80,55 @@ def opened(subject: Subject, section: str | None) -> Iterator[Checkpoint]:
 
 
 @contextmanager
-def opened_for(golden: Golden, subject: Subject) -> Iterator[Checkpoint]:
-    """Open what is compared with a golden: of a path, the section that the golden holds."""
-    try:
-        with opened(subject, golden.section) as checkpoint:
-            yield checkpoint
-    except NoSection as error:
-        if golden.section is None:
-            raise
-        raise NoSection(
-            f"{error}; {golden.path} holds that section",
-            hint="give a checkpoint that has it, or another golden with -g",
-        ) from error
+def opened_for(
+    golden: Golden, subject: Subject, section: str | None = None
+) -> Iterator[Checkpoint]:
+    """Open what is compared with a golden: of a path, the section that the golden holds.
+
+    A file without sections is what was exported of it. `section` names another one.
+    """
+    if section is not None and path_of(subject) is not None:
+        _check_all(golden, subject, section)
+    with opened_part(subject, golden.section if section is None else section, section) as found:
+        yield found
+
+
+def _check_all(golden: Golden, subject: Subject, section: str) -> None:
+    """All of a file is compared with all of a file: raise UsageError for one part of it."""
+    if (section == ".") == (golden.section == "."):
+        return
+    part = f"section {golden.fingerprint.section}" if golden.fingerprint.section else "one part"
+    path = quoted(str(path_of(subject)))
+    raise UsageError(
+        f"{golden.path}: was recorded of {'all sections' if golden.section == '.' else part}",
+        hint="leave out --section"
+        if golden.section == "."
+        else f"record all of it: harness record {path} --all-sections -g OTHER.safetensors",
+    )
+
+
+@contextmanager
+def opened_part(
+    subject: Subject, section: str | None, named: str | None = None
+) -> Iterator[Checkpoint]:
+    """Open a section, or all of a file that has none: the weights may have been exported.
+
+    Not so where the section was `named` by the user.
+    """
+    with ExitStack() as stack:
+        try:
+            checkpoint = stack.enter_context(opened(subject, section))
+        except NoSection as error:
+            if section in (None, ".") or named is not None:
+                raise
+            checkpoint = stack.enter_context(opened(subject, None))
+            if checkpoint.section:
+                raise NoSection(
+                    f"{error}; the golden holds that section",
+                    hint="give a checkpoint that has it, or say which one holds the same weights: "
+                    "--section NAME",
+                ) from error
+        yield checkpoint
 
 
 def of_live_ones_too(verb: Callable[_Given, _Result]) -> Callable[_Given, _Result]:

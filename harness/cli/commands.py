@@ -31,6 +31,7 @@ from harness.cli.options import (
     remember_roots,
     report_options,
     run_options,
+    section_options,
     size,
     stage_of,
     stage_options,
@@ -52,7 +53,7 @@ from harness.cli.terminal import (
 )
 from harness.cli.verification import Verification, targets_of
 from harness.errors import HarnessError, UsageError
-from harness.text.folding import escaped
+from harness.text.folding import escaped, in_section
 from harness.text.shell import quoted
 from harness.version import __version__
 
@@ -195,7 +196,7 @@ def _import_numpy() -> None:
 @click.argument("checkpoints", type=PATH, nargs=-1, required=True, metavar="CHECKPOINT...")
 @_GOLDEN
 @_ROOT
-@click.option("--section", help="Another part than the state dict; '.' for every tensor.")
+@section_options
 @click.option(
     "--max-size",
     callback=size,
@@ -277,7 +278,7 @@ def _record(
     beside = f" ({100 * nbytes / max(1, total):.1f} % of the weights)"
     if recorded.live is not None and recorded.live.outputs is not None:
         beside = f", with {len(recorded.live.outputs.tensors):,} inputs and outputs of submodules"
-    section = f", section {found.section}" if found.section else ""
+    section = in_section(found.section)
     said = (
         f"recorded {recorded.path}: {len(found.tensors):,} tensors of {checkpoint} "
         f"({found.container}{section}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
@@ -305,6 +306,7 @@ def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
 @click.argument("checkpoints", type=PATH, nargs=-1, metavar="[CHECKPOINT]...")
 @_GOLDEN
 @_ROOT
+@section_options
 @policy_options
 @click.option(
     "--reference", type=PATH, metavar="CKPT", help="The recorded checkpoint: decides exactly."
@@ -322,6 +324,7 @@ def verify(
     /,
     checkpoints: tuple[AnyPath, ...],
     golden: AnyPath | None,
+    section: str | None,
     reference: AnyPath | None,
     update_golden: bool,
     reason: str,
@@ -342,6 +345,11 @@ def verify(
 
     if reason and not update_golden:
         raise UsageError("--reason goes with --update-golden")
+    if section is not None and update_golden:
+        raise UsageError(
+            "--section does not go with --update-golden, which keeps the golden's section",
+            hint="record the other section: harness record CKPT --section NAME -g GOLDEN",
+        )
     policy = policy_of(options)
     if update_golden:
         check_update(policy)
@@ -356,6 +364,7 @@ def verify(
         policy=policy,
         stage=stage,
         options=options,
+        section=section,
         reference=reference,
         jobs=jobs,
         form=form,
@@ -401,6 +410,8 @@ def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **optio
 @cli.command()
 @click.argument("expected", type=PATH)
 @click.argument("actual", type=PATH)
+@section_options
+@click.option("--section-b", metavar="NAME", help="Another part of ACTUAL than of EXPECTED.")
 @policy_options
 @report_options
 @_JOBS
@@ -410,6 +421,8 @@ def diff(
     /,
     expected: AnyPath,
     actual: AnyPath,
+    section: str | None,
+    section_b: str | None,
     form: str,
     reports: tuple[Path, ...],
     jobs: int | None,
@@ -429,6 +442,8 @@ def diff(
             comparison = api.diff(
                 expected,
                 actual,
+                section=section,
+                section_b=section_b,
                 policy=policy,
                 stats=bool(reports),
                 jobs=jobs,
@@ -450,7 +465,7 @@ def diff(
 @click.argument("file", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with stats.")
 @click.option("--stats", is_flag=True, help="Add statistics of the values.")
-@click.option("--section", help="Another part than the state dict; '.' for every tensor.")
+@section_options
 @click.option("--textconv", is_flag=True, help="For git: what cannot be read is one line.")
 @_JOBS
 def show(file: AnyPath, textconv: bool, **options: Any) -> None:

@@ -259,6 +259,19 @@ _REPORT = [
 ]
 
 
+_SECTION = [
+    click.option(
+        "--section", metavar="NAME", help="Another part of the file, such as ema or optimizer."
+    ),
+    click.option("--all-sections", "section", flag_value=".", help="All that the file holds."),
+]
+
+
+def section_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which part of a file is looked at."""
+    return _add(_SECTION, command)
+
+
 def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how to report."""
     return _add(_REPORT, command)

@@ -117,6 +117,7 @@ class Verification:
     policy: Policy
     stage: Any
     options: dict[str, Any]
+    section: str | None
     reference: AnyPath | None
     jobs: int | None
     form: str
@@ -178,6 +179,7 @@ class Verification:
             for comparison in api.verify_stages(
                 checkpoint,
                 recorded,
+                section=self.section,
                 policy=self.policy,
                 stage=stage,
                 live=self._live(recorded, stage),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.comparison.findings import FINDING_KINDS, Divergence, Finding, FindingKind
 from harness.text.fitting import fit
-from harness.text.folding import escaped, printable
+from harness.text.folding import escaped, in_section, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,5 +215,5 @@ def divergence_section(comparison: Comparison) -> Section | None:
 
 
 def _side(fingerprint: Any) -> str:
-    section = f", section {fingerprint.section}" if fingerprint.section else ""
+    section = in_section(fingerprint.section)
     return f"{printable(fingerprint.name)} ({fingerprint.container}{section})"

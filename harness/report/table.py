@@ -11,7 +11,7 @@ from harness.comparison.findings import describe
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.stats import Stats
 from harness.golden.golden import Golden, Update
-from harness.text.folding import escaped, printable
+from harness.text.folding import escaped, in_section, printable
 from harness.text.shell import quoted
 
 _MAX_SHOWN = 8  # names of settings
@@ -42,7 +42,7 @@ def _head(fingerprint: Fingerprint) -> Iterator[str]:
         t for t in fingerprint.tensors.values() if t.alias_of is None and not t.dtype.is_value
     ]
     numel = sum(prod(tensor.shape) for tensor in originals)
-    section = f", section {escaped(fingerprint.section)}" if fingerprint.section else ""
+    section = in_section(fingerprint.section)
     yield f"root       {fingerprint.root.hex()}"
     yield f"container  {escaped(fingerprint.container)}{section}"
     num_values = sum(tensor.dtype.is_value for tensor in fingerprint.tensors.values())

@@ -17,6 +17,13 @@ from harness.errors import HarnessError
 _NUMBER = re.compile(r"(?<![^.\[])(0|[1-9][0-9]{0,17})(?![^.\]])")
 
 
+def in_section(section: str) -> str:
+    """Which part of a file something is of, as it follows the file's format."""
+    if section == ".":
+        return ", all sections"
+    return f", section {printable(section)}" if section else ""
+
+
 def printable(key: str) -> str:
     """A key as it may stand on a terminal: quoted with escapes if it is not plain."""
     if key.isprintable() and "\\" not in key and not key.startswith('"') and key.strip() == key:
