@@ -19,6 +19,7 @@ from harness.checkpoint.formats.nemo import is_tar, read_nemo
 from harness.checkpoint.formats.rankfiles import RankFile, files_of, rank_sets
 from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.formats.torchfile import TorchFile, read_torch_legacy, read_torch_zip
+from harness.checkpoint.limits import MAX_HEADER_NBYTES
 from harness.checkpoint.sections import Parts, find_section
 from harness.checkpoint.sources.access import open_source
 from harness.checkpoint.sources.inflated import InflatedSource
@@ -161,9 +162,9 @@ def _torch_checkpoint(
 
 
 def _sharded(path: AnyPath, source: Source) -> Checkpoint:
-    from harness.checkpoint.formats.sharded import MAX_INDEX_NBYTES, join_shards, read_index
+    from harness.checkpoint.formats.sharded import join_shards, read_index
 
-    table = read_index(path, read(source, 0, min(source.nbytes, MAX_INDEX_NBYTES + 1)))
+    table = read_index(path, read(source, 0, min(source.nbytes, MAX_HEADER_NBYTES + 1)))
 
     def open_shard(shard: AnyPath) -> Checkpoint:
         source = open_source(shard)

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.checkpoint.formats.safetensors import (
-    MAX_HEADER_NBYTES,
     is_safetensors,
     read_safetensors,
 )
+from harness.checkpoint.limits import MAX_HEADER_NBYTES
 from harness.checkpoint.sources.access import open_source
 from harness.checkpoint.sources.paths import AnyPath, Location, to_path
 from harness.checkpoint.sources.source import read

@@ -25,18 +25,14 @@ from harness.checkpoint.keys import format_key
 from harness.checkpoint.sources.access import at_once, open_source
 from harness.checkpoint.sources.paths import METADATA, AnyPath
 from harness.checkpoint.sources.scratch import copied
-from harness.checkpoint.sources.source import RangeSource, Source
+from harness.checkpoint.sources.source import COPY_AGAIN, RangeSource, Source, damaged
 from harness.checkpoint.tensors import Tensor
 from harness.checkpoint.unpickling.inert import Global, OpaqueKey, Record, TupleKey
-from harness.checkpoint.unpickling.opcodes import Budget, unpickle
+from harness.checkpoint.unpickling.opcodes import Budget, structure_limit, unpickle
 from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS, brief, torch_dtype
 from harness.errors import CheckpointError
 
 LIGHTNING = "meta.pt"
-# Thousands of ranks and tensors make a large `.metadata`: what torch writes of a chunk there, about
-# 140 bytes, is counted as 5 KB of objects, and takes half of that.
-_COST_PER_BYTE = 48
-_MAX_COST_NBYTES = 1 << 30
 _MAX_DEPTH = 128
 _MAX_GAP = 64
 _ITEMS_AHEAD = 256
@@ -44,7 +40,6 @@ _NO_TORCH_SAVE = (
     "copy the folder again; if it was saved with serialization_format=SAFETENSORS, which torch "
     "cannot load either, save it by the HuggingFaceStorageWriter"
 )
-_COPY_AGAIN = "the folder is damaged: copy it again, or save the checkpoint again"
 
 
 def read_dcp(folder: AnyPath) -> tuple[TorchFile, tuple[Source, ...]]:
@@ -110,26 +105,25 @@ class _Plan:
 
 def _read_plan(folder: AnyPath, budget: Budget) -> _Plan:
     source = open_source(folder / METADATA)
-    most = min(_COST_PER_BYTE * source.nbytes, _MAX_COST_NBYTES)
-    budget.max_nbytes = max(budget.max_nbytes, most)
+    budget.max_nbytes = structure_limit(source.nbytes, budget.max_nbytes)
     try:
         pickled = copied(source, 0, source.nbytes)
         root, end = unpickle(pickled, name=source.name, constructors=CONSTRUCTORS, budget=budget)
     finally:
         source.close()
     if end != source.nbytes:
-        raise _damaged(source.name, f"has {source.nbytes - end} bytes after its pickle")
+        raise damaged(source.name, f"has {source.nbytes - end} bytes after its pickle")
     match root:
         case Record(
             state={"state_dict_metadata": dict() as entries, "storage_data": dict() as storage}
         ):
             paths = root.state.get("planner_data")
         case _:
-            raise _damaged(source.name, f"holds no Metadata of torch, but {brief(root)}")
+            raise damaged(source.name, f"holds no Metadata of torch, but {brief(root)}")
     tables = {}
     for key, entry in entries.items():
         if not isinstance(key, str):
-            raise _damaged(source.name, f"names a tensor by {brief(key)}")
+            raise damaged(source.name, f"names a tensor by {brief(key)}")
         tables[key] = _table(source.name, key, entry)
     plan = _Plan(
         tables=tables,
@@ -153,7 +147,7 @@ def _table(name: str, key: str, entry: Any) -> _Table | None:
         case Record(callee=Global(name="BytesStorageMetadata")):
             return None
         case _:
-            raise _damaged(name, f"describes {key!r} in an unknown way: {brief(entry)}")
+            raise damaged(name, f"describes {key!r} in an unknown way: {brief(entry)}")
     for chunk in chunks:
         match chunk:
             case Record(state={"offsets": tuple() as offset, "sizes": tuple() as size}) if (
@@ -161,10 +155,10 @@ def _table(name: str, key: str, entry: Any) -> _Table | None:
             ):
                 pass
             case _:
-                raise _damaged(name, f"describes a chunk of {key!r} in an unknown way")
+                raise damaged(name, f"describes a chunk of {key!r} in an unknown way")
         offset = TupleKey(offset)
         if offset in table.chunks:
-            raise _damaged(name, f"lists the chunk of {key!r} at {list(offset)} twice")
+            raise damaged(name, f"lists the chunk of {key!r} at {list(offset)} twice")
         table.chunks[offset] = size
     return table
 
@@ -173,7 +167,7 @@ def _dtype(name: str, key: str, value: Any) -> DType:
     try:
         return torch_dtype(value)
     except ValueError as error:
-        raise _damaged(name, f"gives {key!r} an {error}") from error
+        raise damaged(name, f"gives {key!r} an {error}") from error
 
 
 def _place(name: str, index: Any, info: Any) -> _Place:
@@ -191,9 +185,9 @@ def _place(name: str, index: Any, info: Any) -> _Place:
             offset = index.value.state.get("offset")
             transforms = info.state.get("transform_descriptors")
         case _:
-            raise _damaged(name, f"places an item in an unknown way: {brief(info)}")
+            raise damaged(name, f"places an item in an unknown way: {brief(info)}")
     if offset is not None and not is_index(offset):
-        raise _damaged(name, f"places a chunk of {key!r} at {brief(offset)}")
+        raise damaged(name, f"places a chunk of {key!r} at {brief(offset)}")
     offset = None if offset is None else TupleKey(offset)
     if transforms:
         how = ", ".join(map(brief, transforms)) if isinstance(transforms, list) else "?"
@@ -203,9 +197,7 @@ def _place(name: str, index: Any, info: Any) -> _Place:
         )
     parts = PurePosixPath(file).parts
     if not parts or ".." in parts or file.startswith("/") or "\\" in file or "\0" in file:
-        raise _damaged(
-            name, f"places {key!r} in {file[:200]!r}, which is no file inside the folder"
-        )
+        raise damaged(name, f"places {key!r} in {file[:200]!r}, which is no file inside the folder")
     if start < 0 or nbytes <= 0:
         why = f"places {key!r} at {nbytes} bytes from byte {start} of {file!r}"
         raise CheckpointError(f"{name}: {why}", hint=_NO_TORCH_SAVE)
@@ -217,7 +209,7 @@ def _check_plan(name: str, plan: _Plan) -> None:
     placed: set[tuple[str, TupleKey | None]] = set()
     for place in plan.places:
         if (place.key, place.offset) in placed:
-            raise _damaged(name, f"places {_item(place.key, place.offset)} twice, again in {place}")
+            raise damaged(name, f"places {_item(place.key, place.offset)} twice, again in {place}")
         placed.add((place.key, place.offset))
     listed: set[tuple[str, TupleKey | None]] = set()
     for key, table in plan.tables.items():
@@ -225,8 +217,8 @@ def _check_plan(name: str, plan: _Plan) -> None:
     for key, offset in sorted(listed ^ placed, key=repr)[:1]:
         what = _item(key, offset)
         if (key, offset) in listed:
-            raise _damaged(name, f"lists {what}, but does not say in which file it is")
-        raise _damaged(name, f"places {what} in a file, but does not list it")
+            raise damaged(name, f"lists {what}, but does not say in which file it is")
+        raise damaged(name, f"places {what} in a file, but does not list it")
     plan.places.sort(key=lambda place: (place.file, place.start))
     for first, second in pairwise(plan.places):
         if first.file == second.file and first.start + first.nbytes > second.start:
@@ -307,19 +299,19 @@ def _value(folder: AnyPath, key: str, table: _Table | None, items: _Items) -> An
         tensor = item.file.root
         where = f"{folder / item.place.file}: {key!r} at {item.place.start}"
         if not isinstance(tensor, Tensor) or tensor.storage.source is None:
-            raise _damaged(where, "is no tensor with values")
+            raise damaged(where, "is no tensor with values")
         if (tensor.dtype, tensor.shape) != (table.dtype, shape):
-            raise _damaged(
+            raise damaged(
                 where,
                 f"is {tensor.dtype} {list(tensor.shape)}, but {METADATA} says "
                 f"{table.dtype} {list(shape)}",
             )
         if tensor.storage.nbytes < tensor.nbytes:
-            raise _damaged(
+            raise damaged(
                 where, f"expands {tensor.storage.nbytes} bytes to {tensor.nbytes}, as no save does"
             )
         pieces.append(Piece(start=offset, tensor=tensor, where=str(item.place)))
-    return assemble(str(folder), key, table.dtype, table.shape, pieces, hint=_COPY_AGAIN)
+    return assemble(str(folder), key, table.dtype, table.shape, pieces, hint=COPY_AGAIN)
 
 
 # The state dict
@@ -334,16 +326,16 @@ def _nested(name: str, leaves: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
     root = _Branch()
     for path, leaf in leaves:
         if not _is_path(path):
-            raise _damaged(name, f"gives a path as {brief(path)}")
+            raise damaged(name, f"gives a path as {brief(path)}")
         branch: Any = root
         for step, below in pairwise(path):
             branch = branch.setdefault(step, _Branch())
             if not isinstance(branch, _Branch) or type(next(iter(branch), below)) is not type(
                 below
             ):
-                raise _damaged(name, f"places {format_key(path)[:200]} where something else is")
+                raise damaged(name, f"places {format_key(path)[:200]} where something else is")
         if path[-1] in branch:
-            raise _damaged(name, f"places two values at {format_key(path)[:200]}")
+            raise damaged(name, f"places two values at {format_key(path)[:200]}")
         branch[path[-1]] = leaf
     return {} if not root else dict(_finished(name, root))
 
@@ -368,19 +360,15 @@ def _finished(name: str, branch: _Branch) -> Any:
         return children
     length = max(children) + 1
     if length > _MAX_GAP + 2 * len(children):
-        raise _damaged(name, f"fills a list of {length} places with {len(children)} values")
+        raise damaged(name, f"fills a list of {length} places with {len(children)} values")
     return [children.get(index) for index in range(length)]
 
 
 def _join_lightning(name: str, root: dict[str, Any], beside: Any) -> None:
     """Add what Lightning keeps in `meta.pt`: all but the weights and the optimizers."""
     if not isinstance(beside, dict):
-        raise _damaged(name, f"should hold a dict of Lightning's, but holds {brief(beside)}")
+        raise damaged(name, f"should hold a dict of Lightning's, but holds {brief(beside)}")
     for key, value in beside.items():
         if key in root:
-            raise _damaged(name, f"holds {brief(key)}, which {METADATA} places as well")
+            raise damaged(name, f"holds {brief(key)}, which {METADATA} places as well")
         root[key] = value
-
-
-def _damaged(name: str, why: str) -> CheckpointError:
-    return CheckpointError(f"{name}: {why}", hint=_COPY_AGAIN)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from harness.checkpoint.sources.source import RangeSource, Source, read
+from harness.checkpoint.sources.source import RangeSource, Source, damaged, read, too_many
 from harness.errors import CheckpointError
 
 _BLOCK = 512
@@ -47,7 +47,7 @@ def read_nemo(source: Source) -> tuple[Source, bytes | None]:
     if config is None:
         return weights, None
     if config.nbytes > _MAX_CONFIG_NBYTES:
-        raise _damaged(source, f"has a {CONFIG} of {config.nbytes} bytes")
+        raise too_many(source.name, _MAX_CONFIG_NBYTES, f"bytes of {CONFIG}")
     return weights, read(config, 0, config.nbytes)
 
 
@@ -56,7 +56,7 @@ def read_tar(source: Source) -> dict[str, Source]:
     members: dict[str, Source] = {}
     for name, start, nbytes in _members(source):
         if name in members:
-            raise _damaged(source, f"holds two members named {name!r}")
+            raise damaged(source.name, f"the tar archive holds two members named {name!r}")
         members[name] = RangeSource(source, start, nbytes, f"{source.name}: {name}")
     return members
 
@@ -86,14 +86,17 @@ def _members(source: Source) -> Iterator[tuple[str, int, int]]:
         if kind in b"xgLK":
             extended += nbytes
             if nbytes > _MAX_EXTENSION_NBYTES or extended > _MAX_EXTENSIONS_NBYTES:
-                raise _damaged(source, f"has an extended header of {nbytes} bytes at {start}")
+                raise damaged(
+                    source.name,
+                    f"the tar archive has an extended header of {nbytes} bytes at {start}",
+                )
             extension = read(source, start, nbytes)
             if kind == b"x":
                 override |= _pax(source, extension)
             elif kind == b"L":
                 override["path"] = _text(extension)
             elif kind == b"g" and "size" in _pax(source, extension):
-                raise _damaged(source, "gives all its members one size")
+                raise damaged(source.name, "the tar archive gives all its members one size")
             continue
         name = override.get("path") or _header_name(header)
         if "size" in override and override["size"] != str(nbytes):
@@ -105,17 +108,22 @@ def _members(source: Source) -> Iterator[tuple[str, int, int]]:
             _safe_name(source, name)
             continue
         if kind not in (b"0", b"\0", b"7") or sparse:
-            raise _damaged(source, f"holds {name!r}, which is a link, a device or a sparse file")
+            raise damaged(
+                source.name,
+                f"the tar archive holds {name!r}, which is a link, a device or a sparse file",
+            )
         yield _safe_name(source, name), start, nbytes
-    raise _damaged(source, f"has more than {_MAX_HEADERS} headers")
+    raise too_many(source.name, _MAX_HEADERS, "members of a tar archive")
 
 
 def _large_size(source: Source, name: str, size: str, start: int) -> int:
     """A size beyond the octal field's 8 GiB, which a pax header gives in decimal."""
     if not size.isdecimal() or not size.isascii() or len(size) > 18:
-        raise _damaged(source, f"gives {name!r} the size {size[:20]!r}")
+        raise damaged(source.name, f"the tar archive gives {name!r} the size {size[:20]!r}")
     if start + int(size) > source.nbytes:
-        raise _damaged(source, f"ends inside of {name!r}, a member of {size} bytes")
+        raise damaged(
+            source.name, f"the tar archive ends inside of {name!r}, a member of {size} bytes"
+        )
     return int(size)
 
 
@@ -123,8 +131,10 @@ def _check_header(source: Source, header: bytes, position: int) -> None:
     expected = _number(source, header[148:156])
     actual = sum(header[:148]) + 8 * 32 + sum(header[156:])
     if actual != expected:
-        raise _damaged(
-            source, f"has a header at byte {position} with checksum {actual}, not {expected}"
+        raise damaged(
+            source.name,
+            f"the tar archive has a header at byte {position} with checksum {actual}, not "
+            f"{expected}",
         )
 
 
@@ -135,7 +145,7 @@ def _number(source: Source, field: bytes) -> int:
     if not digits:
         return 0
     if not all(48 <= digit < 56 for digit in digits):
-        raise _damaged(source, f"has {field!r} where a number should be")
+        raise damaged(source.name, f"the tar archive has {field!r} where a number should be")
     return int(digits, 8)
 
 
@@ -156,7 +166,7 @@ def _pax(source: Source, data: bytes) -> dict[str, str]:
     while position < len(data):
         length, _, _ = data[position : position + 8].partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(data) - position:
-            raise _damaged(source, "has a broken pax header")
+            raise damaged(source.name, "the tar archive has a broken pax header")
         record = data[position + len(length) + 1 : position + int(length) - 1]
         position += int(length)
         key, _, value = record.partition(b"=")
@@ -170,12 +180,7 @@ def _pax(source: Source, data: bytes) -> dict[str, str]:
 def _safe_name(source: Source, name: str) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or "\\" in name:
-        raise _damaged(source, f"holds {name!r}, a name that points outside of it")
+        raise damaged(
+            source.name, f"the tar archive holds {name!r}, a name that points outside of it"
+        )
     return "/".join(parts)
-
-
-def _damaged(source: Source, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{source.name}: the tar archive {why}",
-        hint="the file is damaged, or was not written by NeMo: get it again from where it came",
-    )

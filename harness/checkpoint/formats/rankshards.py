@@ -15,13 +15,13 @@ from contextlib import closing
 from itertools import islice
 
 from harness.checkpoint.formats.assembled import Index, Piece, assemble, is_index
-from harness.checkpoint.formats.safetensors import MAX_HEADER_NBYTES, read_safetensors, unique
+from harness.checkpoint.formats.safetensors import read_safetensors, unique
 from harness.checkpoint.keys import format_key
+from harness.checkpoint.limits import MAX_HEADER_NBYTES
 from harness.checkpoint.sources.access import at_once, open_source
 from harness.checkpoint.sources.paths import AnyPath
-from harness.checkpoint.sources.source import Source, read
+from harness.checkpoint.sources.source import Source, damaged, read
 from harness.checkpoint.tensors import Tensor
-from harness.errors import CheckpointError
 
 _SHARDING_INFO = "DCP_SHARDING_INFO"
 _MAX_FILES = 100_000
@@ -69,8 +69,10 @@ def read_rank_shards(
             for tensor in tensors:
                 start = (0,) * len(tensor.shape) if offsets is None else offsets.get(tensor.key)
                 if start is None or len(start) != len(tensor.shape):
-                    raise _damaged(
-                        str(path), f"does not say where its chunk of {tensor.key!r} is in the whole"
+                    raise damaged(
+                        str(path),
+                        f"does not say where its chunk of {tensor.key!r} is in the whole",
+                        _COPY_AGAIN,
                     )
                 piece = Piece(start=start, tensor=tensor, where=path.name)
                 found.setdefault(tensor.key, []).append(piece)
@@ -81,10 +83,11 @@ def _joined(folder: AnyPath, key: str, pieces: list[Piece]) -> Tensor:
     dtype, rank = pieces[0].tensor.dtype, len(pieces[0].start)
     for piece in pieces:
         if piece.tensor.dtype is not dtype or len(piece.start) != rank:
-            raise _damaged(
+            raise damaged(
                 str(folder),
                 f"has tensor {key!r} as {dtype} of {rank} dimensions in {pieces[0].where}, and as "
                 f"{piece.tensor.dtype} of {len(piece.start)} in {piece.where}",
+                _COPY_AGAIN,
             )
     ends = ([a + n for a, n in zip(p.start, p.tensor.shape, strict=True)] for p in pieces)
     shape = tuple(map(max, zip(*ends, strict=True)))
@@ -98,16 +101,14 @@ def _saved_offsets(path: AnyPath, text: str | None) -> dict[str, Index] | None:
     try:
         table = json.loads(text, object_pairs_hook=lambda pairs: unique(path, pairs))
     except (ValueError, RecursionError) as error:
-        raise _damaged(str(path), f"has a {_SHARDING_INFO} that is not JSON: {error}") from error
+        raise damaged(
+            str(path), f"has a {_SHARDING_INFO} that is not JSON: {error}", _COPY_AGAIN
+        ) from error
     offsets = {}
     for name, entry in table.items() if isinstance(table, dict) else ():
         match entry:
             case {"saved_offsets": list() as start} if is_index(tuple(start)):
                 offsets[format_key((name,))] = tuple(start)
             case _:
-                raise _damaged(str(path), f"has a {_SHARDING_INFO} of an unknown form")
+                raise damaged(str(path), f"has a {_SHARDING_INFO} of an unknown form", _COPY_AGAIN)
     return offsets
-
-
-def _damaged(name: str, why: str) -> CheckpointError:
-    return CheckpointError(f"{name}: {why}", hint=_COPY_AGAIN)

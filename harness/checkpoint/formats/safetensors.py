@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 from harness.checkpoint.dtypes import DTYPES, DType
 from harness.checkpoint.keys import format_key
+from harness.checkpoint.limits import MAX_HEADER_NBYTES, MAX_TENSORS
 from harness.checkpoint.sources.paths import AnyPath
-from harness.checkpoint.sources.source import Source, read
+from harness.checkpoint.sources.source import Source, damaged, read, too_many
 from harness.checkpoint.tensors import Storage, Tensor
 from harness.errors import CheckpointError
 
-# The library allows 100 MB; this is 100,000 tensors, and parses within the memory we promise.
-MAX_HEADER_NBYTES = 16 << 20
-MAX_HEADER_COMMAS = 500_000
+# Of a row: between the fields, in the offsets, and in shapes of up to 4 dimensions and more.
+_COMMAS_PER_TENSOR = 8
 _USIZE = 1 << 64
 _BY_NAME = {dtype.safetensors: dtype for dtype in DTYPES.values() if dtype.safetensors}
 
@@ -44,7 +44,7 @@ def read_safetensors(path: AnyPath, source: Source) -> tuple[list[Tensor], dict[
     if metadata is None:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
-        raise _invalid(path, "its __metadata__ is no table of texts")
+        raise damaged(_invalid(path), "its __metadata__ is no table of texts")
     rows = sorted(
         (_row(path, name, entry) for name, entry in header.items()),
         key=lambda row: (row.first, row.last),
@@ -53,22 +53,26 @@ def read_safetensors(path: AnyPath, source: Source) -> tuple[list[Tensor], dict[
     end = 0
     for row in rows:
         if row.first != end or row.last < row.first:
-            raise _invalid(
-                path, f"tensor {row.name[:200]!r} is at {row.first}:{row.last}, not from {end} on"
+            raise damaged(
+                _invalid(path),
+                f"tensor {row.name[:200]!r} is at {row.first}:{row.last}, not from {end} on",
             )
         end = row.last
         storage = Storage(source=source, offset=start + row.first, nbytes=row.last - row.first)
         key = format_key((row.name,))
         tensor = Tensor(key=key, dtype=row.dtype, shape=row.shape, storage=storage)
         if tensor.nbytes != storage.nbytes:
-            raise _invalid(
-                path,
+            raise damaged(
+                _invalid(path),
                 f"tensor {row.name[:200]!r} (shape {list(row.shape)[:8]}, {row.dtype}) has "
                 f"{storage.nbytes} bytes, not {tensor.nbytes}",
             )
         tensors.append(tensor)
     if start + end != source.nbytes:
-        raise _invalid(path, f"its tensors end at byte {start + end} of {source.nbytes}")
+        raise damaged(
+            _invalid(path),
+            f"its tensors end at byte {start + end} of {source.nbytes}",
+        )
     return tensors, metadata
 
 
@@ -87,7 +91,7 @@ def _row(path: AnyPath, name: str, entry: Any) -> _Row:
         ):
             pass
         case _:
-            raise _invalid(path, f"the row of {name[:200]!r} is malformed")
+            raise damaged(_invalid(path), f"the row of {name[:200]!r} is malformed")
     dtype = _BY_NAME.get(code)
     if dtype is None:
         raise CheckpointError(
@@ -99,7 +103,10 @@ def _row(path: AnyPath, name: str, entry: Any) -> _Row:
     for size in shape:
         numel *= size
         if numel >= _USIZE:
-            raise _invalid(path, f"tensor {name[:200]!r} has an impossible shape")
+            raise damaged(
+                _invalid(path),
+                f"tensor {name[:200]!r} has an impossible shape",
+            )
     if dtype.name == "float4_e2m1fn_x2" and shape:
         shape[-1] //= 2  # torch counts the bytes, which hold two each
     return _Row(name, dtype, tuple(shape), first, last)
@@ -108,18 +115,16 @@ def _row(path: AnyPath, name: str, entry: Any) -> _Row:
 def _read_header(path: AnyPath, source: Source) -> tuple[int, dict[str, Any]]:
     """Return where the tensors' bytes start, and the header as JSON."""
     (length,) = struct.unpack("<Q", read(source, 0, 8))
-    if length > min(MAX_HEADER_NBYTES, source.nbytes - 8):
-        raise CheckpointError(
-            f"{path}: its safetensors header claims {length} bytes; the file has {source.nbytes}, "
-            f"and {MAX_HEADER_NBYTES} is the most that is read",
-            hint="the file is truncated or damaged: copy or download it again",
+    if length > source.nbytes - 8:
+        raise damaged(
+            str(path),
+            f"its safetensors header claims {length} bytes; the file has {source.nbytes}",
         )
+    if length > MAX_HEADER_NBYTES:
+        raise too_many(str(path), MAX_HEADER_NBYTES, "bytes of a safetensors header")
     text = read(source, 8, length)
-    if text.count(b",") > MAX_HEADER_COMMAS:
-        raise CheckpointError(
-            f"{path}: its safetensors header lists more tensors than are read from one file",
-            hint="save it in shards",
-        )
+    if text.count(b"{") > MAX_TENSORS + 2 or text.count(b",") > _COMMAS_PER_TENSOR * MAX_TENSORS:
+        raise too_many(str(path), MAX_TENSORS, "tensors of a safetensors header")
     try:
         header = json.loads(
             text.decode(),
@@ -131,9 +136,9 @@ def _read_header(path: AnyPath, source: Source) -> tuple[int, dict[str, Any]]:
             # The library takes no half of a surrogate pair, which Python's JSON does.
             json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise _invalid(path, f"its header is not JSON: {error}") from error
+        raise damaged(_invalid(path), f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise _invalid(path, "its header is no table")
+        raise damaged(_invalid(path), "its header is no table")
     return 8 + length, header
 
 
@@ -144,11 +149,8 @@ def _natural(digits: str) -> int:
     return int(digits)
 
 
-def _invalid(path: AnyPath, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: not a valid safetensors file: {why}",
-        hint="the file is truncated or damaged: copy or download it again",
-    )
+def _invalid(path: AnyPath) -> str:
+    return f"{path}: not a valid safetensors file"
 
 
 def unique(path: AnyPath, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,35 +13,37 @@ from pathlib import Path
 
 from harness.checkpoint.formats.safetensors import unique
 from harness.checkpoint.keys import format_key
+from harness.checkpoint.limits import MAX_HEADER_NBYTES, MAX_TENSORS
 from harness.checkpoint.sources.access import at_once
 from harness.checkpoint.sources.paths import AnyPath, is_file
+from harness.checkpoint.sources.source import damaged, too_many
 from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.errors import CheckpointError
 
-MAX_INDEX_NBYTES = 16 << 20
-_MAX_ENTRIES = 250_000
 _MAX_OBJECTS = 64
 
 
 def read_index(path: AnyPath, text: bytes) -> dict[str, str]:
     """Return the table from key to the name of its shard."""
-    if (
-        len(text) > MAX_INDEX_NBYTES
-        or text.count(b",") > _MAX_ENTRIES
-        or text.count(b"{") + text.count(b"[") > _MAX_OBJECTS
-    ):
-        raise _broken(path, "is too large, or nested like no index")
+    if len(text) > MAX_HEADER_NBYTES:
+        raise too_many(str(path), MAX_HEADER_NBYTES, "bytes of an index")
+    if text.count(b",") > MAX_TENSORS:
+        raise too_many(str(path), MAX_TENSORS, "tensors of an index")
+    if text.count(b"{") + text.count(b"[") > _MAX_OBJECTS:
+        raise damaged(str(path), "the index is nested like no index")
     try:
         index = json.loads(text, object_pairs_hook=lambda pairs: unique(path, pairs))
     except ValueError as error:
-        raise _broken(path, f"is not JSON: {error}") from error
+        raise damaged(str(path), f"the index is not JSON: {error}") from error
     table = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(table, dict) or not table:
-        raise _broken(path, "has no weight_map")
+        raise damaged(str(path), "the index has no weight_map")
     for key, shard in table.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise _broken(
-                path, f"places {key[:200]!r} in {str(shard)[:200]!r}, which is no file beside it"
+            raise damaged(
+                str(path),
+                f"the index places {key[:200]!r} in {str(shard)[:200]!r}, which is no file beside "
+                "it",
             )
     return table
 
@@ -70,21 +72,19 @@ def join_shards(
             key = format_key((name,))
             tensor = shards[shard].tensors.get(key)
             if tensor is None:
-                raise _broken(path, f"places {name!r} in {shard}, which does not hold it")
+                raise damaged(
+                    str(path), f"the index places {name!r} in {shard}, which does not hold it"
+                )
             tensors.append(tensor)
         listed = {(format_key((name,)), shard) for name, shard in table.items()}
         for shard, checkpoint in shards.items():
             for key in checkpoint.tensors:
                 if (key, shard) not in listed:
-                    raise _broken(path, f"does not list {key!r}, which {shard} holds")
+                    raise damaged(
+                        str(path), f"the index does not list {key!r}, which {shard} holds"
+                    )
     except BaseException:
         for checkpoint in shards.values():
             checkpoint.close()
         raise
     return tensors, list(shards.values())
-
-
-def _broken(path: AnyPath, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: the index {why}", hint="save the checkpoint again, or fetch the index again"
-    )

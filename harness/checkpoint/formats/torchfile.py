@@ -18,10 +18,22 @@ from typing import Any
 from harness.checkpoint.dtypes import DTYPES, DType
 from harness.checkpoint.formats.zips import Entry, read_zip
 from harness.checkpoint.sources.scratch import copied
-from harness.checkpoint.sources.source import RangeSource, Source, check_range, read
+from harness.checkpoint.sources.source import (
+    RangeSource,
+    Source,
+    check_range,
+    damaged,
+    read,
+    too_many,
+)
 from harness.checkpoint.tensors import Checksum, Storage
 from harness.checkpoint.unpickling.inert import Global, Record
-from harness.checkpoint.unpickling.opcodes import MAX_STRUCTURE_NBYTES, Budget, unpickle
+from harness.checkpoint.unpickling.opcodes import (
+    MAX_STRUCTURE_NBYTES,
+    Budget,
+    structure_limit,
+    unpickle,
+)
 from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS, STORAGE_DTYPES, StorageRef, brief
 from harness.errors import CheckpointError
 
@@ -81,9 +93,9 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
         key, dtype, numel, _ = _storage_id(source.name, persistent_id)
         entry = entries.get(f"{prefix}data/{key}")
         if entry is None:
-            raise _damaged(source.name, f"has no entry {prefix}data/{key}, which a tensor needs")
+            raise damaged(source.name, f"has no entry {prefix}data/{key}, which a tensor needs")
         if entry.nbytes != numel * dtype.itemsize:
-            raise _damaged(
+            raise damaged(
                 source.name,
                 f"has {entry.nbytes} bytes in {entry.name}, but its pickle says "
                 f"{numel} x {dtype} ({numel * dtype.itemsize} bytes)",
@@ -104,7 +116,7 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
         budget=budget,
     )
     if end != data.nbytes:
-        raise _damaged(data.source.name, f"has {data.nbytes - end} bytes after its pickle")
+        raise damaged(data.source.name, f"has {data.nbytes - end} bytes after its pickle")
     script = f"{prefix}constants.pkl" in entries and any(
         name.startswith(f"{prefix}code/") for name in entries
     )
@@ -138,7 +150,7 @@ def _read_legacy(source: Source, data: memoryview) -> TorchFile:
     position = 0
 
     def next_pickle(
-        persistent: Callable[[Any], Any] | None = None, max_nbytes: int = MAX_STRUCTURE_NBYTES
+        persistent: Callable[[Any], Any] | None = None, max_nbytes: int | None = None
     ) -> Any:
         nonlocal position
         value, length = unpickle(
@@ -158,7 +170,7 @@ def _read_legacy(source: Source, data: memoryview) -> TorchFile:
         )
     magic, protocol, _ = (next_pickle(max_nbytes=_MAX_SMALL_NBYTES) for _ in range(3))
     if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:
-        raise _damaged(source.name, f"is of the unknown legacy version {brief(protocol)}")
+        raise damaged(source.name, f"is of the unknown legacy version {brief(protocol)}")
 
     # Where the storages are is known only behind the object that refers to them.
     storages: dict[str, Storage] = {}
@@ -168,7 +180,7 @@ def _read_legacy(source: Source, data: memoryview) -> TorchFile:
     def start_of(key: str, numel: int) -> int:
         (count,) = struct.unpack("<q", read(source, positions[key], 8))
         if count != numel:
-            raise _damaged(source.name, f"has {count} elements in storage {key}, not {numel}")
+            raise damaged(source.name, f"has {count} elements in storage {key}, not {numel}")
         return positions[key] + 8
 
     def persistent(persistent_id: Any) -> Any:
@@ -184,10 +196,10 @@ def _read_legacy(source: Source, data: memoryview) -> TorchFile:
         if view is not None:
             _, offset, numel = view
             if offset < 0 or numel < 0 or (offset + numel) * dtype.itemsize > storage.nbytes:
-                raise _damaged(source.name, "has a view outside of its storage")
+                raise damaged(source.name, "has a view outside of its storage")
         return StorageRef(storage=storage, dtype=dtype, offset=offset)
 
-    root, keys = next_pickle(persistent), next_pickle(max_nbytes=MAX_STRUCTURE_NBYTES // 4)
+    root, keys = next_pickle(persistent), next_pickle(max_nbytes=structure_limit(len(data)) // 4)
     positions |= _positions(source, position, keys, places)
     if source.is_local():
         for place in places.values():
@@ -203,22 +215,22 @@ def _positions(
     They are little-endian whatever the machine that wrote them says of itself.
     """
     if not isinstance(keys, list):
-        raise _damaged(source.name, "has no list of its storages")
+        raise damaged(source.name, "has no list of its storages")
     positions: dict[str, int] = {}
     for key in keys:
         if not isinstance(key, str) or key not in places or key in positions:
-            raise _damaged(
+            raise damaged(
                 source.name, f"lists a storage {brief(key)} that no tensor names, or twice"
             )
         positions[key] = position
         position += 8 + places[key].nbytes
     missing = next((key for key in places if key not in positions), None)
     if missing is not None:
-        raise _damaged(source.name, f"does not hold the storage {missing}")
+        raise damaged(source.name, f"does not hold the storage {missing}")
     if position > source.nbytes:
-        raise _damaged(source.name, f"ends {position - source.nbytes} bytes inside its storages")
+        raise damaged(source.name, f"ends {position - source.nbytes} bytes inside its storages")
     if position < source.nbytes:
-        raise _damaged(source.name, f"has {source.nbytes - position} bytes after its storages")
+        raise damaged(source.name, f"has {source.nbytes - position} bytes after its storages")
     return positions
 
 
@@ -241,7 +253,7 @@ def _storage_id(
         ):
             view = rest[0] if rest else None
         case _:
-            raise _damaged(name, f"refers to a storage in an unknown way: {brief(persistent_id)}")
+            raise damaged(name, f"refers to a storage in an unknown way: {brief(persistent_id)}")
     match view:
         case None:
             return key, DTYPES[STORAGE_DTYPES[kind.name]], numel, None
@@ -253,20 +265,16 @@ def _storage_id(
                 (view_key, offset, view_numel),
             )
         case _:
-            raise _damaged(name, f"has a storage view of an unknown form: {brief(view)}")
+            raise damaged(name, f"has a storage view of an unknown form: {brief(view)}")
 
 
 def _byteorder(entry: Entry) -> bytes:
     if entry.nbytes > 16:
-        raise _damaged(entry.source.name, f"has {entry.nbytes} bytes instead of little or big")
+        raise damaged(entry.source.name, f"has {entry.nbytes} bytes instead of little or big")
     order = read(entry.source, 0, entry.nbytes)
     if order not in (b"little", b"big"):
-        raise _damaged(entry.source.name, f"names an unknown byte order {order!r}")
+        raise damaged(entry.source.name, f"names an unknown byte order {order!r}")
     return order
-
-
-def _damaged(name: str, why: str) -> CheckpointError:
-    return CheckpointError(f"{name}: {why}", hint="the file is damaged: copy or download it again")
 
 
 # Possessive: to go back over a million lines would take a gigabyte.
@@ -287,7 +295,7 @@ def _script_classes(
     classes = {}
     code = [e for e in entries.values() if e.name.startswith(prefix) and e.name.endswith(".py")]
     if sum(entry.nbytes for entry in code) > _MAX_CODE_NBYTES:
-        raise _damaged(name, f"has more than {_MAX_CODE_NBYTES} bytes of code")
+        raise too_many(name, _MAX_CODE_NBYTES, "bytes of TorchScript code")
     for entry in code:
         module = entry.name.removeprefix(prefix).removesuffix(".py").replace("/", ".")
         text = read(entry.source, 0, entry.nbytes).decode("utf-8", "replace")

@@ -24,9 +24,16 @@ from harness.checkpoint.unpickling.machine import Constructors, Machine
 from harness.errors import CheckpointError
 
 # What the objects of a pickle may cost in memory: a tensor's structure costs about 2.5 KB, so this
-# is enough for 50,000 tensors, and within the promise of 200 MB whatever the file says. Folders of
-# many chunks may have more: see harness.checkpoint.dcp.
+# is enough for 50,000 tensors whatever the file says. A pickle of more bytes may have more: what
+# torch writes of a tensor, or of a chunk, is at least 100 bytes, counted as 2.5 to 5 KB of objects.
 MAX_STRUCTURE_NBYTES = 128 << 20
+_COST_PER_BYTE = 48
+_MAX_COST_NBYTES = 2 << 30
+
+
+def structure_limit(pickle_nbytes: int, least: int = MAX_STRUCTURE_NBYTES) -> int:
+    """What the objects of a pickle of so many bytes may cost."""
+    return max(least, min(_COST_PER_BYTE * pickle_nbytes, _MAX_COST_NBYTES))
 
 
 @dataclass(slots=True)
@@ -51,9 +58,10 @@ def unpickle(
     `constructors` maps (module, name) to functions that take the pickled arguments and return
     plain values; they must check their arguments and may raise CheckpointError, TypeError or
     ValueError. What is read costs at most `max_nbytes`, by default those of `budget`, together with
-    what it counts already. Raises CheckpointError, with the offset, for everything malformed.
+    what it counts already, and those as large as the pickle warrants. Raises CheckpointError, with
+    the offset, for everything malformed.
     """
-    budget = budget or Budget()
+    budget = budget or Budget(max_nbytes=structure_limit(len(data)))
     machine = Machine(data, name, constructors, persistent, max_nbytes or budget.max_nbytes)
     machine.left -= budget.nbytes
     value = _run(machine)

@@ -158,7 +158,7 @@ def test_a_folder_is_a_subject_like_any_file(
     assert "6 tensors of step-1 (torch.distributed.checkpoint, section model)" in recorded.out
     assert [path.name for path in (tmp_path / "golden").iterdir()] == ["step-1.safetensors"]
     for arguments in ([], ["step-1"], ["step-1/"], ["step-1.pt"]):
-        assert harness("verify", *arguments).out.startswith("ok identical")
+        assert "ok identical" in harness("verify", *arguments).out
     again = harness("record", "step-1/", "--section", "optim", "-g", "golden/optim.safetensors")
     assert again.code == 0
     assert harness("verify", "-g", "golden/optim.safetensors").code == 0
