@@ -5,7 +5,9 @@ Refused: aliases, deep nesting, long texts, and more values than a config has.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from harness.checkpoint.sources.paths import AnyPath
@@ -19,7 +21,7 @@ _MAX_YAML_SCALAR = 1 << 16
 def config_of_yaml(path: AnyPath, text: bytes) -> Mapping[str, Any] | None:
     import yaml
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader = _loader()
     try:
         depth = 0
         for event in yaml.parse(text, Loader=loader):
@@ -47,6 +49,17 @@ def config_of_yaml(path: AnyPath, text: bytes) -> Mapping[str, Any] | None:
             hint="get the archive again from where it came",
         ) from error
     return plain if isinstance(plain, dict) else None
+
+
+@cache
+def _loader() -> Any:
+    """YAML as omegaconf reads it, and NeMo with it: `1e-5` is a number."""
+    import yaml
+
+    loader = type("Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
+    number = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))  # type: ignore[attr-defined]
+    return loader
 
 
 def hyperparameters_of(root: Any) -> Mapping[str, Any] | None:

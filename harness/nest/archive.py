@@ -1,10 +1,7 @@
 """`.nemo` archives: a tar of `model_config.yaml` and `model_weights.ckpt`.
 
-In: a path, or a config and a state dict. Out: the same pair, or the file. Reading accepts plain
-and gzip-compressed tar in any dialect, member names with or without `./`, any order, and weights
-in torch's zip or legacy format; nothing is unpacked to a named file and nothing but tensors is
-unpickled. Refused, with a `CheckpointError`: member names that are absolute or climb, links, a
-missing or doubled member, weights that are not a mapping of names to tensors.
+In: a path, or a config and a state dict. Out: the same pair, or the file. Files are read as any
+checkpoint is (`harness.checkpoint`), and their CRC-32s are checked.
 
 Writing follows NVIDIA NeMo 3.0.0 (same members, PAX, uncompressed, weights under the zip prefix
 `model_weights/`) except for owner and times, which are fixed: the same model gives the same bytes.
@@ -14,38 +11,26 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
-import shutil
 import tarfile
 import tempfile
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from harness.checkpoint import open_checkpoint
 from harness.errors import CheckpointError
-from harness.model.config import parse
+from harness.fingerprints.integrity import check_undamaged
+from harness.model.config import resolve
+from harness.model.state import tensors_of
+from harness.streaming.workers import Workers
 
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"
-# what torch.load was seen to raise for damaged and for planted files
-_LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-)
-_MAX_CONFIG_NBYTES = 16 * 1024 * 1024
 
 
 def read_nemo(
@@ -54,29 +39,18 @@ def read_nemo(
     """Read the resolved config and the state dict of a `.nemo` file, in the file's order.
 
     Tensors keep the file's dtypes and go to `map_location`. Raises `CheckpointError` for a file
-    that is no such archive, and `ModelError` for a config that is no YAML mapping.
+    that is no such archive, or whose bytes are not those that were saved.
     """
-    with _opened(Path(path)) as archive:
-        members = _members(archive, path)
-        config_nbytes = members[CONFIG_MEMBER].size
-        if config_nbytes > _MAX_CONFIG_NBYTES:
-            raise _unreadable(path, f"{CONFIG_MEMBER} claims {config_nbytes} bytes")
-        with _content(archive, members[CONFIG_MEMBER]) as stream:
-            text = stream.read().decode("utf-8")
-        with _content(archive, members[WEIGHTS_MEMBER]) as stream:
-            try:
-                weights = torch.load(stream, map_location=map_location, weights_only=True)
-            except _LOAD_ERRORS as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise _unreadable(path, f"{WEIGHTS_MEMBER}: {reason}") from error
-    config = parse(text, f"{path}: {CONFIG_MEMBER}")
-    if not isinstance(weights, dict):
-        raise _unreadable(path, f"{WEIGHTS_MEMBER} holds a {type(weights).__name__}, no state dict")
-    for key, value in weights.items():
-        if not (isinstance(key, str) and isinstance(value, Tensor)):
-            kind = type(value).__name__
-            raise _unreadable(path, f"{WEIGHTS_MEMBER}: {key!r} holds a {kind}, no tensor")
-    return config, weights
+    with open_checkpoint(path) as checkpoint:
+        config = checkpoint.config
+        if checkpoint.container != "nemo" or config is None:
+            raise CheckpointError(
+                f"{path}: not a .nemo file with a model_config.yaml, but a {checkpoint.container}",
+                hint="give a file that save_to wrote",
+            )
+        check_undamaged((), checkpoint.checksums, Workers())
+        state = {key: t.to(map_location) for key, t in tensors_of(checkpoint).items()}
+    return resolve(config), state
 
 
 def write_nemo(path: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -114,54 +88,3 @@ def _entry(name: str, nbytes: int | None) -> tarfile.TarInfo:
     else:
         entry.size, entry.mode = nbytes, 0o644
     return entry
-
-
-def _unreadable(path: str | Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: not a readable .nemo file: {reason}",
-        hint="check that the file is complete and was written by save_to",
-    )
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tarfile.TarFile]:
-    try:
-        with path.open("rb") as stream:
-            compressed = stream.read(2) == b"\x1f\x8b"
-        with tarfile.open(path, "r:gz" if compressed else "r:") as archive:
-            yield archive
-    except (OSError, tarfile.TarError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise _unreadable(path, str(error)) from error
-
-
-def _members(archive: tarfile.TarFile, path: str | Path) -> dict[str, tarfile.TarInfo]:
-    found: dict[str, tarfile.TarInfo] = {}
-    for entry in archive:
-        name = PurePosixPath(entry.name)
-        if name.is_absolute() or ".." in name.parts:
-            raise _unreadable(path, f"the member name {entry.name!r} leaves the archive")
-        if not (entry.isfile() or entry.isdir()):
-            raise _unreadable(path, f"the member {entry.name!r} is a link or a device")
-        if str(name) in (CONFIG_MEMBER, WEIGHTS_MEMBER):
-            if str(name) in found or not entry.isfile():
-                raise _unreadable(path, f"the member {entry.name!r} is doubled or no file")
-            found[str(name)] = entry
-    if missing := {CONFIG_MEMBER, WEIGHTS_MEMBER} - found.keys():
-        raise _unreadable(path, f"no member {' and no member '.join(sorted(missing))}")
-    return found
-
-
-@contextmanager
-def _content(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> Iterator[IO[bytes]]:
-    stream = archive.extractfile(entry)
-    if stream is None:  # pragma: no cover - _members lets only files through
-        raise _unreadable(entry.name, "no file")
-    with stream:
-        if isinstance(archive.fileobj, io.BufferedReader):
-            yield stream
-            return
-        # torch seeks to and fro, which a compressed stream answers by starting over
-        with tempfile.TemporaryFile() as spooled:
-            shutil.copyfileobj(stream, spooled)
-            spooled.seek(0)
-            yield spooled

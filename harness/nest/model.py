@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections
 import typing
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -225,8 +226,11 @@ class EncDecDenoiseMaskedTokenPredModel(pl.LightningModule):
         not fit. With `strict=False` keys that do not fit are left out, with a warning that lists
         them; shapes must fit. Dtypes are cast to the model's own, silently, as torch does.
         """
-        config, state = read_nemo(path, map_location)
+        config, tensors = read_nemo(path, map_location)
         model = cls(config if override_config is None else override_config).to(map_location)
+        state = OrderedDict(tensors)
+        # Without the modules' versions, BatchNorm fills in a missing counter without a word.
+        state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
         try:
             result = model.load_state_dict(state, strict=strict)
         except RuntimeError as error:
