@@ -21,16 +21,29 @@ _FOLDER_NAMES = (
     "model.safetensors",
     "pytorch_model.bin",
 )
+_FROM_TORCH = "give the checkpoint that it was made from: .safetensors, .bin, .pt, .ckpt, .nemo"
+# What a file begins with, what that is, and what to do about it.
 _FOREIGN = (
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"\x93NUMPY", "a numpy array"),
-    (b"<!DOCTYPE", "an HTML page, perhaps of a failed download"),
-    (b"<html", "an HTML page, perhaps of a failed download"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd"),
-    (b"\xfd7zXZ", "compressed by xz"),
-    (b"BZh", "compressed by bzip2"),
+    (b"GGUF", "a GGUF file of llama.cpp", _FROM_TORCH),
+    (b"\x89HDF", "an HDF5 file, as Keras and TensorFlow write", "convert it first: from_tf=True"),
+    (b"\x93NUMPY", "a numpy array", "save it as a state dict: torch.save({name: tensor}, path)"),
+    (b"<!DOCTYPE", "an HTML page, perhaps of a failed download", "download the file again"),
+    (b"<html", "an HTML page, perhaps of a failed download", "download the file again"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "decompress it first: unzstd"),
+    (b"\xfd7zXZ", "compressed by xz", "decompress it first: unxz"),
+    (b"BZh", "compressed by bzip2", "decompress it first: bunzip2"),
 )
+# What has no mark of its own is known by its name.
+_FOREIGN_NAMES = {
+    ".onnx": ("an ONNX graph", _FROM_TORCH),
+    ".msgpack": ("weights of Flax", "convert them first: from_flax=True"),
+    ".pb": ("a graph of TensorFlow", "convert it first, or give the checkpoint of torch"),
+    ".tflite": ("a TensorFlow Lite model", _FROM_TORCH),
+    ".keras": ("a Keras archive", "convert it first, or give the checkpoint of torch"),
+    ".mlmodel": ("a Core ML model", _FROM_TORCH),
+    ".engine": ("a TensorRT engine", _FROM_TORCH),
+    ".index": ("the index of a TensorFlow checkpoint", "convert it first: from_tf=True"),
+}
 
 
 def checkpoint_in(folder: AnyPath) -> AnyPath:
@@ -120,12 +133,12 @@ def not_a_checkpoint(path: AnyPath, head: bytes) -> CheckpointError:
         return CheckpointError(
             f"{path}: a Git LFS pointer, not the checkpoint itself", hint="run: git lfs pull"
         )
-    for magic, what in _FOREIGN:
+    for magic, what, hint in _FOREIGN:
         if head.startswith(magic):
-            return CheckpointError(
-                f"{path}: {what}, not a checkpoint of torch",
-                hint="give a .pt, .ckpt, .nemo, .safetensors, or an .index.json of one",
-            )
+            return CheckpointError(f"{path}: {what}, not a checkpoint of torch", hint=hint)
+    for suffix, (what, hint) in _FOREIGN_NAMES.items():
+        if path.name.endswith(suffix):
+            return CheckpointError(f"{path}: {what}, not a checkpoint of torch", hint=hint)
     printable = sum(32 <= byte < 127 or byte in b"\n\r\t" for byte in head)
     what = "text" if printable > 0.95 * len(head) else "of an unknown format"
     return CheckpointError(
