@@ -1,8 +1,8 @@
 """How libraries lay out a folder of weights: transformers, PEFT, diffusers, accelerate, DeepSpeed.
 
-In: a folder. Out: the files that hold weights, by the name of their part, in the order of precedence
-of the library that reads them, and the names of the files that were left aside. No file is opened
-but those of a line or two that name another folder.
+In: a folder. Out: the files that hold weights, by the name of their part, in the order of
+precedence of the library that reads them, and the names of the files that were left aside. No file
+is opened but those of one line that name another folder.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def inner_folder(folder: AnyPath) -> AnyPath:
         if name in names and (folder / name).is_file():
             said = _line_of(folder / name)
             for inner in (said, f"iter_{int(said):07}" if said.isdecimal() else ""):
-                if inner and Path(inner).name == inner and (folder / inner).is_dir():
+                if inner in names and (folder / inner).is_dir():
                     return folder / inner
     if METADATA not in names and not _weights_among(folder, names).parts:
         for inner in _INNER:
@@ -88,7 +88,9 @@ def names_in(folder: AnyPath) -> list[str]:
 
 
 def _asked_for() -> Iterable[str]:
-    return (f"{stem}{form}" for stem in ("model", "pytorch_model", "adapter_model") for form in _FORMS)
+    return (
+        f"{stem}{form}" for stem in ("model", "pytorch_model", "adapter_model") for form in _FORMS
+    )
 
 
 def _folders_among(folder: AnyPath, names: Iterable[str]) -> Iterator[str]:
@@ -96,7 +98,7 @@ def _folders_among(folder: AnyPath, names: Iterable[str]) -> Iterator[str]:
 
 
 def _weights_among(folder: AnyPath, names: Iterable[str]) -> Layout:
-    """The first form of each model among these files; the parts are named where there are several."""
+    """The first form of each model among these files; named where there are several."""
     found: dict[str, list[tuple[tuple[bool, int, int], str]]] = {}
     others = []
     for name in names:
@@ -114,7 +116,7 @@ def _weights_among(folder: AnyPath, names: Iterable[str]) -> Layout:
         first[part] = folder / chosen
         others += (name for _, name in rest)
     if len(first) == 1:
-        first = {"": path for path in first.values()}
+        first = {"": next(iter(first.values()))}
     return Layout(parts=first, others=tuple(sorted(others)))
 
 

@@ -9,21 +9,26 @@ written but unlinked temporary files for what is compressed, and for parts of re
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from harness.checkpoint.config import config_of_yaml, hyperparameters_of
-from harness.checkpoint.folders import checkpoint_in, not_a_checkpoint, similar_path
 from harness.checkpoint.formats.nemo import is_tar, read_nemo
 from harness.checkpoint.formats.rankfiles import RankFile, files_of, rank_sets
+from harness.checkpoint.formats.rankshards import rank_shards, read_rank_shards
 from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.formats.torchfile import TorchFile, read_torch_legacy, read_torch_zip
+from harness.checkpoint.formats.zero import read_zero, zero_files
+from harness.checkpoint.layouts import inner_folder, layout_of, names_in
 from harness.checkpoint.limits import MAX_HEADER_NBYTES
+from harness.checkpoint.mistakes import no_checkpoint_in, not_a_checkpoint, similar_path
+from harness.checkpoint.parts import open_parts
 from harness.checkpoint.sections import Parts, find_section
 from harness.checkpoint.sources.access import open_source
 from harness.checkpoint.sources.inflated import InflatedSource
-from harness.checkpoint.sources.paths import DISTCP, METADATA, AnyPath, Location, to_path
+from harness.checkpoint.sources.paths import DISTCP, METADATA, AnyPath, Location, is_file, to_path
 from harness.checkpoint.sources.source import Source, read
 from harness.checkpoint.tensors import Checkpoint, Tensor, tensor_table
 from harness.errors import CheckpointError, NoSection
@@ -37,30 +42,53 @@ def open_checkpoint(path: Location, *, section: str | None = None) -> Checkpoint
     `section` names another part than the state dict (`optimizer_states.0`), or every tensor of
     the file ("."). Raises CheckpointError. Memory: about 2.5 KB per tensor.
     """
-    path = folder = to_path(path)
+    path = to_path(path)
     if sets := rank_sets(files_of(path)):
         return _rank_files(path, sets, section)
     try:
-        is_folder = _is_folder(folder)
-        if is_folder:
-            path = checkpoint_in(folder)
+        if _is_folder(path):
+            return _open_folder(path, section)
     except OSError as error:
         raise CheckpointError(
             f"{path}: {(error.strerror or 'cannot be read').lower()}",
             hint=similar_path(path),
         ) from error
-    if is_folder and path.name == METADATA:
-        return _distributed(folder, section)
-    if is_folder and path is folder:
-        if sets := rank_sets(folder.iterdir()):
-            return _rank_files(folder, sets, section)
-        _no_section(folder, section)
-        return _rank_shards(folder)
     if path.name == METADATA or path.name.endswith(DISTCP):
         raise CheckpointError(
             f"{path}: one file of a torch.distributed.checkpoint folder",
             hint=f"give the whole folder: {path.parent}",
         )
+    return _open_file(path, section)
+
+
+def _open_folder(folder: AnyPath, section: str | None) -> Checkpoint:
+    """Open what a folder holds; `.metadata` comes first: its folder has no other name."""
+    folder = inner_folder(folder)
+    names = names_in(folder)
+    if METADATA in names or is_file(folder / METADATA):
+        return _distributed(folder, section)
+    if any(zero_files(names)):
+        return _zero(folder, names, section)
+    shards = rank_shards(folder) if names else []
+    # An index beside nothing but shards is that of another save: it cannot name them.
+    if not (shards and all(shard.name.startswith("shard-") for shard in shards)):
+        layout = layout_of(folder)
+        if len(layout.parts) > 1:
+            found = open_parts(folder, layout.parts, section, partial(_open_file, section=None))
+        elif layout.parts:
+            found = _open_file(next(iter(layout.parts.values())), section)
+        if layout.parts:
+            others = (*found.others, *((name, None) for name in layout.others))
+            return replace(found, others=others)
+    if shards:
+        _no_section(folder, section)
+        return _rank_shards(folder)
+    if sets := rank_sets(folder / name for name in names):
+        return _rank_files(folder, sets, section)
+    raise no_checkpoint_in(folder, names)
+
+
+def _open_file(path: AnyPath, section: str | None) -> Checkpoint:
     source = open_source(path)
     try:
         head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
@@ -210,8 +238,6 @@ def _distributed(folder: AnyPath, section: str | None) -> Checkpoint:
 
 
 def _rank_shards(folder: AnyPath) -> Checkpoint:
-    from harness.checkpoint.formats.rankshards import rank_shards, read_rank_shards
-
     tensors, sources = read_rank_shards(folder, rank_shards(folder))
     return Checkpoint(
         name=str(folder),
@@ -255,6 +281,31 @@ def _rank_files(
         sources=tuple(sources),
         # Tied tensors are put together one by one.
         keeps_aliases=False,
+    )
+
+
+def _zero(folder: AnyPath, names: Sequence[str], section: str | None) -> Checkpoint:
+    _no_section(folder, section)
+    optimizer, model = zero_files(names)
+    sources: list[Source] = []
+    files: dict[str, TorchFile] = {}
+    try:
+        for name in (*optimizer, *model):
+            sources.append(open_source(folder / name))
+            files[name] = _torch_file(sources[-1])
+        tensors = read_zero(folder, {n: files[n] for n in model}, {n: files[n] for n in optimizer})
+        table = tensor_table(str(folder), tensors)
+    except BaseException:
+        for source in sources:
+            source.close()
+        raise
+    return Checkpoint(
+        name=str(folder),
+        container=f"DeepSpeed ZeRO files of {len(optimizer)} ranks",
+        section="",
+        tensors=_nonempty(folder, table),
+        sources=tuple(sources),
+        others=(("optimizer states", None),),
     )
 
 

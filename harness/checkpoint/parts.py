@@ -25,11 +25,9 @@ def open_parts(
 
     The weights of the folder itself, of which `parts` has no name, keep their keys.
     """
-    if section in parts:
+    if section is not None and section in parts:
         others = tuple((part or "the folder's own", None) for part in parts if part != section)
-        return replace(
-            open_file(parts[section]), name=str(folder), section=section, others=others
-        )
+        return replace(open_file(parts[section]), name=str(folder), section=section, others=others)
     if section not in (None, "", "."):
         raise NoSection(
             f"{folder}: no part {section!r} in this folder",

@@ -44,11 +44,17 @@ def touch(folder: Path, *names: str) -> None:
             ("pytorch_model.bin.index.json", "rust_model.ot", "tf_model.h5"),
         ),
         (["pytorch_model.bin", "optimizer.pt", "rng_state.pth"], {"": "pytorch_model.bin"}, ()),
-        (["consolidated.safetensors", "model.safetensors.index.json"],
-         {"": "model.safetensors.index.json"}, ("consolidated.safetensors",)),
+        (
+            ["consolidated.safetensors", "model.safetensors.index.json"],
+            {"": "model.safetensors.index.json"},
+            ("consolidated.safetensors",),
+        ),
         # PEFT, and a variant of diffusers.
-        (["adapter_model.safetensors", "adapter_config.json"],
-         {"": "adapter_model.safetensors"}, ()),
+        (
+            ["adapter_model.safetensors", "adapter_config.json"],
+            {"": "adapter_model.safetensors"},
+            (),
+        ),
         (
             ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"],
             {"": "diffusion_pytorch_model.bin"},
@@ -76,7 +82,12 @@ def touch(folder: Path, *names: str) -> None:
         ),
         # sentence-transformers: the folder's own, and modules of it.
         (
-            ["modules.json", "model.safetensors", "1_Pooling/config.json", "2_Dense/model.safetensors"],
+            [
+                "modules.json",
+                "model.safetensors",
+                "1_Pooling/config.json",
+                "2_Dense/model.safetensors",
+            ],
             {"": "model.safetensors", "2_Dense": "2_Dense/model.safetensors"},
             (),
         ),

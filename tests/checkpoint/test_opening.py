@@ -110,7 +110,11 @@ def test_a_name_much_alike_is_that_of_a_checkpoint_of_the_same_kind(tmp_path: Pa
 @pytest.mark.parametrize(
     ("names", "message", "hint"),
     [
-        (["a-00001-of-00002.safetensors", "a.safetensors.index.json"], "one of", "its index: "),
+        (
+            ["a-00001-of-00002.safetensors", "a.safetensors.index.json"],
+            "not under a name",
+            "give it: ",
+        ),
         (["a-00001-of-00002.safetensors"], "no index of its parts", "index.json from where"),
         (["a-00001-of-00001.safetensors"], "without a checkpoint", "a-00001-of-00001.saf"),
         (["best-of-3.pt"], "without a checkpoint", "best-of-3.pt"),

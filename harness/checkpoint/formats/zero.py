@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -34,7 +35,7 @@ _AGAIN = "copy the folder again, with the files of all ranks, or save the checkp
 
 
 def zero_files(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files of the optimizer and of the model among these, by rank; empty where it is no ZeRO."""
+    """The files of the optimizer and of the model, by rank; none where it is no ZeRO."""
     optimizer = sorted((int(m[1]), n) for n in names if (m := _OPTIMIZER.fullmatch(n)))
     model = sorted((int(m[1] or 0), n) for n in names if (m := _MODEL.fullmatch(n)))
     if not optimizer or not model:
@@ -80,10 +81,9 @@ def read_zero(
             found.append(weights[format_key((original,))].named(format_key((tied,))))
     buffers = states[0].get("buffer_names")
     module = states[0].get("module")
-    wanted = buffers if isinstance(buffers, (list, tuple, set)) else ()
-    for buffer in wanted if isinstance(module, dict) else ():
-        if isinstance(module.get(buffer), Tensor):
-            found.append(module[buffer].named(format_key((buffer,))))
+    if isinstance(buffers, (list, tuple)) and isinstance(module, dict):
+        held = ((name, module.get(name)) for name in buffers)
+        found += (t.named(format_key((name,))) for name, t in held if isinstance(t, Tensor))
     return found
 
 
@@ -102,7 +102,7 @@ def _of_stage_2(
             numel = prod(shape)
             spans = (
                 (vector, max(start, first) - first, min(start + numel, last) - first)
-                for vector, first, last in zip(vectors, ends, ends[1:], strict=True)
+                for vector, (first, last) in zip(vectors, pairwise(ends), strict=True)
             )
             yield _joined(name, key, shape, [s for s in spans if s[1] < s[2]])
             start += numel
@@ -115,7 +115,7 @@ def _of_stage_3(
     for key, shape in ((k, s) for shapes in groups for k, s in shapes.items()):
         numel = prod(shape)
         share = -(-numel // len(ranks))
-        spans = []
+        spans: list[tuple[Tensor, int, int]] = []
         for rank, vectors in enumerate(ranks):
             wanted = min(share, numel - rank * share)
             if wanted > 0:
@@ -134,17 +134,19 @@ def _span(vectors: Sequence[Tensor], start: int, stop: int) -> Iterator[tuple[Te
         first = last
 
 
-def _frozen(
-    name: str, states: Sequence[Mapping[Any, Any]], *, is_split: bool
-) -> Iterator[Tensor]:
-    """Parameters that no optimizer has: whole, or in stage 3 a fragment in the file of each rank."""
+def _frozen(name: str, states: Sequence[Mapping[Any, Any]], *, is_split: bool) -> Iterator[Tensor]:
+    """Parameters that no optimizer has: whole, or in stage 3 a fragment in each rank's file."""
     shapes = states[0].get("frozen_param_shapes")
     for key, shape in shapes.items() if isinstance(shapes, dict) else ():
-        fragments = [_mapping(state.get("frozen_param_fragments"), name).get(key) for state in states]
-        parts = fragments if is_split else fragments[:1]
-        if not is_index(shape) or not all(isinstance(part, Tensor) for part in parts):
+        fragments = [
+            _mapping(state.get("frozen_param_fragments"), name).get(key) for state in states
+        ]
+        wanted = fragments if is_split else fragments[:1]
+        parts = [part for part in wanted if isinstance(part, Tensor)]
+        if not is_index(shape) or len(parts) < len(wanted):
             raise _unfit(name, f"has no values of the frozen {key!r}")
-        left, spans = prod(shape), []
+        left = prod(shape)
+        spans: list[tuple[Tensor, int, int]] = []
         for part in parts:
             spans.append((part, 0, min(part.numel, left)))
             left -= spans[-1][2]

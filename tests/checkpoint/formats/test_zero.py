@@ -25,9 +25,7 @@ def pieces(flat: torch.Tensor, num: int) -> list[torch.Tensor]:
     return [part.clone() for part in padded.split(share)] if share else [padded] * num
 
 
-def save_zero(
-    folder: Path, groups: list[State], num_ranks: int, stage: int, **more: Any
-) -> None:
+def save_zero(folder: Path, groups: list[State], num_ranks: int, stage: int, **more: Any) -> None:
     """Write a folder as DeepSpeed's engine does."""
     folder.mkdir(parents=True, exist_ok=True)
     shapes = [OrderedDict((k, t.shape) for k, t in group.items()) for group in groups]

@@ -1,26 +1,20 @@
-"""Which file of a folder is its checkpoint, and what a path may have meant.
+"""What a path that is no checkpoint may be, or may have meant.
 
-In: a path. Out: the file to open, or an error that names what is there.
+In: a path. Out: the error that names what is there, and what to give in its place.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from harness.checkpoint.layouts import layout_of
 from harness.checkpoint.sources.paths import DISTCP, METADATA, AnyPath
 from harness.errors import CheckpointError
 from harness.text.shell import quoted
 
-# In the order in which a folder is searched for its one checkpoint.
-_FOLDER_NAMES = (
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-    "model.safetensors",
-    "pytorch_model.bin",
-)
 _FROM_TORCH = "give the checkpoint that it was made from: .safetensors, .bin, .pt, .ckpt, .nemo"
 # What a file begins with, what that is, and what to do about it.
 _FOREIGN = (
@@ -46,52 +40,43 @@ _FOREIGN_NAMES = {
 }
 
 
-def checkpoint_in(folder: AnyPath) -> AnyPath:
-    """The file to open in a folder; the folder itself where its safetensors are ranks' shards.
-
-    `.metadata` comes first: the other files can be given by their own names, its folder cannot.
-    """
-    from harness.checkpoint.formats.rankfiles import rank_sets
-    from harness.checkpoint.formats.rankshards import rank_shards
-
-    if (folder / METADATA).is_file():
-        return folder / METADATA
-    can_list = isinstance(folder, Path) or folder.is_listable
-    shards = rank_shards(folder) if can_list else []
-    # An index beside nothing but shards is that of another save: it cannot name them.
-    if shards and all(shard.name.startswith("shard-") for shard in shards):
-        return folder
-    for name in _FOLDER_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    if shards:
-        return folder
-    children: Iterator[AnyPath] = folder.iterdir() if can_list else iter(())
-    found = list(islice(children, 1000))
-    if rank_sets(found):
-        return folder
-    names = sorted(child.name for child in found)
+def no_checkpoint_in(folder: AnyPath, names: Sequence[str]) -> CheckpointError:
+    """The error for a folder without a checkpoint: what it may be, and what to give instead."""
     if any(name.endswith(DISTCP) for name in names):
-        raise CheckpointError(
+        return CheckpointError(
             f"{folder}: a torch.distributed.checkpoint folder without its {METADATA}, which is "
             "written last",
             hint="wait for the save to end, or copy the folder again with its hidden file",
         )
-    files = [name for name in names if name.endswith(_SUFFIXES)]
-    parts = [name for name in files if _PART.search(name)]
     index = next((name for name in names if name.endswith(".index.json")), None)
     if index is not None:
-        raise CheckpointError(
-            f"{folder}: a folder without one of {', '.join(_FOLDER_NAMES)}",
-            hint=f"give its index: {folder / index}",
+        return CheckpointError(
+            f"{folder}: an index, and not under a name that is known",
+            hint=f"give it: {folder / index}",
         )
+    files = [name for name in names if name.endswith(_SUFFIXES)]
+    parts = [name for name in files if _PART.search(name)]
     if len(parts) > 1 or (parts and "-00001-of-00001." not in parts[0]):
-        raise CheckpointError(
+        return CheckpointError(
             f"{folder}: a part of a sharded checkpoint ({parts[0]}), and no index of its parts",
             hint="get the .index.json from where they came",
         )
-    raise CheckpointError(
-        f"{folder}: a folder without a checkpoint ({', '.join(_FOLDER_NAMES)})",
+    inner = [name for name in names if not name.startswith(".") and (folder / name).is_dir()]
+    saves = [name for name in inner if layout_of(folder / name).parts]
+    if saves and not files:
+        last = max(saves, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+        return CheckpointError(
+            f"{folder}: a folder of several checkpoints ({', '.join(saves[:6])})",
+            hint=f"give one of them: {folder / last}",
+        )
+    if "saved_model.pb" in names:
+        return CheckpointError(
+            f"{folder}: a SavedModel of TensorFlow, not a checkpoint of torch",
+            hint="convert it first, or give the checkpoint of torch",
+        )
+    return CheckpointError(
+        f"{folder}: a folder without a checkpoint under a known name (model.safetensors, "
+        "pytorch_model.bin, adapter_model.safetensors, …)",
         hint=f"give the file, for instance {folder / files[0]}"
         if files
         else "give the file, or the .index.json of a sharded checkpoint",
