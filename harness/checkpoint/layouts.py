@@ -29,8 +29,24 @@ _WEIGHTS = re.compile(
 # The same model under the name of an older format, or of another program.
 _SAME = {"pytorch_model": "model", "consolidated": "model"}
 _STEMS = ("model", "pytorch_model", "consolidated")
-# What other programs make of the weights, which is not read.
-_OTHER_FORMS = (".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".pb", ".mlmodel", ".keras")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+# What other programs make of the weights, and what training keeps beside them.
+_OTHER_FORMS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ot",
+    ".tflite",
+    ".pb",
+    ".mlmodel",
+    ".keras",
+)
 # A folder with one of these has parts in the folders below it.
 _OF_PARTS = ("model_index.json", "modules.json")
 # Folders that are known to hold the weights of a larger save: NeMo 2, Megatron.
@@ -108,7 +124,7 @@ def _weights_among(folder: AnyPath, names: Iterable[str]) -> Layout:
             order = (match["variant"] is not None, _STEMS.index(stem) if stem in _STEMS else 0)
             rank = (*order, _FORMS.index(match["form"]))
             found.setdefault(_SAME.get(stem, stem) + number, []).append((rank, name))
-        elif name.endswith(_OTHER_FORMS):
+        elif name.endswith(_OTHER_FORMS) and not _SHARD.search(name):
             others.append(name)
     first = {}
     for part, ranked in sorted(found.items()):

@@ -43,7 +43,11 @@ def touch(folder: Path, *names: str) -> None:
             {"": "model.safetensors"},
             ("pytorch_model.bin.index.json", "rust_model.ot", "tf_model.h5"),
         ),
-        (["pytorch_model.bin", "optimizer.pt", "rng_state.pth"], {"": "pytorch_model.bin"}, ()),
+        (
+            ["pytorch_model.bin", "optimizer.pt", "rng_state.pth"],
+            {"": "pytorch_model.bin"},
+            ("optimizer.pt", "rng_state.pth"),
+        ),
         (
             ["consolidated.safetensors", "model.safetensors.index.json"],
             {"": "model.safetensors.index.json"},
@@ -64,7 +68,7 @@ def touch(folder: Path, *names: str) -> None:
         (
             ["model.safetensors", "model_1.safetensors", "optimizer.bin", "scheduler.bin"],
             {"model": "model.safetensors", "model_1": "model_1.safetensors"},
-            (),
+            ("optimizer.bin", "scheduler.bin"),
         ),
         # A pipeline of diffusers: a part per component.
         (
