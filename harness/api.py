@@ -8,6 +8,7 @@ read or written.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -205,7 +206,7 @@ def verify(
     with it element by element. What is no path needs `golden`. Raises CheckpointError, GoldenError,
     and UsageError for options that fit nothing.
     """
-    policy = policy or Policy()
+    policy, started = policy or Policy(), time.monotonic()
     workers = Workers(jobs=jobs, progress=progress)
     recorded = _read(subject, golden)
     with ExitStack() as stack:
@@ -233,7 +234,8 @@ def verify(
         here = {*recorded.fingerprint.tensors, *found.tensors}
         policy = policy.at_stage(here, () if buffers is None else buffers.tensors)
         compared = compare(recorded.fingerprint, found, policy, measure)
-        return with_damages(compared, lambda keys: damages(actual, keys, workers))
+        compared = with_damages(compared, lambda keys: damages(actual, keys, workers))
+        return _with_causes(compared, actual, beside, started, workers)
 
 
 def _read(subject: Subject | None, golden: Location | Golden | None) -> Golden:
@@ -390,7 +392,8 @@ def diff(
     `stats` also measures the statistics of what differs between two checkpoints.
     Raises CheckpointError, GoldenError, and UsageError for options of the policy that fit nothing.
     """
-    policy, workers = policy or Policy(), Workers(jobs=jobs, progress=progress)
+    policy, started = policy or Policy(), time.monotonic()
+    workers = Workers(jobs=jobs, progress=progress)
     one, other = to_path(expected), to_path(actual)
     if is_golden(one):
         recorded = read_golden(one)
@@ -399,12 +402,13 @@ def diff(
             return verify(
                 other, recorded, section=part_b, policy=policy, jobs=jobs, progress=progress
             )
-        return compare(
+        compared = compare(
             recorded.fingerprint,
             read_golden(other).fingerprint,
             policy,
             BySketches(recorded.fingerprint.block_nbytes),
         )
+        return _with_causes(compared, None, None, started, workers)
     if is_golden(other):
         recorded = read_golden(other)
         with opened_for(recorded, one, section) as checkpoint:
@@ -414,9 +418,10 @@ def diff(
                 block_nbytes=recorded.fingerprint.block_nbytes,
                 workers=workers,
             )
-        return compare(
+        compared = compare(
             found, recorded.fingerprint, policy, BySketches(recorded.fingerprint.block_nbytes)
         )
+        return _with_causes(compared, None, None, started, workers)
     with (
         opened(one, section) as left,
         opened_part(other, section if section_b is None else section_b, section_b) as right,
@@ -429,7 +434,24 @@ def diff(
         measure = AgainstCheckpoint(expected=left, actual=right, stats=stats, workers=workers)
         compared = compare(ours, theirs, policy, measure)
         compared = with_damages(compared, lambda k: damages(left, k, workers), "expected")
-        return with_damages(compared, lambda k: damages(right, k, workers))
+        compared = with_damages(compared, lambda k: damages(right, k, workers))
+        return _with_causes(compared, right, left, started, workers)
+
+
+def _with_causes(
+    comparison: Comparison,
+    actual: Checkpoint | None,
+    reference: Checkpoint | None,
+    started: float,
+    workers: Workers,
+) -> Comparison:
+    """Add what happened, in about the time that the comparison took; nothing where all is well."""
+    if not comparison.findings:
+        return comparison
+    from harness.comparison.causes.explain import explained
+
+    seconds = time.monotonic() - started
+    return explained(comparison, actual, reference, seconds=seconds, workers=workers)
 
 
 def _last_stage(golden: Golden, stage: Stage | None) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from harness.comparison.causes.cause import ACCEPTABLE
 from harness.comparison.policy import STAGES, Policy
 from harness.errors import UsageError
 
@@ -119,6 +120,16 @@ def _tolerances(ctx: click.Context, param: click.Parameter, texts: Any) -> Any:
     return tuple(found)
 
 
+def _words(ctx: click.Context, param: click.Parameter, given: Any) -> tuple[str, ...]:
+    words = [word.strip() for one in given for word in one.split(",")]
+    for word in words:
+        if word not in ACCEPTABLE:
+            raise click.BadParameter(
+                f"{word!r} is none of {', '.join(ACCEPTABLE)}", ctx=ctx, param=param
+            )
+    return tuple(dict.fromkeys(words))
+
+
 _POLICY = [
     click.option("--atol", type=float, show_default="recorded", help="As in allclose."),
     click.option("--rtol", type=float, show_default="recorded", help="As in allclose."),
@@ -141,6 +152,13 @@ _POLICY = [
         help="The golden's key OLD is now NEW; prefixes end in a dot. Repeatable.",
     ),
     click.option("--strip-prefix", default="", metavar="P", help="Take P off the new keys."),
+    click.option(
+        "--accept",
+        multiple=True,
+        callback=_words,
+        metavar="CAUSE[,CAUSE]",
+        help="Let pass what is proved to be renamed, reshaped, transposed, joined, order, rounded.",
+    ),
     click.option("--no-check-dtype", is_flag=True, help="Compare values across dtypes."),
 ]
 
@@ -174,6 +192,7 @@ def policy_of(options: dict[str, Any]) -> Policy:
         key_map=options["key_map"],
         strip_prefix=options["strip_prefix"],
         check_dtype=not options["no_check_dtype"],
+        accept=options["accept"],
     )
 
 

@@ -57,7 +57,7 @@ class Comparison:
             return "different"
         if "undecided" in kinds:
             return "undecided"
-        return "close" if "close" in kinds else "identical"
+        return "close" if kinds & {"close", "accepted"} else "identical"
 
     @property
     def exit_code(self) -> int:

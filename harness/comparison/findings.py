@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from harness.comparison.causes.cause import Cause
 from harness.fingerprints.fingerprint import TensorFingerprint
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ FindingKind = Literal[
     "hyperparameter",
     "undecided",
     "close",
+    "accepted",
 ]
 FINDING_KINDS: tuple[FindingKind, ...] = get_args(FindingKind)
 
@@ -43,7 +45,8 @@ class Finding:
 
     `key` is the golden's key (the checkpoint's, for `unexpected`); `expected` and `actual` are the
     two sides in words; `actual_key` differs from `key` where it was renamed or mapped; `count` is
-    the number of tensors that a `prefix` finding covers.
+    the number of tensors that a `prefix` finding covers; `causes` say what happened, the best
+    first, where that is proved.
     """
 
     kind: FindingKind
@@ -53,10 +56,11 @@ class Finding:
     actual_key: str | None = None
     count: int = 1
     difference: Difference | None = None
+    causes: tuple[Cause, ...] = ()
 
     @property
     def fails(self) -> bool:
-        return self.kind not in ("close", "undecided")
+        return self.kind not in ("close", "undecided", "accepted")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
+from harness.comparison.causes.cause import ACCEPTABLE
 from harness.errors import UsageError
 
 
@@ -42,7 +43,8 @@ class Policy:
     `ignore` and `tolerances` take globs over the golden's keys (the checkpoint's, for unexpected
     ones); of several tolerances that fit, the last wins. `key_map` renames the golden's keys, or
     prefixes that end in a dot; `strip_prefix` is taken off the checkpoint's keys. Where `atol` or
-    `rtol` is None, it is what the golden recorded.
+    `rtol` is None, it is what the golden recorded. `accept` names proved causes that pass: renamed,
+    reshaped, transposed, joined, order, rounded.
     """
 
     atol: float | None = None
@@ -53,8 +55,15 @@ class Policy:
     key_map: tuple[tuple[str, str], ...] = ()
     strip_prefix: str = ""
     check_dtype: bool = True
+    accept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for word in self.accept:
+            if word not in ACCEPTABLE:
+                raise UsageError(
+                    f"accept {word!r}: there is no such cause",
+                    hint=f"one of {', '.join(ACCEPTABLE)}",
+                )
         if isinstance(self.ignore, str):  # whose letters would be globs, "*" among them
             raise UsageError(
                 f"ignore takes a tuple of globs, not {self.ignore!r}", hint=f"({self.ignore!r},)"

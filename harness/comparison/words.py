@@ -12,15 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.comparison.causes.cause import Cause
 from harness.comparison.findings import Divergence, Finding, FindingKind
 from harness.text.fitting import Style
-from harness.text.folding import fold, in_order, printable
+from harness.text.folding import fold, fold_names, in_order, printable
 
 if TYPE_CHECKING:
     from harness.comparison.difference import Difference, Element
 
 
 _MAX_GROUPS = 12
+_MAX_PATTERNS = 6
 _DIGITS = re.compile(r"\d+")
 HEADINGS: dict[FindingKind, str] = {
     "damaged": "damaged: not the bytes that were saved",
@@ -39,6 +41,7 @@ HEADINGS: dict[FindingKind, str] = {
     "hyperparameter": "hyperparameter: lost in the reload",
     "undecided": "undecided: the golden cannot tell whether allclose holds",
     "close": "close: within the tolerance, but not identical",
+    "accepted": "accepted: what --accept lets pass",
 }
 
 
@@ -81,6 +84,102 @@ def _inputs_of(divergence: Divergence) -> str:
 
 
 def finding_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]:
+    """Findings of one kind: those with a cause by what happened, the others by what they say."""
+    explained = [f for f in findings if f.causes and not _is_plainly_renamed(f)]
+    yield from _explained_lines(explained, style)
+    yield from _plain_lines([f for f in findings if f not in explained], style)
+
+
+def _is_plainly_renamed(finding: Finding) -> bool:
+    """Whether its cause says no more than that it is renamed, which its own words say."""
+    return finding.kind == "renamed" and finding.causes[0].accept == ("renamed",)
+
+
+def _explained_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]:
+    groups: dict[str | None, list[Finding]] = {}
+    for finding in findings:
+        # What differs in numbers alone happened to all of them; counters have any numbers.
+        cause = _told_cause(finding)
+        said = cause.kind if cause.kind == "counter" else _template(cause.text)
+        groups.setdefault(said, []).append(finding)
+    shown, hidden = [*groups.values()][:_MAX_GROUPS], [*groups.values()][_MAX_GROUPS:]
+    for members in shown:
+        if members[0].kind == "renamed":
+            yield from _renamed_lines(members, style)
+        else:
+            yield f"    {_cause_of(members, style)}{_many(members)}"
+            yield from (f"      {line}" for line in _affected(members, style))
+    if hidden:
+        count = sum(map(len, hidden))
+        yield f"    {style.ellipsis} and {count:,} more (--format json lists all)"
+
+
+def _told_cause(finding: Finding) -> Cause:
+    """The cause that is said: that it moved, its new name says."""
+    first, *others = finding.causes
+    return others[0] if first.kind == "moved" and finding.kind == "renamed" and others else first
+
+
+def _renamed_lines(members: Sequence[Finding], style: Style) -> Iterator[str]:
+    cause = _told_cause(members[0])
+    olds = _patterns([finding.key for finding in members], style)
+    if cause.kind in ("joined", "stacked", "split"):
+        # The whole stands in front of what it is made of.
+        _, sign, parts = _cause_of(members, style).partition(
+            " is now " if cause.kind == "split" else " = "
+        )
+        wholes = olds
+        if cause.kind != "split":
+            wholes = _patterns([*dict.fromkeys(f.actual or "" for f in members)], style)
+        yield f"    {wholes}{sign}{parts}{_many(members)}"
+        return
+    yield f"    {_cause_of(members, style)}{_many(members)}"
+    alike: dict[str | None, list[Finding]] = {}
+    for finding in members:
+        alike.setdefault(_template(finding.actual), []).append(finding)
+    for some in alike.values():
+        yield f"      {_patterns([finding.key for finding in some], style)}"
+        now = _patterns([finding.actual or "" for finding in some], style)
+        yield f"      {'is' if len(some) == 1 else 'are'} now {now}"
+
+
+def _affected(members: Sequence[Finding], style: Style) -> Iterator[str]:
+    """Which tensors a cause is of, and how far they are off."""
+    first = members[0]
+    keys = _patterns([finding.key for finding in members], style)
+    sides = {(finding.expected, finding.actual) for finding in members}
+    if first.kind in ("dtype", "shape", "alias", "accepted"):
+        yield keys
+        if len(sides) == 1:
+            yield f"expected {first.expected}, actual {first.actual}"
+    else:
+        yield f"{keys}  {first.expected or first.actual}" if len(sides) == 1 else keys
+    differences = [f.difference for f in members if f.difference is not None]
+    if differences:
+        why = 1 if len(differences) == 1 else 0
+        yield from [*_differences(differences)][why : why + 2]
+
+
+def _cause_of(findings: Sequence[Finding], style: Style) -> str:
+    """What happened to all of them, in words: numbers in which the words differ are folded."""
+    texts = [*dict.fromkeys(_told_cause(finding).text for finding in findings)]
+    if len(texts) == 1:
+        return texts[0]
+    if findings[0].causes[0].kind == "counter":
+        return "BatchNorm's num_batches_tracked changed"
+    folded = fold(texts, ellipsis=style.ellipsis)
+    return folded[0][0] if len(folded) == 1 else f"{texts[0]} (and so on)"
+
+
+def _patterns(keys: Sequence[str], style: Style) -> str:
+    """Keys on one line; of many that do not fold, the first."""
+    folded = fold_names(keys, ellipsis=style.ellipsis)
+    shown = [pattern for pattern, _ in folded[:_MAX_PATTERNS]]
+    more = sum(len(members) for _, members in folded[_MAX_PATTERNS:])
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
+
+
+def _plain_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]:
     groups = list(_grouped(findings, style))
     said = None
     for pattern, members in groups[:_MAX_GROUPS]:

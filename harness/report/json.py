@@ -10,11 +10,15 @@ The schema, to which later versions only add:
                    | null}],
                    "error"?, "updated"?, "next_steps"}],
                    "error"?: the first, where it left nothing to compare}
-    finding       {"kind", "key", "expected", "actual", "actual_key"?, "count"?}, and for
+    finding       {"kind", "key", "expected", "actual", "actual_key"?, "count"?, "causes"}, and for
                   close, different and undecided also
                   {"why", "is_exact", "atol", "rtol", "numel", "max_abs", "min_atol", "rms",
                    "num_differing", "num_beyond", "where", "strip", "elements", "chance",
                    "num_nonfinite": {"expected", "actual"}, "stats": {"expected", "actual"}}
+    cause         {"kind": rounded, widened, moved, reshaped, transposed, joined, split, stacked,
+                   rows, reordered, constant, scaled, shifted, sum, unrelated, weight_norm or
+                   counter, "text", "proof", and its facts: "dtype", "of", "axes", "axis", …}; the
+                   best first
     element       {"index", "expected", "actual"}
     stats         {"min", "max", "mean", "std", "l2", "num_zero", "num_nan", "num_posinf",
                    "num_neginf"} | null
@@ -35,6 +39,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from harness.comparison.causes.cause import Cause
 from harness.comparison.comparison import Comparison
 from harness.comparison.difference import Difference
 from harness.comparison.findings import Divergence, Finding, describe
@@ -127,9 +132,16 @@ def _finding(finding: Finding) -> Json:
         found["actual_key"] = finding.actual_key
     if finding.kind == "prefix":
         found["count"] = finding.count
+    found["causes"] = [cause_as_json(cause) for cause in finding.causes]
     if finding.difference is not None:
         found |= _difference(finding.difference)
     return found
+
+
+def cause_as_json(cause: Cause) -> dict[str, Json]:
+    """What happened: kind, words, proof and facts."""
+    facts = {k: number(v) if isinstance(v, float) else v for k, v in cause.facts.items()}
+    return {"kind": cause.kind, "text": cause.text, "proof": cause.proof, **facts}
 
 
 def _difference(difference: Difference) -> dict[str, Json]:

@@ -24,7 +24,7 @@ from harness.comparison.policy import Tolerance
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.stats import Stats
 from harness.report.json import number
-from harness.text.folding import printable
+from harness.text.folding import escaped, printable
 
 Json = Any
 _DIGITS, _STATS_DIGITS = 3, 6
@@ -59,6 +59,7 @@ class Told(NamedTuple):
     actual: str | None
     actual_key: str | None
     difference: Measured | None
+    causes: tuple[str, ...]
 
 
 class Measured(NamedTuple):
@@ -210,6 +211,7 @@ class Tables:
             difference=None
             if finding.difference is None
             else self._measured(finding.difference, None if expected is None else expected.stats),
+            causes=tuple(escaped(cause.text) for cause in finding.causes),
         )
 
     def _measured(self, difference: Difference, expected: Stats | None) -> Measured:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from harness.comparison.causes.accepting import words_to_accept
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import Finding
 from harness.comparison.matching import match
@@ -61,6 +62,9 @@ def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]
         key_map = _key_map(failing, comparison)
         if 0 < len(key_map) <= _MAX_MAPPED:
             yield "accept the new name", {"key_map": key_map}
+    words = words_to_accept(comparison)
+    if words and comparison.stage == "file":
+        yield f"accept what is {', '.join(words)}", {"accept": (*policy.accept, *words)}
     if failing and {finding.kind for finding in failing} == {"missing", "unexpected"}:
         moved = None if policy.key_map else _moved(failing, comparison)
         if moved is not None:

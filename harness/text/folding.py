@@ -53,12 +53,60 @@ def fold(keys: Sequence[str], *, ellipsis: str = "…") -> list[tuple[str, list[
         groups.setdefault(tuple(_NUMBER.split(key)[::2]), []).append(key)
     folded = []
     for parts, members in groups.items():
-        pattern = _pattern(parts, members, ellipsis) if len(members) > 1 else None
-        if pattern is None:
-            folded += [(printable(key), [key]) for key in members]
-        else:
-            folded.append((printable(pattern), members))
+        for grid in _grids([(_numbers(key), key) for key in members]):
+            pattern = _pattern(parts, grid, ellipsis) if len(grid) > 1 else grid[0]
+            folded.append((printable(pattern), grid))
     return folded
+
+
+def fold_names(keys: Sequence[str], *, ellipsis: str = "…") -> list[tuple[str, list[str]]]:
+    """Fold as `fold`, then patterns that differ in one part, too: `{0…3}.{w1,w2}.weight`."""
+    folded = fold(keys, ellipsis=ellipsis)
+    place = 0
+    while any(place < pattern.count(".") + 1 for pattern, _ in folded):
+        groups: dict[tuple[str, str], list[tuple[str, list[str]]]] = {}
+        for pattern, members in folded:
+            parts = pattern.split(".")
+            rest = ".".join(parts[:place]), ".".join(parts[place + 1 :])
+            # What is no plain name, or what stands for several already, is not one of several.
+            alone = place >= len(parts) or not parts[place].isidentifier()
+            groups.setdefault((pattern, "") if alone else rest, []).append((pattern, members))
+        folded = []
+        for (start, end), found in groups.items():
+            if len(found) > 1:
+                names = ",".join(pattern.split(".")[place] for pattern, _ in found)
+                parts = [start] * bool(start) + [f"{{{names}}}"] + [end] * bool(end)
+                found = [(".".join(parts), [key for _, members in found for key in members])]
+            folded += found
+        place += 1
+    return folded
+
+
+def _grids(keys: Sequence[tuple[list[int], str]]) -> Iterator[list[str]]:
+    """Part keys of some numbers into grids, in which every combination is there."""
+    columns = list(zip(*(numbers for numbers, _ in keys), strict=True))
+    if len(keys) == 1 or prod(len(set(column)) for column in columns) == len(keys):
+        yield [key for _, key in keys]
+        return
+    first = next((place for place, column in enumerate(columns) if len(set(column)) > 1), None)
+    if first is None:  # the same key more than once
+        yield from ([key] for _, key in keys)
+        return
+    # Numbers of the first column that go with the same others belong together.
+    beside: dict[int, list[tuple[list[int], str]]] = {}
+    for numbers, key in keys:
+        rest = [*numbers[:first], *numbers[first + 1 :]]
+        beside.setdefault(numbers[first], []).append((rest, key))
+    alike: dict[tuple[tuple[int, ...], ...], list[tuple[list[int], str]]] = {}
+    for rows in beside.values():
+        alike.setdefault(tuple(sorted(tuple(rest) for rest, _ in rows)), []).extend(rows)
+    for rows in alike.values():
+        by_rest: dict[tuple[int, ...], list[str]] = {}
+        for rest, key in rows:
+            by_rest.setdefault(tuple(rest), []).append(key)
+        for grid in _grids([(list(rest), keys[0]) for rest, keys in by_rest.items()]):
+            kept = set(grid)
+            yield [key for keys in by_rest.values() if keys[0] in kept for key in keys]
 
 
 def in_order(keys: Sequence[str], others: Sequence[str]) -> bool:
@@ -74,11 +122,9 @@ def _numbers(key: str) -> list[int]:
     return [int(number) for number in _NUMBER.findall(key)]
 
 
-def _pattern(parts: Sequence[str], keys: Sequence[str], ellipsis: str) -> str | None:
+def _pattern(parts: Sequence[str], keys: Sequence[str], ellipsis: str) -> str:
     columns = list(zip(*map(_numbers, keys), strict=True))
     sets = [sorted(set(column)) for column in columns]
-    if prod(len(numbers) for numbers in sets) != len(set(keys)):
-        return None
     spelled = [
         str(numbers[0]) if len(numbers) == 1 else "{" + _ranges(numbers, ellipsis) + "}"
         for numbers in sets

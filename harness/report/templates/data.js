@@ -23,6 +23,7 @@ const ABOUT = {
   hyperparameter: "lost in the reload",
   undecided: "what is known cannot tell whether allclose holds",
   close: "within the tolerance, but not identical",
+  accepted: "what --accept lets pass",
   identical: "the same bytes",
   ignored: "left out by --ignore",
 };

@@ -175,6 +175,7 @@ function elementsTable(difference, { elements }) {
 
 function findingLines(finding) {
   const lines = [
+    ...finding.causes.map((text) => make("p", { class: "cause" }, make("b", {}, capital(text)), ".")),
     make(
       "p",
       { class: "what-is" },

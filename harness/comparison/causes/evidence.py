@@ -1,0 +1,126 @@
+"""What is known of both sides of a comparison, to test hypotheses with, and the time that is left.
+
+In: fingerprints of the expected side, the open actual checkpoint, and the open reference where it
+is there. Out: answers to "are these the bytes of that tensor?", the cheap ones first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from harness.checkpoint.tensors import Checkpoint, Tensor
+from harness.comparison.causes.views import View, digest_as
+from harness.fingerprints.arithmetic import as_floats
+from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
+from harness.fingerprints.sketch import projection
+from harness.fingerprints.stats import Stats
+from harness.streaming.workers import ALL_CORES, Workers
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class OutOfTime(Exception):  # noqa: N818 - it ends a search, and is no error
+    """The search for causes has taken as long as it may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Both sides, keyed by each side's own keys.
+
+    `expected` and `actual` have stats, values or sketches of all tensors that a finding is of;
+    `tensors` read the actual side, `references` the expected one. `deadline` is a monotonic time.
+    """
+
+    expected: Mapping[str, TensorFingerprint]
+    actual: Mapping[str, TensorFingerprint]
+    tensors: Mapping[str, Tensor]
+    references: Mapping[str, Tensor]
+    block_nbytes: int
+    deadline: float
+    workers: Workers = ALL_CORES
+    _known: dict[bytes, list[str]] = field(default_factory=dict)
+
+    def check_time(self) -> None:
+        """Raise OutOfTime behind the deadline."""
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+
+    @cached_property
+    def by_digest(self) -> Mapping[bytes, list[str]]:
+        """The expected keys of each digest."""
+        found: dict[bytes, list[str]] = {}
+        for key, tensor in self.expected.items():
+            if tensor.digest is not None:
+                found.setdefault(tensor.digest, []).append(key)
+        return found
+
+    def are_bytes_of(self, view: View, expected: TensorFingerprint) -> bool:
+        """Whether the view's bytes are those of an expected tensor: proved by its digest.
+
+        What its first block shows to be another tensor is read no further.
+        """
+        self.check_time()
+        if expected.digest is None or view.nbytes != expected.nbytes:
+            return False
+        if not self._begins_as(view, expected):
+            return False
+        return digest_as(view, expected.dtype, expected.shape, self.workers) == expected.digest
+
+    def _begins_as(self, view: View, expected: TensorFingerprint) -> bool:
+        if not expected.nbytes:
+            return True
+        if expected.values is not None:
+            start = bytearray(min(expected.nbytes, 16384))
+            view.read_into(0, memoryview(start))
+            return expected.values.startswith(start)
+        if expected.sketch is None or expected.dtype.kind != "float":
+            return True
+        numel = block_numel(expected.dtype, self.block_nbytes)
+        data = np.empty(min(expected.nbytes, numel * expected.dtype.itemsize), "|u1")
+        view.read_into(0, data.data)
+        values = as_floats(data, expected.dtype).astype("<f8")
+        with np.errstate(all="ignore"):
+            values[~np.isfinite(values)] = 0.0
+            by = projection(numel).numbers[: values.size]
+            away = np.linalg.norm(values @ by - expected.sketch.projections[0])
+            # Rounding of the sketch is a millionth of this.
+            size = np.linalg.norm(values) + expected.sketch.norms[0]
+        return bool(away <= 1e-6 * size) or not np.isfinite(away)
+
+
+def are_permutable(one: Stats | None, other: Stats | None) -> bool:
+    """Whether statistics allow that two tensors hold the same values in some order."""
+    if one is None or other is None:
+        return True
+    exact = ("min", "max", "num_zero", "num_nan", "num_posinf", "num_neginf")
+    if any(getattr(one, name) != getattr(other, name) for name in exact):
+        return False
+    return bool(np.isclose(one.l2, other.l2, rtol=1e-9, atol=0.0))
+
+
+def is_constant(stats: Stats | None) -> bool:
+    """Whether all elements are one finite number."""
+    return stats is not None and stats.min == stats.max and not stats.num_nonfinite
+
+
+def detailed(
+    checkpoint: Checkpoint, keys: set[str], block_nbytes: int, workers: Workers
+) -> dict[str, TensorFingerprint]:
+    """Fingerprint these tensors in full, small ones with their values."""
+    from harness.comparison.measuring import part
+    from harness.fingerprints.scan import fingerprint
+
+    found = part(checkpoint, keys)
+    # Parts without values (of the meta device) have no causes.
+    readable = {k: t for k, t in found.tensors.items() if t.storage.source is not None}
+    return dict(
+        fingerprint(
+            replace(found, tensors=readable), block_nbytes=block_nbytes, workers=workers
+        ).tensors
+    )

@@ -1,0 +1,378 @@
+"""Explain the findings of a comparison: what happened to each, where that can be proved.
+
+In: a `Comparison`, and the open checkpoints that it is of. Out: the same with `causes` on its
+findings; tensors that were joined, split or rounded under another key are findings of kind
+`renamed`, in place of missing and unexpected ones. What is not proved is not said. The search ends
+when it has taken about as long as the comparison itself, and says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from harness.checkpoint.tensors import Checkpoint, Tensor
+from harness.comparison.causes.accepting import accepted
+from harness.comparison.causes.cause import Cause
+from harness.comparison.causes.evidence import (
+    Evidence,
+    OutOfTime,
+    are_permutable,
+    detailed,
+    is_constant,
+)
+from harness.comparison.causes.linear import (
+    Correlation,
+    constant,
+    correlation,
+    linear,
+    unrelated,
+)
+from harness.comparison.causes.regrouped import regrouped
+from harness.comparison.causes.rounding import rounded, rounded_elsewhere
+from harness.comparison.causes.same_bytes import rows_kept, seen_otherwise
+from harness.comparison.comparison import Comparison
+from harness.comparison.findings import FINDING_KINDS, Finding
+from harness.fingerprints.fingerprint import TensorFingerprint
+from harness.streaming.workers import ALL_CORES, Workers
+
+_VALUED = ("different", "undecided", "close")
+_EXPLAINED = ("missing", "unexpected", "renamed", "prefix", "shape", "dtype", *_VALUED)
+# A checkpoint that is compared in no time is explained in this many seconds.
+_LEAST_SECONDS = 2.0
+
+
+def explained(
+    comparison: Comparison,
+    actual: Checkpoint | None = None,
+    reference: Checkpoint | None = None,
+    *,
+    seconds: float = 0.0,
+    workers: Workers = ALL_CORES,
+) -> Comparison:
+    """Add causes to the findings, and let pass what the policy accepts.
+
+    `actual` is the open checkpoint; None where its side is a golden. `reference` is the expected
+    side, open, where it is there: what the golden lacks is read from it. `seconds` is how long the
+    comparison took. Memory: 20 MB a thread, and the sketches of what differs.
+    """
+    of_interest = [f for f in comparison.findings if f.kind in _EXPLAINED]
+    if not of_interest:
+        return comparison
+    limit = time.monotonic() + max(seconds, _LEAST_SECONDS)
+    search = _Search.of(comparison, actual, reference, limit, workers)
+    note = None
+    try:
+        search.across_keys()
+        search.each()
+    except OutOfTime:
+        left = sum(1 for finding in search.findings if not finding.causes)
+        note = f"the search for causes ended early: {left:,} findings were not looked at in full"
+    search.together()
+    findings = tuple(sorted(search.findings, key=lambda f: FINDING_KINDS.index(f.kind)))
+    found = replace(
+        comparison,
+        findings=findings,
+        notes=(*comparison.notes, *([note] if note else [])),
+    )
+    return accepted(_with_known(found))
+
+
+def _with_known(comparison: Comparison) -> Comparison:
+    """Say, where no key is common, how many tensors are there under other keys."""
+    is_common = any(
+        f.kind in (*_VALUED, "shape", "dtype", "alias", "prefix") for f in comparison.findings
+    )
+    renamed = {f.key for f in comparison.findings if f.kind == "renamed"}
+    if is_common or comparison.num_identical or not renamed:
+        return comparison
+    total = len(renamed) + comparison.count("missing")
+    equal = (
+        f"no key in common, but {len(renamed):,} of {total:,} tensors are equal under other keys"
+    )
+    if any("rounded" in c.accept for f in comparison.findings for c in f.causes[:1]):
+        equal += ", up to rounding"
+    strangers = "no key in common"
+    notes = tuple(note for note in comparison.notes if not note.startswith(strangers))
+    few = len(renamed) < min(comparison.count("missing"), comparison.count("unexpected"))
+    return replace(comparison, notes=(equal, *notes), are_strangers=few)
+
+
+@dataclass
+class _Search:
+    """The findings so far, and what is known to explain them with."""
+
+    evidence: Evidence
+    findings: list[Finding]
+
+    @classmethod
+    def of(
+        cls,
+        comparison: Comparison,
+        actual: Checkpoint | None,
+        reference: Checkpoint | None,
+        deadline: float,
+        workers: Workers,
+    ) -> _Search:
+        findings = [f for f in comparison.findings if f.kind in _EXPLAINED]
+        ours = {f.key for f in findings if f.kind not in ("unexpected", "prefix")}
+        theirs = {
+            f.actual_key or f.key
+            for f in findings
+            if f.kind not in ("missing", "prefix", "renamed")
+        }
+        expected, found = dict(comparison.expected.tensors), dict(comparison.actual.tensors)
+        block_nbytes = comparison.expected.block_nbytes
+        tensors: Mapping[str, Tensor] = {}
+        references: Mapping[str, Tensor] = {}
+        if reference is not None:
+            lacking = {k for k in ours if k in expected and expected[k].stats is None}
+            expected |= detailed(reference, lacking, block_nbytes, workers)
+            references = reference.tensors
+        if actual is not None:
+            lacking = {k for k in theirs if k in found and found[k].stats is None}
+            found |= detailed(actual, lacking, block_nbytes, workers)
+            tensors = {k: t for k, t in actual.tensors.items() if t.storage.source is not None}
+        return cls(
+            evidence=Evidence(
+                expected=expected,
+                actual=found,
+                tensors=tensors,
+                references=references,
+                block_nbytes=block_nbytes,
+                deadline=deadline,
+                workers=workers,
+            ),
+            findings=[*comparison.findings],
+        )
+
+    def _sides(
+        self, finding: Finding
+    ) -> tuple[TensorFingerprint | None, TensorFingerprint | None, Tensor | None]:
+        """What is known of a finding's expected and actual tensor, and the tensor itself."""
+        evidence, there = self.evidence, finding.actual_key or finding.key
+        expected = None if finding.kind == "unexpected" else evidence.expected.get(finding.key)
+        if finding.kind == "missing":
+            return expected, None, None
+        return expected, evidence.actual.get(there), evidence.tensors.get(there)
+
+    def across_keys(self) -> None:
+        """What is missing under one key and there under another, in another form."""
+        evidence = self.evidence
+        for finding in self.findings:
+            if finding.kind == "renamed" and not finding.causes:
+                self._explain(finding, _moved_cause(finding.key))
+        missing, unexpected = self._alone()
+        if missing and unexpected:
+            for key, there, causes in rounded_elsewhere(evidence, missing, unexpected):
+                self._rename((key,), (there,), causes)
+            missing, unexpected = self._alone()
+        if missing and unexpected:
+            for group in regrouped(evidence, [*missing.values()], [*unexpected.values()]):
+                self._rename(group.expected, group.actual, (group.cause,))
+            missing, unexpected = self._alone()
+        if missing and unexpected:
+            self._moved_and_reshaped(missing, unexpected)
+
+    def _alone(self) -> tuple[dict[str, TensorFingerprint], dict[str, Tensor]]:
+        """The tensors that only one side has, so far."""
+        evidence = self.evidence
+        missing = {
+            f.key: evidence.expected[f.key]
+            for f in self.findings
+            if f.kind == "missing" and f.key in evidence.expected
+        }
+        unexpected = {
+            f.key: evidence.tensors[f.key]
+            for f in self.findings
+            if f.kind == "unexpected" and f.key in evidence.tensors
+        }
+        return missing, unexpected
+
+    def _moved_and_reshaped(
+        self, missing: Mapping[str, TensorFingerprint], unexpected: Mapping[str, Tensor]
+    ) -> None:
+        """Another key and another shape or order in one step: pairs whose statistics agree."""
+        taken: set[str] = set()
+        for key, expected in missing.items():
+            if is_constant(expected.stats):
+                continue
+            for there, tensor in unexpected.items():
+                actual = self.evidence.actual.get(there)
+                if there in taken or actual is None or actual.stats is None:
+                    continue
+                if tensor.dtype != expected.dtype or tensor.numel != expected.numel:
+                    continue
+                if not are_permutable(expected.stats, actual.stats):
+                    continue
+                cause = seen_otherwise(self.evidence, expected, tensor)
+                if cause is not None:
+                    moved = _moved_cause(key)
+                    text = f"{moved.text}: {cause.text}"
+                    accept = ("renamed", *cause.accept)
+                    first = replace(cause, text=text, of=(key,), accept=accept)
+                    self._rename((key,), (there,), (first, moved))
+                    taken.add(there)
+                    break
+
+    def _rename(
+        self, expected: tuple[str, ...], actual: tuple[str, ...], causes: tuple[Cause, ...]
+    ) -> None:
+        """Put findings of kind `renamed` in place of what was missing and unexpected."""
+        there = ", ".join(actual)
+        gone = {("missing", key) for key in expected} | {("unexpected", key) for key in actual}
+        self.findings = [f for f in self.findings if (f.kind, f.key) not in gone]
+        self.findings += [
+            Finding(
+                kind="renamed",
+                key=key,
+                actual_key=actual[0],
+                expected=key,
+                actual=there,
+                causes=causes,
+            )
+            for key in expected
+        ]
+
+    def _explain(self, finding: Finding, *causes: Cause) -> None:
+        place = next(i for i, f in enumerate(self.findings) if f is finding)
+        self.findings[place] = replace(finding, causes=(*finding.causes, *causes))
+
+    def each(self) -> None:
+        """Every finding for itself, the cheapest hypotheses first."""
+        for finding in [*self.findings]:
+            if not finding.causes and finding.kind in _EXPLAINED:
+                causes = self._causes_of(finding)
+                if causes:
+                    self._explain(finding, *causes)
+
+    def _causes_of(self, finding: Finding) -> list[Cause]:
+        evidence = self.evidence
+        evidence.check_time()
+        expected, actual, tensor = self._sides(finding)
+        if finding.kind == "prefix":
+            return [replace(_moved_cause(finding.key), text="the same keys under another prefix")]
+        if finding.kind == "missing":
+            return [] if expected is None else _kept_elsewhere(evidence, expected)
+        if actual is None:
+            return []
+        found = [_counter(expected, actual), _copied(evidence, finding, actual)]
+        if expected is not None:
+            found.append(rounded(evidence, expected, actual, tensor))
+        if finding.kind != "close":
+            found.append(constant(expected, actual))
+            if expected is not None:
+                found += self._of_pair(expected, actual, tensor)
+        causes = [cause for cause in found if cause is not None]
+        return sorted(causes, key=_quality)
+
+    def _of_pair(
+        self, expected: TensorFingerprint, actual: TensorFingerprint, tensor: Tensor | None
+    ) -> list[Cause | None]:
+        evidence = self.evidence
+        found: list[Cause | None] = []
+        if is_constant(expected.stats) or is_constant(actual.stats):
+            return found
+        if tensor is not None and are_permutable(expected.stats, actual.stats):
+            found.append(seen_otherwise(evidence, expected, tensor))
+        if tensor is not None and expected.shape != actual.shape:
+            found.append(rows_kept(evidence, expected, tensor))
+        if not any(found):
+            found.append(linear(expected, actual, evidence.block_nbytes))
+        return found
+
+    def together(self) -> None:
+        """What no tensor may prove alone: that they have nothing to do with the golden's."""
+        found: dict[int, Correlation] = {}
+        for place, finding in enumerate(self.findings):
+            if finding.causes or finding.kind not in ("different", "undecided"):
+                continue
+            expected, actual, _ = self._sides(finding)
+            if expected is not None and actual is not None:
+                related = correlation(expected, actual, self.evidence.block_nbytes)
+                if related is not None:
+                    found[place] = related
+        groups: dict[str, list[int]] = {}
+        for place in found:
+            name = "".join(c for c in self.findings[place].key if not c.isdigit())
+            groups.setdefault(name, []).append(place)
+        unclear: list[int] = []
+        clear: list[int] = []
+        for places in groups.values():
+            known = unrelated([found[place] for place in places])
+            (unclear if known is None else clear).extend(places)
+        if clear:
+            self._say_unrelated(clear, found)
+        # Tensors too small to tell alone are told together.
+        if unclear and unrelated([found[place] for place in unclear]) is not None:
+            self._say_unrelated(unclear, found)
+
+    def _say_unrelated(self, places: list[int], found: Mapping[int, Correlation]) -> None:
+        cause = unrelated([found[place] for place in places])
+        for place in places:
+            own = cause or unrelated([found[place]])
+            if own is not None:
+                self.findings[place] = replace(self.findings[place], causes=(own,))
+
+
+def _quality(cause: Cause) -> int:
+    order = ("counter", "constant", "moved", "widened", "rounded")
+    return order.index(cause.kind) if cause.kind in order else len(order)
+
+
+def _moved_cause(key: str) -> Cause:
+    return Cause(
+        kind="moved",
+        text=f"holds what {key} holds in the golden",
+        proof="digest",
+        accept=("renamed",),
+        of=(key,),
+    )
+
+
+def _copied(evidence: Evidence, finding: Finding, actual: TensorFingerprint) -> Cause | None:
+    """Another tensor of the golden has these bytes."""
+    if actual.numel < 2 or is_constant(actual.stats) or actual.digest is None:
+        return None
+    keys = [key for key in evidence.by_digest.get(actual.digest, ()) if key != finding.key]
+    if not keys:
+        return None
+    other, ours = evidence.actual.get(keys[0]), evidence.expected.get(finding.key)
+    named = " and ".join(keys[:3])
+    if finding.kind == "unexpected":
+        return Cause(kind="moved", text=f"a copy of {named}", proof="digest", of=tuple(keys))
+    swapped = other is not None and ours is not None and other.digest == ours.digest
+    return Cause(
+        kind="moved",
+        text=f"holds what {named} holds in the golden{', and the reverse' if swapped else ''}",
+        proof="digest",
+        accept=("renamed",) if swapped else (),
+        of=tuple(keys),
+    )
+
+
+def _kept_elsewhere(evidence: Evidence, expected: TensorFingerprint) -> list[Cause]:
+    """A tensor of the checkpoint that is expected as well has these bytes."""
+    if expected.numel < 2 or expected.digest is None or is_constant(expected.stats):
+        return []
+    keys = [k for k, t in evidence.actual.items() if t.digest == expected.digest]
+    if not keys:
+        return []
+    text = f"{' and '.join(keys[:3])} holds it, too"
+    return [Cause(kind="moved", text=text, proof="digest", of=tuple(keys))]
+
+
+def _counter(expected: TensorFingerprint | None, actual: TensorFingerprint) -> Cause | None:
+    """BatchNorm's count of the batches that it has seen."""
+    if expected is None or not actual.key.endswith("num_batches_tracked"):
+        return None
+    before, after = expected.stats, actual.stats
+    if actual.numel != 1 or actual.dtype.kind != "int" or before is None or after is None:
+        return None
+    was, now = int(before.min), int(after.min)
+    how = "reset to 0" if now == 0 else "advanced" if now > was else "set back"
+    text = f"BatchNorm's num_batches_tracked {how}: {was:,} before, {now:,} now"
+    return Cause(
+        kind="counter", text=text, proof="values", value=float(now), offset=float(now - was)
+    )

@@ -1,0 +1,307 @@
+"""Hypotheses about sums and scales: decided by all values, or by the sketch, which is linear.
+
+In: the fingerprints of both sides, with values or sketches in the same blocks. Out: the `Cause`
+that holds for every element to within the rounding of its dtype, or for every block within the
+bound of the sketch (chance 1e-12 a block), or None.
+
+For a = c·e + b·1, z_a - c z_e - b z_1 is the sketch of a - (c·e + b·1), so that the bounds by which
+close is decided bound how far the hypothesis is from the truth. The correlation of two tensors is
+estimated from 16 products a block with a standard error of 1/sqrt(16 blocks).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from harness.checkpoint.dtypes import DType, numpy_dtype
+from harness.comparison.causes.cause import Cause
+from harness.comparison.causes.evidence import is_constant
+from harness.fingerprints.arithmetic import as_floats
+from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
+from harness.fingerprints.sketch import NUM_PROJECTIONS, Sketch, projection
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Fewer elements fit too many hypotheses.
+_MIN_NUMEL = 8
+# |d| is at most this times |z|, at a chance of 1e-12 a block: 1 / sqrt(0.241289).
+_UPPER = 2.0358
+# A block's rounding errors, as a share of its norm, make a bound of at most so many of them.
+_ROUNDINGS = 12.0
+# What is printed as ± is two standard errors; what may be correlated by more is not unrelated.
+_SIGMAS, _MAX_CORRELATION = 2.0, 0.6
+# One tensor of a group may be off so far by chance; one that is related is not.
+_MAX_ALONE = 0.7
+
+
+def unit_roundoff(dtype: DType) -> float:
+    """The greatest relative error of rounding to a dtype."""
+    bits = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
+    return 2.0 ** -bits.get(dtype.name, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vector:
+    """A tensor as far as it is known: all of its `values`, or else a sketch of its blocks.
+
+    `rows` (n, k) are added up and compared, `norms` (n,) are of the blocks (of the elements).
+    """
+
+    rows: Array
+    norms: Array
+    is_exact: bool
+    numel: int
+    block: int = 1
+
+    @property
+    def ones(self) -> Array:
+        """The rows of a tensor of ones."""
+        if self.is_exact:
+            return np.ones_like(self.rows)
+        return _sketch_of_ones(self.numel, self.block)
+
+
+@lru_cache(maxsize=32)
+def _sketch_of_ones(numel: int, block: int) -> Array:
+    numbers = projection(block).numbers
+    whole, rest = divmod(numel, block)
+    rows = [np.broadcast_to(numbers.sum(axis=0), (whole, NUM_PROJECTIONS))]
+    if rest:
+        rows.append(numbers[None, :rest].sum(axis=1))
+    found = np.concatenate(rows)
+    found.setflags(write=False)
+    return found
+
+
+def vector_of(tensor: TensorFingerprint, block_nbytes: int) -> Vector | None:
+    """What is known of a tensor of finite real numbers; None where nothing, or where it is none."""
+    stats = tensor.stats
+    if tensor.dtype.kind != "float" or (stats is not None and stats.num_nonfinite):
+        return None
+    if tensor.values is not None:
+        data = np.frombuffer(tensor.values, "|u1")
+        values = as_floats(data, tensor.dtype).astype("<f8").reshape(-1, 1)
+        if not np.isfinite(values).all():
+            return None
+        return Vector(rows=values, norms=np.abs(values[:, 0]), is_exact=True, numel=tensor.numel)
+    if tensor.sketch is None:
+        return None
+    return of_sketch(tensor.sketch, tensor.numel, block_numel(tensor.dtype, block_nbytes))
+
+
+def of_sketch(sketch: Sketch, numel: int, block: int) -> Vector:
+    return Vector(
+        rows=sketch.projections,
+        norms=sketch.norms,
+        is_exact=False,
+        numel=numel,
+        block=block,
+    )
+
+
+def are_comparable(one: Vector, other: Vector) -> bool:
+    return (
+        one.rows.shape == other.rows.shape
+        and one.is_exact == other.is_exact
+        and (one.is_exact or (one.block == other.block))
+    )
+
+
+def constant(expected: TensorFingerprint | None, actual: TensorFingerprint) -> Cause | None:
+    """One value, or one value in the golden: proved by the least and the greatest element."""
+    for tensor, was in ((actual, ""), (expected, "was ")):
+        if tensor is None or tensor.stats is None or tensor.numel < 2:
+            continue
+        tail = " in the golden" if was else ""
+        if tensor.stats.num_nan == tensor.numel:
+            return Cause(kind="constant", text=f"{was}all NaN{tail}", proof="stats", value=math.nan)
+        if is_constant(tensor.stats):
+            value = tensor.stats.min
+            text = "all zero" if value == 0 else f"all {value:.6g}"
+            return Cause(kind="constant", text=f"{was}{text}{tail}", proof="stats", value=value)
+    return None
+
+
+def linear(
+    expected: TensorFingerprint, actual: TensorFingerprint, block_nbytes: int
+) -> Cause | None:
+    """Find c and b so that actual = c · expected + b, the simplest that hold."""
+    if expected.shape != actual.shape or expected.numel < _MIN_NUMEL:
+        return None
+    if is_constant(expected.stats) or is_constant(actual.stats):
+        return None
+    ours, theirs = vector_of(expected, block_nbytes), vector_of(actual, block_nbytes)
+    roundoff = max(unit_roundoff(expected.dtype), unit_roundoff(actual.dtype))
+    if ours is None or theirs is None or not are_comparable(ours, theirs) or roundoff > 2.0**-8:
+        return None
+    for factor, offset in _candidates(ours, theirs):
+        bound = _holds(ours, theirs, factor, offset, roundoff)
+        if bound is not None:
+            if ours.is_exact and _is_rounding_of(actual, factor * ours.rows + offset):
+                bound = 0.0
+            return _linear_cause(factor, offset, bound, is_exact=ours.is_exact)
+    return None
+
+
+def _candidates(ours: Vector, theirs: Vector) -> Iterator[tuple[float, float]]:
+    """Factors and offsets that may explain `theirs`: by least squares, first the rounder ones."""
+    e, a, ones = ours.rows.ravel(), theirs.rows.ravel(), ours.ones.ravel()
+    squares, sums = float(e @ e), float(ones @ ones)
+    if not squares or not sums:
+        return
+    factor = float(e @ a) / squares
+    for simple in _simple(factor):
+        if simple not in (0.0, 1.0):
+            yield simple, 0.0
+    offset = float(ones @ (a - e)) / sums
+    for simple in _simple(offset):
+        if simple != 0.0:
+            yield 1.0, simple
+    solution = np.linalg.lstsq(np.stack([e, ones], axis=1), a, rcond=None)[0]
+    for simple in _simple(float(solution[0])):
+        if simple not in (0.0, 1.0):
+            for other in _simple(float(solution[1])):
+                if other != 0.0:
+                    yield simple, other
+
+
+def _simple(number: float) -> list[float]:
+    """A number as a person would have chosen it: with few digits, as a fraction, then as it is."""
+    if not math.isfinite(number) or number == 0:
+        return []
+    found = [float(f"{number:.{digits}g}") for digits in (1, 2, 3, 4, 6)]
+    # Embeddings and attention are scaled by roots: of the width, of the size of a head.
+    square = number * number
+    if 1e-9 < square < 1e9:
+        whole = round(square) if square >= 1 else round(1 / square)
+        root = math.sqrt(whole) if square >= 1 else 1 / math.sqrt(whole)
+        found.append(math.copysign(root, number))
+    return list(dict.fromkeys([*found, number]))
+
+
+def _holds(
+    ours: Vector, theirs: Vector, factor: float, offset: float, roundoff: float
+) -> float | None:
+    """The relative bound within which actual = factor · expected + offset, None where beyond."""
+    with np.errstate(all="ignore"):
+        rest = theirs.rows - factor * ours.rows - offset * ours.ones
+        away = np.linalg.norm(rest, axis=1)
+        if ours.is_exact:
+            # What is rounded is each step, the product and the sum, and both numbers to float32.
+            product = abs(factor) * ours.norms
+            steps = 1.5 * theirs.norms + (product if factor != 1 and offset else 0.0)
+            allowed = roundoff * steps + 2.0**-23 * (product + abs(offset)) + 1e-45
+            holds = bool(np.all(away <= allowed))
+        else:
+            numels = np.full(len(away), float(theirs.block))
+            numels[-1] = theirs.numel - theirs.block * (len(away) - 1)
+            size = np.abs(factor) * ours.norms + abs(offset) * np.sqrt(numels) + theirs.norms
+            # Products of the sketch were rounded, too: some 1e-9 of the norms at the most.
+            noise = numels * 2.0**-53 * size * np.sqrt(numels * NUM_PROJECTIONS * 2)
+            away = (away + noise) * _UPPER
+            holds = bool(np.all(away <= _ROUNDINGS * roundoff * size + 2 * _UPPER * noise))
+        total = float(np.linalg.norm(theirs.norms))
+        if not holds or not total:
+            return None
+        bound = float(np.linalg.norm(away)) / total
+        # A hypothesis that says less than its own bound says nothing.
+        effect = np.linalg.norm((factor - 1) * ours.rows + offset * ours.ones)
+        return bound if effect > 4 * np.linalg.norm(away) else None
+
+
+def _is_rounding_of(actual: TensorFingerprint, exact: Array) -> bool:
+    """Whether its values are these numbers, rounded to its dtype."""
+    stored = np.frombuffer(actual.values or b"", numpy_dtype(actual.dtype))
+    with np.errstate(all="ignore"):
+        rounded = exact.ravel().astype(stored.dtype)
+    return bool(np.array_equal(rounded, stored))
+
+
+def _linear_cause(factor: float, offset: float, bound: float, *, is_exact: bool) -> Cause:
+    by = "" if factor == 1 else "−" if factor == -1 else f"{factor:.8g} × ".replace("-", "−")
+    plus = "" if not offset else f" {'+' if offset > 0 else '−'} {abs(offset):.8g}"
+    text = f"{by}the golden{plus}"
+    if bound:
+        text += f" (to within {bound:.0e} of its norm)"
+    return Cause(
+        kind="scaled" if factor != 1 else "shifted",
+        text=text,
+        proof="values" if is_exact else "sketch",
+        factor=factor if factor != 1 else None,
+        offset=offset or None,
+        bound=bound,
+    )
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """How two tensors correlate, and its standard error if they do not; `weight` counts samples."""
+
+    value: float
+    error: float
+
+    @property
+    def weight(self) -> float:
+        return 1 / self.error**2
+
+
+def correlation(
+    expected: TensorFingerprint, actual: TensorFingerprint, block_nbytes: int
+) -> Correlation | None:
+    """Correlate two tensors of one shape, each without its mean."""
+    if expected.shape != actual.shape or expected.numel < 2 * _MIN_NUMEL:
+        return None
+    if is_constant(expected.stats) or is_constant(actual.stats):
+        return None
+    ours, theirs = vector_of(expected, block_nbytes), vector_of(actual, block_nbytes)
+    if ours is None or theirs is None or not are_comparable(ours, theirs):
+        return None
+    means = [_mean_of(tensor, vector) for tensor, vector in ((expected, ours), (actual, theirs))]
+    e, a = ours.rows - means[0] * ours.ones, theirs.rows - means[1] * theirs.ones
+    per_row = 1 if ours.is_exact else NUM_PROJECTIONS
+    # The norms are known exactly, also without the mean.
+    sizes = [
+        math.sqrt(max(0.0, float(np.square(v.norms).sum()) - v.numel * m * m))
+        for v, m in zip((ours, theirs), means, strict=True)
+    ]
+    if not sizes[0] or not sizes[1]:
+        return None
+    value = float(np.sum(e * a)) / per_row / sizes[0] / sizes[1]
+    # Blocks of other sizes count by their share: the sum of squares of the shares.
+    shares = ours.norms * theirs.norms
+    of_sketch_ = 0.0 if ours.is_exact else _concentration(shares) / NUM_PROJECTIONS
+    return Correlation(value, math.sqrt(of_sketch_ + 1 / expected.numel))
+
+
+def _concentration(shares: Array) -> float:
+    total = float(shares.sum())
+    return float(np.square(shares / total).sum()) if total else 1.0
+
+
+def _mean_of(tensor: TensorFingerprint, vector: Vector) -> float:
+    if tensor.stats is not None:
+        return tensor.stats.mean
+    return float(vector.rows.mean()) if vector.is_exact else 0.0
+
+
+def unrelated(found: Sequence[Correlation]) -> Cause | None:
+    """Say of one tensor, or of several together, that they have nothing of the golden's values."""
+    if not found or any(abs(one.value) > _MAX_ALONE for one in found):
+        return None
+    weight = sum(one.weight for one in found)
+    value = sum(one.value * one.weight for one in found) / weight
+    error = _SIGMAS / math.sqrt(weight)
+    if abs(value) > 1.5 * error or abs(value) + error > _MAX_CORRELATION:
+        return None
+    said = f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
+    text = (
+        f"unrelated values (correlation {said} ± {max(0.01, error):.2f}): never loaded, "
+        "or initialised again"
+    )
+    return Cause(kind="unrelated", text=text, proof="sketch", correlation=value, bound=error)

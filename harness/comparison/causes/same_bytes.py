@@ -1,0 +1,144 @@
+"""Hypotheses about one tensor's bytes: the same as the golden's, seen in another way.
+
+In: the expected fingerprint of a tensor, and the actual tensor. Out: the first `Cause` that the
+expected digest proves, or None. Each costs a block to reject, and one pass over the tensor to
+prove.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import permutations
+
+from harness.checkpoint.tensors import Tensor
+from harness.comparison.causes.cause import Cause
+from harness.comparison.causes.evidence import Evidence
+from harness.comparison.causes.views import narrowed, permuted, reshaped, split
+from harness.fingerprints.fingerprint import TensorFingerprint
+
+_MAX_PERMUTED_NDIM = 4
+_MAX_HEAD_DIM = 512
+_RESHAPED = Cause(kind="reshaped", text="", proof="digest", accept=("reshaped",))
+_TRANSPOSED = Cause(kind="transposed", text="", proof="digest", accept=("transposed",))
+_ROTATED = Cause(kind="rows", text="", proof="digest", accept=("order",), axis=0)
+_CHANNELS_LAST = {(0, 2, 3, 1): "channels_last", (0, 2, 3, 4, 1): "channels_last_3d"}
+
+
+def seen_otherwise(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -> Cause | None:
+    """Find the other shape, order of dims or order of rows in which the bytes are the golden's."""
+    if expected.dtype != actual.dtype or expected.numel != actual.numel or expected.numel < 2:
+        return None
+    for view, cause in _ways(expected, actual):
+        if evidence.are_bytes_of(view, expected):
+            return cause
+    return None
+
+
+def _ways(expected: TensorFingerprint, actual: Tensor) -> Iterator[tuple[Tensor, Cause]]:
+    if expected.shape != actual.shape:
+        same = reshaped(actual, expected.shape)
+        if same is not None:
+            text = f"the same bytes as {list(actual.shape)}"
+            yield same, replace(_RESHAPED, text=text, shape=actual.shape)
+    yield from _permutations(expected, actual)
+    if expected.shape == actual.shape and len(expected.shape) in (1, 2):
+        yield from _rotary(actual)
+
+
+def _permutations(expected: TensorFingerprint, actual: Tensor) -> Iterator[tuple[Tensor, Cause]]:
+    """Dims in another order: as told by the shape, or bytes in one order read as in another."""
+    ndim = len(actual.shape)
+    if 2 <= ndim <= _MAX_PERMUTED_NDIM + 1:
+        for axes in _orders(ndim):
+            view = permuted(actual, axes)
+            if view.shape == expected.shape:
+                # `axes` make the golden of what is there: the reverse is what happened to it.
+                back = _inverse(axes)
+                text = "transposed" if ndim == 2 else f"its dims permuted as {list(back)}"
+                yield view, replace(_TRANSPOSED, text=text, axes=back)
+            elif len(expected.shape) == ndim or _is_squeezed(view.shape, expected.shape):
+                flat = f"its dims permuted as {list(_inverse(axes))}, then reshaped"
+                yield view, replace(_TRANSPOSED, text=flat, axes=_inverse(axes))
+    ndim = len(expected.shape)
+    if 2 <= ndim <= _MAX_PERMUTED_NDIM + 1 and sorted(actual.shape) == sorted(expected.shape):
+        for axes in _orders(ndim):
+            memory = reshaped(actual, tuple(expected.shape[axis] for axis in axes))
+            if memory is None:
+                return
+            name = _CHANNELS_LAST.get(axes)
+            text = (
+                f"the bytes of {name}, read as contiguous"
+                if name
+                else "the bytes of "
+                + (
+                    "its transpose, read as contiguous"
+                    if ndim == 2
+                    else f"its dims in the order {list(axes)}, read as contiguous"
+                )
+            )
+            view = permuted(memory, _inverse(axes))
+            yield view, replace(_TRANSPOSED, text=text, axes=axes)
+
+
+def _orders(ndim: int) -> Iterator[tuple[int, ...]]:
+    if ndim > _MAX_PERMUTED_NDIM:  # too many to try: what convolutions of videos have
+        yield from ((0, 2, 3, 4, 1), (0, 4, 1, 2, 3))
+        return
+    found = (axes for axes in permutations(range(ndim)) if axes != tuple(range(ndim)))
+    yield from sorted(found, key=lambda axes: axes not in ((0, 2, 3, 1), (0, 3, 1, 2)))
+
+
+def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(axes.index(axis) for axis in range(len(axes)))
+
+
+def _is_squeezed(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return [n for n in shape if n != 1] == [n for n in other if n != 1]
+
+
+def _rotary(actual: Tensor) -> Iterator[tuple[Tensor, Cause]]:
+    """Rows of query and key heads: halves side by side, or rotated pairs interleaved."""
+    num_rows = actual.shape[0]
+    for head_dim in range(4, min(num_rows, _MAX_HEAD_DIM) + 1, 2):
+        if num_rows % head_dim:
+            continue
+        heads, half = num_rows // head_dim, head_dim // 2
+        rest = range(3, len(actual.shape) + 2)
+        for sizes, said in (
+            ((heads, half, 2), "RoPE half-split, now interleaved"),
+            ((heads, 2, half), "RoPE interleaved, now half-split"),
+        ):
+            view = permuted(split(actual, 0, sizes), (0, 2, 1, *rest))
+            plural = f"{heads} head{'s' if heads > 1 else ''} of {head_dim}"
+            # Row 1 of the golden, as the simplest that has moved.
+            now = 2 if sizes[2] == 2 else half
+            text = f"its rows in another order: {said} ({plural}); row 1 is now row {now}"
+            yield view, replace(_ROTATED, text=text, num_heads=heads)
+
+
+def rows_kept(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -> Cause | None:
+    """Find whether the golden is a range of one dim of what is there now."""
+    if expected.dtype != actual.dtype or len(expected.shape) != len(actual.shape):
+        return None
+    axes = [a for a, (n, m) in enumerate(zip(expected.shape, actual.shape, strict=True)) if n != m]
+    if len(axes) != 1 or expected.numel == 0 or expected.shape[axes[0]] > actual.shape[axes[0]]:
+        return None
+    axis = axes[0]
+    size, now = expected.shape[axis], actual.shape[axis]
+    name = range_name(axis)
+    for start in (0, now - size):
+        view = narrowed(actual, axis, start, start + size)
+        if evidence.are_bytes_of(view, expected):
+            where = "" if start == 0 else f", moved to {start}–{now - 1}"
+            text = f"{name} 0 to {size - 1} are the golden's{where}, {now - size:,} added"
+            rows = ((start, start + size),)
+            return Cause(
+                kind="rows", text=text, proof="digest", axis=axis, rows=rows, num_added=now - size
+            )
+    return None
+
+
+def range_name(axis: int) -> str:
+    """What the indices of a dim are called."""
+    return {0: "rows", 1: "columns"}.get(axis, f"indices of dim {axis}")

@@ -1,0 +1,150 @@
+"""Tensors seen in another way: other dims, ranges and orders, and several as one.
+
+In: tensors that can be read. Out: views that read what the other way of seeing makes of them, and
+their digests. Nothing is copied; memory: a chunk a thread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from blake3 import blake3
+
+from harness.checkpoint.dtypes import DType
+from harness.checkpoint.tensors import Tensor
+from harness.fingerprints.fingerprint import digest_of
+from harness.streaming.chunks import Chunk, buffers, chunks
+from harness.streaming.threads import parallel
+from harness.streaming.workers import ALL_CORES, Workers
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class View(Protocol):
+    """Logical bytes that can be read from any place."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def read_into(self, start: int, buffer: memoryview) -> None: ...
+
+
+def digest_as(
+    view: View, dtype: DType, shape: tuple[int, ...], workers: Workers = ALL_CORES
+) -> bytes:
+    """The digest of the view's bytes as a tensor of this dtype and shape."""
+
+    def of_chunk(chunk: Chunk) -> bytes:
+        data = buffers.get("chunk", chunk.nbytes)
+        view.read_into(chunk.start, data.data)
+        return blake3(data.data).digest()
+
+    return digest_of(dtype, shape, parallel(of_chunk, [*chunks(view.nbytes)], jobs=workers.jobs))
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...]:
+    """The strides in elements, also of a contiguous tensor."""
+    if tensor.strides is not None:
+        return tensor.strides
+    return tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
+
+
+def permuted(tensor: Tensor, axes: Sequence[int]) -> Tensor:
+    """The tensor with its dims in another order, as `torch.permute`."""
+    strides = strides_of(tensor)
+    return replace(
+        tensor,
+        shape=tuple(tensor.shape[axis] for axis in axes),
+        strides=tuple(strides[axis] for axis in axes),
+    )
+
+
+def narrowed(tensor: Tensor, axis: int, start: int, stop: int, step: int = 1) -> Tensor:
+    """A range of one dim, as slicing."""
+    strides = list(strides_of(tensor))
+    offset = tensor.offset + start * strides[axis]
+    shape = list(tensor.shape)
+    shape[axis], strides[axis] = len(range(start, stop, step)), strides[axis] * step
+    return replace(tensor, shape=tuple(shape), strides=tuple(strides), offset=offset)
+
+
+def selected(tensor: Tensor, axis: int, index: int) -> Tensor:
+    """One index of a dim, which is gone then."""
+    strides = strides_of(tensor)
+    return replace(
+        tensor,
+        shape=tensor.shape[:axis] + tensor.shape[axis + 1 :],
+        strides=strides[:axis] + strides[axis + 1 :],
+        offset=tensor.offset + index * strides[axis],
+    )
+
+
+def split(tensor: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
+    """One dim as several, whose sizes have its size as their product."""
+    strides = strides_of(tensor)
+    inner = [strides[axis] * math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
+    return replace(
+        tensor,
+        shape=(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :]),
+        strides=(*strides[:axis], *inner, *strides[axis + 1 :]),
+    )
+
+
+def reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The same logical bytes in another shape; None where that would take a copy."""
+    if not tensor.is_contiguous:
+        return None
+    return replace(tensor, shape=shape, strides=None)
+
+
+@dataclass(frozen=True)
+class Chained:
+    """Several views, one behind the other: joined along the first dim, or stacked."""
+
+    parts: Sequence[View]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        done = 0
+        for part in self.parts:
+            if done == len(buffer):
+                return
+            if start >= part.nbytes:
+                start -= part.nbytes
+                continue
+            count = min(part.nbytes - start, len(buffer) - done)
+            part.read_into(start, buffer[done : done + count])
+            done, start = done + count, 0
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Tensors joined along another dim than the first: their rows stand side by side."""
+
+    parts: Sequence[Tensor]
+    axis: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        num_rows = math.prod(self.parts[0].shape[: self.axis])
+        widths = [part.nbytes // num_rows for part in self.parts]
+        width = sum(widths)
+        first, last = start // width, -(-(start + len(buffer)) // width)
+        rows = np.empty((last - first, width), "|u1")
+        place = 0
+        for part, its_width in zip(self.parts, widths, strict=True):
+            data = np.empty((last - first, its_width), "|u1")
+            part.read_into(first * its_width, data.reshape(-1).data)
+            rows[:, place : place + its_width] = data
+            place += its_width
+        begin = start - first * width
+        buffer[:] = rows.reshape(-1)[begin : begin + len(buffer)].data

@@ -1,0 +1,268 @@
+"""What happened, from the golden alone and with both files, of tensors kept in full and sketched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import api
+from harness.comparison.causes.cause import Cause
+from harness.comparison.comparison import Comparison
+from harness.comparison.findings import Finding
+from harness.comparison.policy import Policy
+from harness.errors import UsageError
+
+State = dict[str, torch.Tensor]
+Change = Callable[[State], State]
+FORMS = [(torch.float32, 96), (torch.float32, 16), (torch.bfloat16, 96)]
+
+
+def state(dtype: torch.dtype, width: int = 96) -> State:
+    """Weights of two layers; `width` 96 has sketches of several blocks, 16 values."""
+    g = torch.Generator().manual_seed(7)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=g) * 0.1).to(dtype)
+
+    found = {"embed.weight": weight(2 * width, width)}
+    for layer in range(2):
+        found |= {
+            f"layers.{layer}.norm.weight": weight(width) + 1,
+            f"layers.{layer}.q.weight": weight(width, width),
+            f"layers.{layer}.k.weight": weight(width, width),
+            f"layers.{layer}.conv.weight": weight(width, width // 4, 3, 3),
+            f"layers.{layer}.steps.num_batches_tracked": torch.tensor(7 + layer),
+        }
+    return found
+
+
+def at(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda old: {k: change(t).contiguous() if k == key else t for k, t in old.items()}
+
+
+def renamed(rename: Callable[[str], str], cast: torch.dtype | None = None) -> Change:
+    def change(old: State) -> State:
+        return {
+            rename(k): t.to(cast) if cast is not None and t.is_floating_point() else t
+            for k, t in old.items()
+        }
+
+    return change
+
+
+Q, EMBED, CONV, NORM = (
+    "layers.0.q.weight",
+    "embed.weight",
+    "layers.0.conv.weight",
+    "layers.0.norm.weight",
+)
+
+
+def compare(
+    tmp_path: Path, before: State, after: State, how: str, policy: Policy | None = None
+) -> Comparison:
+    torch.save(before, tmp_path / "before.pt")
+    torch.save(after, tmp_path / "after.pt")
+    if how == "both files":
+        return api.diff(tmp_path / "before.pt", tmp_path / "after.pt", policy=policy)
+    golden = api.record(tmp_path / "before.pt", tmp_path / "golden.safetensors", overwrite=True)
+    return api.verify(tmp_path / "after.pt", golden, policy=policy)
+
+
+def of_key(comparison: Comparison, key: str) -> Finding:
+    [found] = [f for f in comparison.findings if key in (f.key, f.actual_key)]
+    return found
+
+
+def cause_of(comparison: Comparison, key: str) -> Cause:
+    return of_key(comparison, key).causes[0]
+
+
+def interleave(weight: torch.Tensor, heads: int = 4) -> torch.Tensor:
+    rows = weight.shape[0] // heads // 2
+    return weight.view(heads, 2, rows, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def swap(old: State) -> State:
+    return old | {Q: old["layers.0.k.weight"], "layers.0.k.weight": old[Q]}
+
+
+def fuse(old: State) -> State:
+    new = dict(old)
+    for layer in range(2):
+        q, k = (new.pop(f"layers.{layer}.{name}.weight") for name in "qk")
+        new[f"layers.{layer}.qk.weight"] = torch.cat([q, k])
+    return new
+
+
+def stack(old: State) -> State:
+    new = dict(old)
+    new["layers.q"] = torch.stack([new.pop(f"layers.{layer}.q.weight") for layer in range(2)])
+    return new
+
+
+def channels_last(weight: torch.Tensor) -> torch.Tensor:
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape)
+
+
+def shuffled(weight: torch.Tensor) -> torch.Tensor:
+    return torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+
+
+def reset(old: State) -> State:
+    return {k: shuffled(t) if t.ndim > 1 else t for k, t in old.items()}
+
+
+ROWS: list[tuple[str, Change, str, str]] = [
+    (Q, swap, "moved", "holds what layers.0.k.weight holds in the golden, and the reverse"),
+    (CONV, at(CONV, lambda t: t.flatten(1)), "reshaped", "the same bytes as ["),
+    (CONV, at(CONV, lambda t: t.unsqueeze(0)), "reshaped", "the same bytes as [1, "),
+    (Q, at(Q, torch.t), "transposed", "transposed"),
+    (EMBED, at(EMBED, torch.t), "transposed", "transposed"),
+    (CONV, at(CONV, lambda t: t.permute(1, 0, 2, 3)), "transposed", "its dims permuted as [1, 0"),
+    (CONV, at(CONV, channels_last), "transposed", "the bytes of channels_last"),
+    ("layers.0.q.weight", fuse, "joined", "qk.weight = q.weight and k.weight joined along 0"),
+    ("layers.0.q.weight", stack, "stacked", "q = layers.{0,1}.q.weight, stacked"),
+    (Q, at(Q, interleave), "rows", "RoPE half-split, now interleaved (4 heads"),
+    (EMBED, at(EMBED, lambda t: torch.cat([t, t[:8]])), "rows", "8 added"),
+    (Q, at(Q, torch.zeros_like), "constant", "all zero"),
+    (Q, at(Q, torch.ones_like), "constant", "all 1"),
+    (Q, at(Q, lambda t: t * 0.5), "scaled", "0.5 × the golden"),
+    (Q, at(Q, lambda t: -t), "scaled", "−the golden"),
+    (NORM, at(NORM, lambda t: t - 1), "shifted", "the golden − 1"),
+    (EMBED, reset, "unrelated", "unrelated values (correlation "),
+]
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize(("dtype", "width"), FORMS, ids=str)
+@pytest.mark.parametrize("row", range(len(ROWS)))
+def test_what_happened_is_said(
+    tmp_path: Path, row: int, width: int, dtype: torch.dtype, how: str
+) -> None:
+    key, change, kind, text = ROWS[row]
+    before = state(dtype, width)
+    found = compare(tmp_path, before, change(before), how)
+    cause = cause_of(found, key)
+    assert (cause.kind, text in cause.text) == (kind, True), cause.text
+
+
+def test_what_was_all_zero_in_the_golden_is_said(tmp_path: Path) -> None:
+    before = state(torch.float32)
+    before[Q] = torch.zeros_like(before[Q])
+    found = compare(tmp_path, before, at(Q, shuffled)(before), "golden alone")
+    assert cause_of(found, Q).text == "was all zero in the golden"
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+def test_what_was_split_and_unstacked_is_said(tmp_path: Path, how: str) -> None:
+    before = state(torch.float32)
+    for change in (fuse, stack):
+        found = compare(tmp_path, change(before), before, how)
+        kinds = {f.causes[0].kind for f in found.findings}
+        assert (kinds, {f.kind for f in found.findings}) == ({"split"}, {"renamed"})
+
+
+def experts(form: str) -> State:
+    """Four experts of two layers: each with its own keys, or stacked in one of the usual ways."""
+    g = torch.Generator().manual_seed(3)
+    found: State = {}
+    for layer in range(2):
+        gate, up, down = (
+            torch.randn(4, *shape, generator=g) for shape in ((24, 40), (24, 40), (40, 24))
+        )
+        stem = f"model.layers.{layer}.mlp.experts"
+        if form == "each":
+            for index in range(4):
+                found |= {
+                    f"{stem}.{index}.gate_proj.weight": gate[index].clone(),
+                    f"{stem}.{index}.up_proj.weight": up[index].clone(),
+                    f"{stem}.{index}.down_proj.weight": down[index].clone(),
+                }
+        else:
+            both = torch.cat([gate, up], 1)
+            if form == "interleaved":
+                both = torch.stack([gate, up], 2).flatten(1, 2)
+            if form == "transposed":
+                both, down = both.transpose(1, 2), down.transpose(1, 2)
+            found |= {f"{stem}.gate_up_proj": both.contiguous(), f"{stem}.down_proj": down.clone()}
+    return found
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("form", ["joined", "transposed", "interleaved"])
+def test_experts_are_recognised_in_a_stack(tmp_path: Path, form: str, how: str) -> None:
+    found = compare(tmp_path, experts("each"), experts(form), how)
+    assert {f.kind for f in found.findings} == {"renamed"}
+    assert {f.causes[0].kind for f in found.findings} == {"stacked"}
+    assert len(found.findings) == 24
+    assert "no key in common, but 24 of 24 tensors are equal under other keys" in found.notes
+    assert compare(tmp_path, experts("each"), experts(form), how, Policy(accept=("joined",))).ok
+
+
+@pytest.mark.parametrize("form", ["joined", "transposed"])
+def test_experts_are_recognised_one_by_one(tmp_path: Path, form: str) -> None:
+    found = compare(tmp_path, experts(form), experts("each"), "golden alone")
+    assert {(f.kind, f.causes[0].kind) for f in found.findings} == {("renamed", "split")}
+    assert len(found.findings) == 4
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("width", [16, 96])
+def test_what_was_widened_is_said(tmp_path: Path, width: int, how: str) -> None:
+    before = state(torch.bfloat16, width)
+    found = compare(tmp_path, before, at(Q, torch.Tensor.float)(before), how)
+    assert (found.findings[0].kind, cause_of(found, Q).kind) == ("dtype", "widened")
+    more = at(Q, lambda t: t.float() * (1 + 2.0**-14))(before)
+    assert cause_of(compare(tmp_path, before, more, how), Q).kind == "rounded"
+
+
+def test_new_names_and_a_rounding_are_told_together(tmp_path: Path) -> None:
+    before = {k: t for k, t in state(torch.float32).items() if t.is_floating_point()}
+    change = renamed(lambda key: "model." + key.replace("layers", "blocks"), torch.bfloat16)
+    found = compare(tmp_path, before, change(before), "both files")
+    assert {f.kind for f in found.findings} == {"renamed"}
+    assert {(f.causes[0].kind, f.causes[1].kind) for f in found.findings} == {("moved", "rounded")}
+    note = "no key in common, but 9 of 9 tensors are equal under other keys, up to rounding"
+    assert note in found.notes
+    accept = Policy(accept=("renamed", "rounded"))
+    assert compare(tmp_path, before, change(before), "both files", accept).verdict == "close"
+    only = Policy(accept=("renamed",))
+    assert compare(tmp_path, before, change(before), "both files", only).verdict == "different"
+
+
+def test_counters_are_one_line_whatever_their_numbers(tmp_path: Path) -> None:
+    before = state(torch.float32)
+    after = {k: torch.tensor(0) if "tracked" in k else t for k, t in before.items()}
+    found = compare(tmp_path, before, after, "golden alone")
+    assert {f.causes[0].kind for f in found.findings} == {"counter"}
+    assert cause_of(found, "layers.1.steps.num_batches_tracked").text.endswith(
+        "reset to 0: 8 before, 0 now"
+    )
+
+
+def test_a_word_that_names_no_cause_is_an_error() -> None:
+    with pytest.raises(UsageError, match="no such cause"):
+        Policy(accept=("everything",))
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e-1])
+@pytest.mark.parametrize("width", [16, 96])
+def test_a_small_change_has_no_cause(tmp_path: Path, width: int, scale: float, how: str) -> None:
+    before = state(torch.float32, width)
+    found = compare(
+        tmp_path, before, at(Q, lambda t: t + scale * t.std() * shuffled(t))(before), how
+    )
+    assert all(not finding.causes for finding in found.findings)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_low_rank_change_has_no_cause(tmp_path: Path, rank: int) -> None:
+    before = state(torch.float32)
+    delta = shuffled(torch.empty(96, rank)) @ shuffled(torch.empty(rank, 96)) * 0.05
+    found = compare(tmp_path, before, at(Q, lambda t: t + delta)(before), "golden alone")
+    assert [finding.causes for finding in found.findings] == [()]
