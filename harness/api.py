@@ -137,6 +137,7 @@ def record(
             keep_values=holding.keeps,
             block_nbytes=holding.block_nbytes,
             residues=(atol, rtol) if holding.residues else None,
+            hashes=True,
             check_integrity=True,
             workers=Workers(jobs=jobs, progress=progress),
         )
@@ -333,6 +334,7 @@ def update(
             keep_values=holding.keeps,
             block_nbytes=holding.block_nbytes,
             residues=old.tolerance if holding.residues else None,
+            hashes=True,
             check_integrity=True,
             workers=workers,
         )

@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from harness.checkpoint.dtypes import DType
 from harness.checkpoint.tensors import Checkpoint, Tensor
+from harness.fingerprints.hashes import Hashes
 from harness.fingerprints.residues import DEFAULT_TOLERANCE, Residues
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, Sketch
 from harness.fingerprints.stats import Stats
@@ -34,6 +35,7 @@ class TensorFingerprint:
     values: bytes | None = None
     sketch: Sketch | None = None
     residues: Residues | None = None
+    hashes: Hashes | None = None
 
     @property
     def numel(self) -> int:

@@ -27,6 +27,7 @@ from harness.fingerprints.fingerprint import (
     digest_of,
     of_value,
 )
+from harness.fingerprints.hashes import ChunkHashes, can_be_hashed, hash_chunk, join_hashes
 from harness.fingerprints.integrity import (
     Run,
     check_undamaged,
@@ -69,13 +70,14 @@ def fingerprint(
     keep_values: Wanted = lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,
     block_nbytes: int = DEFAULT_BLOCK_NBYTES,
     residues: tuple[float, float] | None = None,
+    hashes: bool = False,
     check_integrity: bool = False,
     workers: Workers = ALL_CORES,
 ) -> Fingerprint:
     """Fingerprint every tensor: digests of all, stats and values or sketch where `details` says.
 
-    `residues` are kept beside sketches for this tolerance (atol, rtol). Memory: 20 MB a thread,
-    plus what is kept. Raises CheckpointError.
+    Beside sketches, `residues` are kept for this tolerance (atol, rtol), and `hashes` where they
+    are asked for. Memory: 20 MB a thread, plus what is kept. Raises CheckpointError.
     """
     originals = [t for t in checkpoint.tensors.values() if t.alias_of is None]
     prints = {tensor.key: of_value(tensor) for tensor in originals if tensor.dtype.is_value}
@@ -95,7 +97,8 @@ def fingerprint(
         carries = keeps and tensor.numel <= MAX_KEPT_NUMEL
         cuts = cuts_of(runs[tensor.key]) if tensor.key in runs else None
         grid = None if residues is None or block is None else Grid.of(tensor.dtype, *residues)
-        scans.append(_Scan(tensor, cuts, wants, carries, block, grid))
+        hashed = hashes and block is not None and can_be_hashed(tensor.dtype)
+        scans.append(_Scan(tensor, cuts, wants, carries, block, grid, hashed))
     workers.expect(sum(scan.nbytes for scan in scans) + sum(entry.nbytes for entry in rest))
     scanned = map_chunks(scans, _scan_chunk, workers)
     if check_integrity:
@@ -152,6 +155,7 @@ class _ChunkPrint:
     moments: tuple[Moments, ...] = ()
     sketches: tuple[Sketch, ...] = ()
     residues: tuple[Residues | None, ...] = ()
+    hashes: ChunkHashes | None = None
     values: bytes = b""
 
 
@@ -168,6 +172,7 @@ class _Scan:
     carries_values: bool
     block_nbytes: int | None
     grid: Grid | None = None
+    wants_hashes: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -207,8 +212,14 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
             squares = _joined(runs.squares, numel // run) if numel % run == 0 else None
             sketches.append(sketch_values(values, numel, squares))
         moments.append(moments_of(finite, runs, extremes, nonfinite))
+    hashes = None
+    if scan.wants_hashes:
+        is_finite = of_chunk is not None and of_chunk.are_finite
+        hashes = hash_chunk(data, tensor.dtype, may_be_nan=not is_finite)
     kept = data.tobytes() if scan.carries_values else b""
-    return _ChunkPrint(digest, crc32s, tuple(moments), tuple(sketches), tuple(residues), kept)
+    return _ChunkPrint(
+        digest, crc32s, tuple(moments), tuple(sketches), tuple(residues), hashes, kept
+    )
 
 
 def _joined(squares: Array, count: int) -> Array:
@@ -245,4 +256,7 @@ def _join(scan: _Scan, parts: Sequence[_ChunkPrint]) -> TensorFingerprint:
         if sketches
         else None,
         residues=Residues.joined([one for part in parts for one in part.residues]),
+        hashes=join_hashes([part.hashes for part in parts if part.hashes is not None])
+        if scan.wants_hashes
+        else None,
     )

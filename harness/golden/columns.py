@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from harness.checkpoint.dtypes import DTYPES, DType
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, block_numel, digest_of
+from harness.fingerprints.hashes import HASH_NBYTES, NARROWER, UNORDERED_NBYTES, Hashes
 from harness.fingerprints.residues import DIGEST_NBYTES, Grid, Residues, num_residue_blocks
 from harness.fingerprints.sketch import NUM_PROJECTIONS, Sketch, num_blocks
 from harness.fingerprints.stats import Stats
@@ -147,6 +148,22 @@ FIELDS = (
         ),
         to_rows=lambda residues: (residues.packed, residues.digests),
         from_rows=_residues,
+    ),
+    Field(
+        name="hashes",
+        columns=(
+            Column(
+                name="rounded",
+                dtype="|u1",
+                shape=(HASH_NBYTES,),
+                num_rows=lambda form: len(NARROWER.get(form.dtype.name, ())),
+            ),
+            Column(
+                name="unordered", dtype="|u1", shape=(UNORDERED_NBYTES,), num_rows=lambda form: 1
+            ),
+        ),
+        to_rows=lambda hashes: (hashes.rounded, hashes.unordered.reshape(1, UNORDERED_NBYTES)),
+        from_rows=lambda form, rounded, unordered: Hashes(rounded=rounded, unordered=unordered[0]),
     ),
 )
 

@@ -1,0 +1,149 @@
+"""Hashes of what a tensor may become: rounded to a narrower dtype, or in another order.
+
+In: logical bytes of floats, chunk by chunk. Out: `Hashes`: 128 bits of each rounding, 96 of the
+values in any order. They are not made to withstand someone who wants two tensors to have the same:
+the digest is.
+
+**Rounded.** xxh3 over the values cast to the narrower dtype (to the nearest, ties to even; NaN as
+one bit pattern), in units of `UNIT_NUMEL` elements whatever the dtypes are, then over those hashes.
+
+**Unordered.** With each element as a word x of its bits, and y = x·c modulo the word: the sums of
+x[i]², x[i]·y[i] and y[i]² over the bytes i of all elements, modulo 2^32. A sum has no order; a
+changed element changes each of the three by one of some 2^17 amounts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numkong
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from harness.checkpoint.dtypes import DTYPES, DType, numpy_dtype
+from harness.streaming.chunks import buffers
+
+_Array = NDArray[Any]
+
+HASH_NBYTES = 16
+UNORDERED_NBYTES = 12
+UNIT_NUMEL = 1 << 19
+# Narrower dtypes, by that of the tensor.
+NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16", "float16")}
+_INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+_NAN = {"float32": 0x7FC00000, "bfloat16": 0x7FC0, "float16": 0x7E00}
+# Odd, so that no word is lost, and without a pattern.
+_FACTORS = {2: np.uint16(0xCA87), 4: np.uint32(0x9E3779B1), 8: np.uint64(0x9E3779B185EBCA87)}
+# Elements at a time: what is made of them stays in the cache until it is hashed.
+_PASS_NUMEL = 1 << 17
+_WORDS = {2: "<u2", 4: "<u4", 8: "<u8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hashes:
+    """`rounded` is U8 (n, 16), in the order of `NARROWER`; `unordered` U8 (12,)."""
+
+    rounded: _Array
+    unordered: _Array
+
+    def of_rounding(self, stored: DType, dtype: DType) -> bytes | None:
+        """The hash of the values of a `stored` tensor cast to a narrower dtype."""
+        names = NARROWER.get(stored.name, ())
+        if dtype.name not in names:
+            return None
+        return bytes(self.rounded[names.index(dtype.name)].tobytes())
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkHashes:
+    """What a chunk adds: a hash of each unit and narrower dtype, and sums."""
+
+    rounded: tuple[tuple[bytes, ...], ...]
+    sums: _Array
+
+
+def can_be_hashed(dtype: DType) -> bool:
+    """Whether hashes are kept of tensors of this dtype: floats of two bytes or more."""
+    return dtype.kind == "float" and dtype.itemsize in _WORDS
+
+
+def hash_chunk(data: _Array, dtype: DType, *, may_be_nan: bool = True) -> ChunkHashes:
+    """Hash the logical bytes of a chunk, which begins where a unit does."""
+    values = data.view(numpy_dtype(dtype))
+    narrower = [DTYPES[name] for name in NARROWER.get(dtype.name, ())]
+    rounded: list[list[bytes]] = [[] for _ in narrower]
+    total = np.zeros(3, "<u8")
+    for start in range(0, values.size, UNIT_NUMEL):
+        unit = values[start : start + UNIT_NUMEL]
+        hashers = [xxhash.xxh3_128() for _ in narrower]
+        for place in range(0, unit.size, _PASS_NUMEL):
+            some = unit[place : place + _PASS_NUMEL]
+            for hasher, dtype_ in zip(hashers, narrower, strict=True):
+                hasher.update(_cast(some, dtype_, may_be_nan=may_be_nan).data)
+            total += _sums(some)
+        for found, hasher in zip(rounded, hashers, strict=True):
+            found.append(hasher.digest())
+    sums = (total & 0xFFFFFFFF).astype("<u4")
+    return ChunkHashes(tuple(map(tuple, rounded)), sums)
+
+
+def join_hashes(parts: Sequence[ChunkHashes]) -> Hashes:
+    """Join what the chunks of a tensor have added."""
+    by_dtype = zip(*(part.rounded for part in parts), strict=True)
+    rounded = [join_units([one for units in some for one in units]) for some in by_dtype]
+    sums = np.zeros(3, "<u4")
+    for part in parts:
+        sums += part.sums
+    return Hashes(
+        rounded=np.frombuffer(b"".join(rounded), "|u1").reshape(-1, HASH_NBYTES),
+        unordered=sums.view("|u1"),
+    )
+
+
+def hash_unit(values: _Array, dtype: DType) -> bytes:
+    """Hash up to `UNIT_NUMEL` values as those of a dtype that is no wider than theirs."""
+    return xxhash.xxh3_128(_cast(values, dtype, may_be_nan=True).data).digest()
+
+
+def _cast(values: _Array, dtype: DType, *, may_be_nan: bool) -> _Array:
+    """The bits of values as those of a dtype, in scratch."""
+    wanted = numpy_dtype(dtype)
+    cast = buffers.get("rounded", values.size, f"<u{wanted.itemsize}")
+    floats = cast.view(wanted)
+    if values.dtype == np.float32 and dtype.name == "bfloat16":
+        numkong.astype(values, "bf16", out=floats)
+    elif values.dtype == np.float32 and dtype.name == "float16":
+        numkong.astype(values, "f16", out=floats)
+    else:
+        with np.errstate(all="ignore"):
+            np.copyto(floats, values, casting="unsafe")
+    if may_be_nan:
+        without_sign = cast & (np.iinfo(cast.dtype).max // 2)
+        cast[without_sign > _INFINITY[dtype.name]] = _NAN[dtype.name]
+    return cast
+
+
+def join_units(hashes: Sequence[bytes]) -> bytes:
+    """The hash of all values from those of their units."""
+    return xxhash.xxh3_128(b"".join(hashes)).digest()
+
+
+def unordered_sums(data: _Array, dtype: DType) -> _Array:
+    """The three sums of a chunk, uint32."""
+    values = data.view(numpy_dtype(dtype))
+    total = np.zeros(3, "<u8")
+    for start in range(0, values.size, _PASS_NUMEL):
+        total += _sums(values[start : start + _PASS_NUMEL])
+    return (total & 0xFFFFFFFF).astype("<u4")
+
+
+def _sums(values: _Array) -> _Array:
+    x: _Array = values.view(_WORDS[values.itemsize])
+    y = buffers.get("times", x.size, x.dtype.str)
+    y[:] = x
+    y *= _FACTORS[x.itemsize]
+    a, b = x.view("|u1"), y.view("|u1")
+    return np.array([numkong.dot(a, a), numkong.dot(a, b), numkong.dot(b, b)], "<u8")
