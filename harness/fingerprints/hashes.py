@@ -36,7 +36,11 @@ NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16
 _INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
 _NAN = {"float32": 0x7FC00000, "bfloat16": 0x7FC0, "float16": 0x7E00}
 # Odd, so that no word is lost, and without a pattern.
-_FACTORS = {2: np.uint16(0xCA87), 4: np.uint32(0x9E3779B1), 8: np.uint64(0x9E3779B185EBCA87)}
+_FACTORS: dict[int, Any] = {
+    2: np.uint16(0xCA87),
+    4: np.uint32(0x9E3779B1),
+    8: np.uint64(0x9E3779B185EBCA87),
+}
 # Elements at a time: what is made of them stays in the cache until it is hashed.
 _PASS_NUMEL = 1 << 17
 _WORDS = {2: "<u2", 4: "<u4", 8: "<u8"}
@@ -143,7 +147,6 @@ def unordered_sums(data: _Array, dtype: DType) -> _Array:
 def _sums(values: _Array) -> _Array:
     x: _Array = values.view(_WORDS[values.itemsize])
     y = buffers.get("times", x.size, x.dtype.str)
-    y[:] = x
-    y *= _FACTORS[x.itemsize]
+    np.multiply(x, _FACTORS[x.itemsize], out=y)
     a, b = x.view("|u1"), y.view("|u1")
     return np.array([numkong.dot(a, a), numkong.dot(a, b), numkong.dot(b, b)], "<u8")

@@ -121,6 +121,9 @@ def detailed(
     readable = {k: t for k, t in found.tensors.items() if t.storage.source is not None}
     return dict(
         fingerprint(
-            replace(found, tensors=readable), block_nbytes=block_nbytes, workers=workers
+            replace(found, tensors=readable),
+            block_nbytes=block_nbytes,
+            hashes=True,
+            workers=workers,
         ).tensors
     )

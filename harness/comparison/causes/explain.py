@@ -31,6 +31,7 @@ from harness.comparison.causes.linear import (
 )
 from harness.comparison.causes.regrouped import regrouped
 from harness.comparison.causes.rounding import rounded, rounded_elsewhere
+from harness.comparison.causes.rows import reordered, rows_changed
 from harness.comparison.causes.same_bytes import rows_kept, seen_otherwise
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import FINDING_KINDS, Finding
@@ -278,6 +279,10 @@ class _Search:
             found.append(seen_otherwise(evidence, expected, tensor))
         if tensor is not None and expected.shape != actual.shape:
             found.append(rows_kept(evidence, expected, tensor))
+        if tensor is not None and not any(found):
+            found.append(rows_changed(evidence, expected, tensor))
+        if tensor is not None and not any(found):
+            found.append(reordered(evidence, expected, actual, tensor))
         if not any(found):
             found.append(linear(expected, actual, evidence.block_nbytes))
         return found

@@ -13,10 +13,13 @@ import numpy as np
 
 from harness.checkpoint.dtypes import DTYPES, DType, numpy_dtype
 from harness.checkpoint.tensors import Tensor
-from harness.comparison.causes.cause import Acceptable, Cause
+from harness.comparison.causes.cause import Acceptable, Cause, Proof
 from harness.comparison.causes.evidence import Evidence, is_constant
 from harness.comparison.causes.views import View, digest_as
 from harness.fingerprints.fingerprint import TensorFingerprint
+from harness.fingerprints.hashes import UNIT_NUMEL, hash_unit, join_units
+from harness.streaming.chunks import buffers
+from harness.streaming.threads import parallel
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -73,27 +76,55 @@ def rounded(
         return None
     if tensor is not None and is_wider(actual.dtype, expected.dtype):
         return _widened(evidence, expected, tensor)
-    wide = _values_of(evidence, expected)
-    if wide is None or tensor is None:
+    if tensor is None:
         return None
     for name in _NARROW:
         dtype = DTYPES[name]
-        if not is_wider(expected.dtype, dtype):
+        if not is_wider(expected.dtype, dtype) or actual.dtype not in (dtype, expected.dtype):
             continue
-        if actual.dtype != dtype and not is_wider(actual.dtype, dtype):
-            continue
-        if actual.dtype != dtype and actual.dtype != expected.dtype:
-            continue
-        if _is_cast(evidence, Cast(wide, expected.dtype, dtype), dtype, tensor, actual.dtype):
+        proof = _proof_of(evidence, expected, tensor, dtype)
+        if proof is not None:
             stays = "" if actual.dtype == dtype else f" (and stored as {actual.dtype})"
             return Cause(
                 kind="rounded",
                 text=f"the golden's values, rounded to {name}{stays}",
-                proof="values",
+                proof=proof,
                 accept=("rounded",),
                 dtype=name,
             )
     return None
+
+
+def _proof_of(
+    evidence: Evidence, expected: TensorFingerprint, tensor: Tensor, dtype: DType
+) -> Proof | None:
+    """What proves that a tensor holds the golden's values rounded to a dtype; None: it does not."""
+    wide = _values_of(evidence, expected)
+    if wide is not None:
+        narrow = Cast(wide, expected.dtype, dtype)
+        return "values" if _is_cast(evidence, narrow, dtype, tensor, tensor.dtype) else None
+    kept = None if expected.hashes is None else expected.hashes.of_rounding(expected.dtype, dtype)
+    if kept is None:
+        return None
+    if tensor.dtype != dtype:
+        narrow = Cast(tensor, tensor.dtype, dtype)
+        if not _same(Cast(narrow, dtype, tensor.dtype), tensor):
+            return None
+    return "hash" if hash_as(evidence, tensor, tensor.dtype, dtype) == kept else None
+
+
+def hash_as(evidence: Evidence, view: View, stored: DType, dtype: DType) -> bytes:
+    """The hash of a view's values as those of a dtype that is no wider."""
+    step = UNIT_NUMEL * stored.itemsize
+
+    def of_unit(start: int) -> bytes:
+        evidence.check_time()
+        data = buffers.get("chunk", min(step, view.nbytes - start))
+        view.read_into(start, data.data)
+        return hash_unit(data.view(numpy_dtype(stored)), dtype)
+
+    units = parallel(of_unit, [*range(0, view.nbytes, step)], jobs=evidence.workers.jobs)
+    return join_units(units)
 
 
 def _values_of(evidence: Evidence, expected: TensorFingerprint) -> View | None:
@@ -141,6 +172,7 @@ def _widened(evidence: Evidence, expected: TensorFingerprint, tensor: Tensor) ->
 
 
 def _same(one: View, other: View) -> bool:
+    """Whether two views of as many bytes have the same, read as far as they agree."""
     for start in range(0, one.nbytes, 1 << 20):
         count = min(1 << 20, one.nbytes - start)
         ours, theirs = bytearray(count), bytearray(count)

@@ -1,4 +1,4 @@
-"""What happened, from the golden alone and with both files, of tensors kept in full and sketched."""
+"""What happened, from the golden alone and with both files, of large and small tensors."""
 
 from __future__ import annotations
 
