@@ -1,8 +1,8 @@
 """Run through tensors of any size in bounded memory, on as many threads as there are cores.
 
 In: tensors, and a function from (tensor, chunk) to a small result. Out: the results per tensor, in
-order, whatever the number of threads, and of ranks where a `Team` shares the work. Memory: one
-buffer of `CHUNK_NBYTES` a side and thread.
+order, whatever the number of threads and of ranks. Memory: one buffer of `CHUNK_NBYTES` a side and
+thread.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
-from harness.streaming.ranks import current_team
-from harness.streaming.threads import Result, parallel
+from harness.streaming.threads import Result
 from harness.streaming.workers import ALL_CORES, Workers
 
 CHUNK_NBYTES = 4 << 20
@@ -59,6 +58,17 @@ class _Part(Generic[_Item]):
         return _Part, (self.item.part(self.chunk), self.chunk)
 
 
+@dataclass(frozen=True, slots=True)
+class _Task(Generic[_Item]):
+    """Chunks of about a chunk's size together."""
+
+    parts: Sequence[_Part[_Item]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.chunk.nbytes for part in self.parts)
+
+
 class Buffers(threading.local):
     """Scratch memory of the running thread, kept from chunk to chunk."""
 
@@ -88,47 +98,17 @@ def map_chunks(
     Function and items must be such as can be pickled, to be shared with other ranks.
     """
     units = list(_units(items))
-    tasks = [[_Part(items[index], chunk) for index, chunk in unit] for unit in units]
-
-    def finished(task: Sequence[_Part[_Item]]) -> None:
-        workers.advance(sum(part.chunk.nbytes for part in task))
-
+    tasks = [_Task([_Part(items[index], chunk) for index, chunk in unit]) for unit in units]
     results: list[list[Result]] = [[] for _ in items]
-    shared = share(partial(_apply, function), tasks, jobs=workers.jobs, finished=finished)
-    for unit, done in zip(units, shared, strict=True):
-        for (index, _), result in zip(unit, done, strict=True):
+    done = workers.map(partial(_apply, function), tasks)
+    for unit, unit_results in zip(units, done, strict=True):
+        for (index, _), result in zip(unit, unit_results, strict=True):
             results[index].append(result)
     return results
 
 
-def _apply(
-    function: Callable[[_Item, Chunk], Result], task: Sequence[_Part[_Item]]
-) -> list[Result]:
-    return [function(part.item, part.chunk) for part in task]
-
-
-def share(
-    function: Callable[[Any], Result],
-    tasks: Sequence[Any],
-    *,
-    jobs: int | None = None,
-    finished: Callable[[Any], None] | None = None,
-) -> list[Result]:
-    """Map in order over tasks of about equal cost, on all threads of all ranks of the team.
-
-    `finished` is called with each task that is done, from any thread.
-    """
-    team = current_team()
-    if team is not None:
-        return team.map(function, tasks, jobs=jobs, finished=finished)
-
-    def run(task: Any) -> Result:
-        result = function(task)
-        if finished is not None:
-            finished(task)
-        return result
-
-    return parallel(run, tasks, jobs=jobs)
+def _apply(function: Callable[[_Item, Chunk], Result], task: _Task[_Item]) -> list[Result]:
+    return [function(part.item, part.chunk) for part in task.parts]
 
 
 def _units(items: Sequence[_Item]) -> Iterator[list[tuple[int, Chunk]]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from harness.streaming.threads import Result, parallel
 
 
 class Progress(Protocol):
@@ -16,12 +19,48 @@ class Progress(Protocol):
         """So many more were read."""
 
 
+class Task(Protocol):
+    """Work that can be pickled, or stays in this process."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it reads."""
+
+
+class Group(Protocol):
+    """The ranks of a process group, as rank 0 has them."""
+
+    def map(
+        self, function: Callable[[Any], Result], tasks: Sequence[Task], workers: Workers
+    ) -> list[Result]:
+        """Map in order over tasks, each on any rank; raises the first error of all, TeamError too.
+
+        `workers` do the share of rank 0, which includes what cannot be pickled.
+        """
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workers:
-    """`jobs` threads, by default one for each core allowed, watched by `progress`."""
+    """`jobs` threads, by default one for each core allowed, on all ranks of `group`.
+
+    `progress` is advanced here, on rank 0, by what all of them have read.
+    """
 
     jobs: int | None = None
     progress: Progress | None = None
+    group: Group | None = None
+
+    def map(self, function: Callable[[Any], Result], tasks: Sequence[Task]) -> list[Result]:
+        """Map in order over tasks; the first exception ends the run, and is raised here."""
+        if self.group is not None and len(tasks) > 1:
+            return self.group.map(function, tasks, self)
+
+        def run(task: Task) -> Result:
+            result = function(task)
+            self.advance(task.nbytes)
+            return result
+
+        return parallel(run, tasks, jobs=self.jobs)
 
     def expect(self, nbytes: int) -> None:
         """Announce bytes that will be read."""

@@ -90,6 +90,11 @@ class RemoteSource(Source):
     def is_local(self) -> bool:
         return False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        from harness.checkpoint.sources.access import reopened  # which opens URLs
+
+        return reopened, (self.path.url, self.stat)
+
     def close(self) -> None:
         _blocks.drop(self)
         self._copy.close()

@@ -11,6 +11,7 @@ import stat
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 from harness.checkpoint.sources.source import Source, Stat, changed, check_range, is_closed
 from harness.errors import CheckpointError
@@ -121,6 +122,11 @@ class FileSource(Source):
             ) from error
         if _seen(found) != self._seen:
             raise changed(self.name, f"has {_stat(found)}, had {self.stat} when it was opened")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from harness.checkpoint.sources.access import reopened  # which opens files
+
+        return reopened, (str(self.path), self.stat)
 
     def _opened(self) -> _Descriptor:
         if self._is_closed:

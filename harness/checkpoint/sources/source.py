@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness.errors import CheckpointError
 
@@ -106,6 +106,9 @@ class RangeSource(Source):
 
     def close(self) -> None:
         self.base.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RangeSource, (self.base, self.locate(), self.nbytes, self.name)
 
 
 def check_range(source: Source, offset: int, nbytes: int) -> None:

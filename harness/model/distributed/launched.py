@@ -2,8 +2,9 @@
 
 In: the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; LOCAL_WORLD_SIZE where
 several ranks share a machine), which may also be set by hand, mpirun or srun. Out: the exit code of
-this rank: that of the command on rank 0, which alone runs it; 0 on the others. Refused (TeamError,
-UsageError): ranks that do not come, and ranks that were started with another command.
+this rank: that of the command on rank 0, which alone runs it; 0 on the others, 2 on all when one
+has died. Refused (TeamError, UsageError): ranks that do not come, and ranks that were started with
+another command.
 """
 
 from __future__ import annotations
@@ -11,45 +12,68 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib import import_module
-from typing import NoReturn
+from typing import Any
 
 import torch.distributed as dist
 
 from harness.checkpoint.sources.urls import redacted
 from harness.errors import TeamError, UsageError
-from harness.model.distributed.team import ARRIVAL, TorchTeam, watched
-from harness.streaming.ranks import working_as
+from harness.model.distributed.group import Ranks
 from harness.version import __version__
 
+# All ranks must come within the first; they may then wait as long as rank 0 works alone, on the
+# live stages. A rank that dies is noticed by its connections.
+ARRIVAL = timedelta(minutes=5)
+TIMEOUT = timedelta(hours=24)
+_MOMENT = timedelta(seconds=2)
+_SAID = "harness/said"
 
-def run_on_ranks(command: Callable[[], int], arguments: Sequence[str]) -> int:
+
+def run_on_ranks(command: Callable[[Ranks], int], arguments: Sequence[str]) -> int:
     """Run a command on rank 0, with the help of all others; returns this rank's exit code."""
-    with _joined() as team:
-        gc.freeze()  # else each search for cycles looks through all that torch brought, for 0.1 s
-        if team.rank > 0:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when it ends
-            team.send(0, _started(arguments))
-            # What is asked for, while rank 0 gets ready.
-            import_module("harness.comparison.measuring")
-            team.serve()
-            return 0
-        try:
-            with _ended_by_sigterm(team):
-                _refuse_others(team, arguments)
-                with working_as(team):
-                    return command()
-        finally:
-            team.dismiss()
-
-
-@contextmanager
-def _joined() -> Iterator[TorchTeam]:
+    store, ranks = _meet()
+    gc.freeze()  # else each search for cycles looks through all that torch brought, for 0.1 s
     try:
-        with watched():
-            dist.init_process_group("gloo", timeout=ARRIVAL)
+        if ranks.rank == 0:
+            return _lead(ranks, command, arguments)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when it ends
+        ranks.gather((__version__, *arguments))
+        import_module("harness.comparison.measuring")  # needed soon; rank 0 is getting ready
+        ranks.work(ranks.do_share)
+        return 0
+    except TeamError:
+        if ranks.rank > 0 and _is_said(store):
+            return 2
+        raise
+    finally:
+        says = ranks.is_broken and ranks.rank == 0
+        if says:
+            store.set(_SAID, "yes")
+        dist.destroy_process_group()  # closes the connections: the others notice, and look
+        if says:
+            time.sleep(_MOMENT.total_seconds() / 2)  # the store may be of this process
+
+
+def _lead(ranks: Ranks, command: Callable[[Ranks], int], arguments: Sequence[str]) -> int:
+    try:
+        with _ended_by_sigterm(ranks):
+            _check_same_command(ranks.gather((__version__, *arguments)))
+            return command(ranks)
+    finally:
+        ranks.shutdown()
+
+
+def _meet() -> tuple[dist.Store, Ranks]:
+    """Wait for all ranks; raises TeamError."""
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=ARRIVAL))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=ARRIVAL)
+        return store, Ranks(dist.new_group(backend="gloo", timeout=TIMEOUT))
     except (RuntimeError, ValueError) as error:  # not all came; the environment makes no sense
         raise TeamError(
             f"the {os.environ['WORLD_SIZE']} ranks cannot meet at "
@@ -58,45 +82,42 @@ def _joined() -> Iterator[TorchTeam]:
             hint="start all of them, with the same MASTER_ADDR and MASTER_PORT; "
             "unset WORLD_SIZE to run alone",
         ) from error
-    group = dist.group.WORLD
-    assert group is not None
+
+
+def _is_said(store: dist.Store) -> bool:
+    """Whether rank 0 lives, and reports what has happened."""
     try:
-        yield TorchTeam(group)
-    finally:
-        dist.destroy_process_group()
+        store.wait([_SAID], _MOMENT)
+    except RuntimeError:
+        return False
+    return True
 
 
-def _started(arguments: Sequence[str]) -> tuple[str, ...]:
-    return __version__, *arguments
-
-
-def _refuse_others(team: TorchTeam, arguments: Sequence[str]) -> None:
+def _check_same_command(started: Sequence[Any]) -> None:
     """All arguments but rank 0's would be ignored: that another command was meant is an error."""
-    started = {rank: team.receive(rank) for rank in range(1, team.size)}
-    for rank, theirs in started.items():
-        if theirs != _started(arguments):
-            there, here = (redacted(" ".join(words)) for words in (theirs[1:], arguments))
+    expected, *others = started
+    for rank, actual in enumerate(others, start=1):
+        if actual != expected:
+            there, here = (redacted(" ".join(words[1:])) for words in (actual, expected))
             raise UsageError(
-                f"rank {rank} runs `harness {there}` of version {theirs[0]}, "
-                f"rank 0 `harness {here}` of version {__version__}",
+                f"rank {rank} runs `harness {there}` of version {actual[0]}, "
+                f"rank 0 `harness {here}` of version {expected[0]}",
                 hint="start all ranks with the same command",
             )
 
 
 @contextmanager
-def _ended_by_sigterm(team: TorchTeam) -> Iterator[None]:
+def _ended_by_sigterm(ranks: Ranks) -> Iterator[None]:
     """torchrun ends all ranks by SIGTERM when one has failed: say so, in place of dying."""
 
     def end(*_: object) -> None:
-        if not team.has_lost_a_rank:  # else that is being said
+        if not ranks.is_broken:  # else that is being said
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            raise_ended()
-
-    def raise_ended() -> NoReturn:
-        raise TeamError(
-            "ended by SIGTERM, which torchrun sends when another rank has failed",
-            hint="see what the other ranks printed last",
-        )
+            ranks.is_broken = True
+            raise TeamError(
+                "ended by SIGTERM, which torchrun sends when another rank has failed",
+                hint="see what the other ranks printed last",
+            )
 
     before = signal.signal(signal.SIGTERM, end)
     try:
