@@ -69,7 +69,8 @@ def _open_folder(folder: AnyPath, section: str | None) -> Checkpoint:
         return _distributed(folder, section)
     if any(zero_files(names)):
         return _zero(folder, names, section)
-    shards = rank_shards(folder) if names else []
+    can_list = isinstance(folder, Path) or folder.is_listable
+    shards = rank_shards(folder) if can_list else []
     # An index beside nothing but shards is that of another save: it cannot name them.
     if not (shards and all(shard.name.startswith("shard-") for shard in shards)):
         layout = layout_of(folder)

@@ -43,7 +43,7 @@ def test_every_form_of_archive_reads(
         path = write_tar(tmp_path / "m.nemo", order, form=FORMS[form], gzip=gzip)
         checkpoint = assert_reads(path, STATE)
         assert checkpoint.container == "nemo"
-        assert checkpoint.config == {"model": {"layers": 2, "rate": "1e-3"}}
+        assert checkpoint.config == {"model": {"layers": 2, "rate": 0.001}}
     assert [child.name for child in tmp_path.iterdir()] == ["m.nemo"]
 
 
