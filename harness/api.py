@@ -26,6 +26,7 @@ from harness.fingerprints.fingerprint import Fingerprint, structure
 from harness.fingerprints.integrity import damages
 from harness.fingerprints.residues import DEFAULT_TOLERANCE
 from harness.fingerprints.scan import fingerprint as fingerprint_checkpoint
+from harness.fingerprints.scan import with_settings
 from harness.golden.budget import KeptValues as KeptValues
 from harness.golden.budget import choose, held_by
 from harness.golden.file import is_golden, read_golden, replace_golden, write_golden
@@ -141,7 +142,7 @@ def record(
             check_integrity=True,
             workers=Workers(jobs=jobs, progress=progress),
         )
-        found = replace(found, config=checkpoint.config, tolerance=(atol, rtol))
+        found = replace(with_settings(found, checkpoint), tolerance=(atol, rtol))
         recorded = Golden(
             path=target,
             fingerprint=found,
@@ -223,6 +224,7 @@ def verify(
             details=nothing,
             workers=workers,
         )
+        found = with_settings(found, actual, recorded.fingerprint)
         measure = AgainstGolden(
             golden=recorded.fingerprint,
             actual=actual,
@@ -352,7 +354,7 @@ def update(
         updated = replace(
             golden,
             fingerprint=replace(
-                found, tensors=tensors, config=actual.config, tolerance=old.tolerance
+                with_settings(found, actual), tensors=tensors, tolerance=old.tolerance
             ),
             source=source_after(subject, golden),
             live=_update_live(path, actual, golden, last, live),
@@ -428,7 +430,8 @@ def diff(
         opened(one, section) as left,
         opened_part(other, section if section_b is None else section_b, section_b) as right,
     ):
-        ours, theirs = structure(left), structure(right)
+        ours = with_settings(structure(left), left)
+        theirs = with_settings(structure(right), right, ours)
         # Renames are told by digest: only keys that stand on one side alone need one.
         alone = set(left.tensors) ^ set(right.tensors)
         ours = _with_digests(ours, part(left, alone), workers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
@@ -121,13 +121,16 @@ def opened_part(
         except NoSection as error:
             if section in (None, ".") or named is not None:
                 raise
-            checkpoint = stack.enter_context(opened(subject, None))
-            if checkpoint.section:
+            exported = None
+            with suppress(NoSection):
+                exported = stack.enter_context(opened(subject, None))
+            if exported is None or exported.section:
                 raise NoSection(
                     f"{error}; the golden holds that section",
                     hint="give a checkpoint that has it, or say which one holds the same weights: "
                     "--section NAME",
                 ) from error
+            checkpoint = exported
         yield checkpoint
 
 

@@ -189,7 +189,9 @@ def test_a_state_dict_whose_parts_would_be_left_out_is_refused() -> None:
     with pytest.raises(UsageError, match="holds tensors below 'state'"):
         api.fingerprint({"state": {0: {"exp_avg": one}}, "param_groups": [{"lr": 0.1}]})
     extra = {"w": one, "layer._extra_state": {"amax": one}, "epoch": 3, "hyper": {"lr": 0.1}}
-    assert list(api.fingerprint(extra).tensors) == ["w"]
+    assert list(api.fingerprint(extra).tensors) == [
+        *("w", 'layer._extra_state["amax"]', "epoch", "hyper"),
+    ]
 
 
 @pytest.mark.parametrize("subject", [{}, {"step": 1}, [1], 7])

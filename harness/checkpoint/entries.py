@@ -45,6 +45,7 @@ class Tree:
         self.unread: list[str] = []
         self._steps = 0
         self._counts: dict[int, int] = {}
+        self._hollow: set[int] = set()
         self._made: dict[int, Tensor | LocalPart | None] = {}
         self._texts = ValueText()
 
@@ -83,6 +84,8 @@ class Tree:
                     entry = self._value(child, path, step, value)
                     if entry is None:
                         continue
+                elif id(child) in self._hollow:
+                    raise self._hollow_tensor(child, _joined(path, step))
                 if entry is not None:
                     tensors, text = tensors + 1, text + length
                     if tensors > _MAX_TENSORS or text > _MAX_TEXT_LENGTH:
@@ -102,13 +105,6 @@ class Tree:
     def _value(self, child: Any, path: KeyPath, step: Any, parent: Any) -> Tensor | None:
         """An entry without tensors, as its text; None for what is no entry of a state dict."""
         key = _joined(path, step)
-        if isinstance(child, Composite):
-            kind = child.kind or "a subclass"
-            raise CheckpointError(
-                f"{self.name}: tensor {format_key(key)[:200]} ({kind}) has no tensors inside that "
-                "the harness could read",
-                hint="load the file by torch, and save plain tensors",
-            )
         # A module's bias=None, its submodules without parameters; an attribute that is not set.
         if child is None and isinstance(parent, Composite):
             return None
@@ -140,6 +136,9 @@ class Tree:
         for _, child in self.children(value):
             self.step()
             count += self.count(child, depth + 1)
+        if isinstance(value, Composite) and not count:
+            self._hollow.add(id(value))
+            count = 1  # which is an error where it stands
         self._counts[id(value)] = count
         return count
 
@@ -236,6 +235,13 @@ class Tree:
         return CheckpointError(
             f"{self.name}: its objects {what}, at {format_key(path or ('the root',))[:200]}",
             hint="the file is malformed, or made to exhaust its reader: do not trust it",
+        )
+
+    def _hollow_tensor(self, tensor: Composite, path: KeyPath) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name}: tensor {format_key(path)[:200]} ({tensor.kind or 'a subclass'}) has no "
+            "tensors inside that the harness could read",
+            hint="load the file by torch, and save plain tensors",
         )
 
     def _unknown_tensor(self, function: Global, path: KeyPath) -> CheckpointError:

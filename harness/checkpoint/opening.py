@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from harness.checkpoint.config import config_of_yaml, hyperparameters_of
-from harness.checkpoint.formats.nemo import is_tar, read_nemo
+from harness.checkpoint.formats.nemo import Nemo, is_tar, read_nemo
 from harness.checkpoint.formats.rankfiles import RankFile, files_of, rank_sets
 from harness.checkpoint.formats.rankshards import rank_shards, read_rank_shards
 from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
@@ -135,10 +135,9 @@ def _open(path: AnyPath, source: Source, section: str | None) -> Checkpoint:
                 hint="decompress it first (gunzip)",
             )
     if is_tar(head):
-        weights, config = read_nemo(source)
-        return _torch_checkpoint(
-            path, source, _torch_file(weights), section, container="nemo", config_text=config
-        )
+        nemo = read_nemo(source)
+        file = _torch_file(nemo.weights)
+        return _torch_checkpoint(path, source, file, section, container="nemo", nemo=nemo)
     if head.startswith(b"PK") or head[:1] == b"\x80":
         return _torch_checkpoint(path, source, _torch_file(source), section)
     raise not_a_checkpoint(path, head)
@@ -163,7 +162,7 @@ def _torch_checkpoint(
     section: str | None,
     *,
     container: str | None = None,
-    config_text: bytes | None = None,
+    nemo: Nemo | None = None,
 ) -> Checkpoint:
     found = find_section(file, str(path), section)
     lightning = isinstance(file.root, dict) and "pytorch-lightning_version" in file.root
@@ -183,8 +182,9 @@ def _torch_checkpoint(
         unread=found.unread,
         others=found.others,
         sources=(source,),
-        read_config=partial(config_of_yaml, path, config_text)
-        if config_text is not None
+        members={} if nemo is None else nemo.members,
+        read_config=partial(config_of_yaml, path, nemo.config)
+        if nemo is not None and nemo.config is not None
         else partial(hyperparameters_of, file.root),
         checksums=file.checksums,
     )

@@ -32,6 +32,7 @@ KNOWN_SECTIONS = (
     "params",
     "ema",
 )
+_MAX_NAME = 200  # of a section that is not known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,9 @@ class _Finder:
                 pending.extend(
                     ((*path, key), child)
                     for key, child in value.items()
-                    if isinstance(key, str) and isinstance(child, (dict, Record))
+                    if isinstance(key, str)
+                    and len(key) <= _MAX_NAME
+                    and isinstance(child, (dict, Record))
                 )
         return found[0] if len(found) == 1 else None
 

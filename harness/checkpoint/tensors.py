@@ -188,7 +188,8 @@ class Checkpoint:
     root); `keeps_aliases` tells whether the format can say that two tensors are tied;
     `checksums` are the container's own. Entries that are no tensors are among them, as their text
     in the dtype `value`; those that are not data are named in `unread`. `others` are the parts of
-    the file that were left out, with how many tensors they hold.
+    the file that were left out, with how many tensors they hold. `members` are other files in it,
+    such as a tokenizer, and the text of the configuration.
     """
 
     name: str
@@ -200,6 +201,7 @@ class Checkpoint:
     others: tuple[tuple[str, int | None], ...] = ()
     keeps_aliases: bool = True
     checksums: tuple[Checksum, ...] = ()
+    members: Mapping[str, Source] = field(default_factory=dict)
     read_config: Callable[[], Mapping[str, Any] | None] = lambda: None
 
     @cached_property

@@ -279,8 +279,12 @@ def _record(
     if recorded.live is not None and recorded.live.outputs is not None:
         beside = f", with {len(recorded.live.outputs.tensors):,} inputs and outputs of submodules"
     section = in_section(found.section)
+    num_values = sum(tensor.dtype.is_value for tensor in found.tensors.values())
+    entries = f"{len(found.tensors) - num_values:,} tensors"
+    if num_values:
+        entries += f" and {num_values:,} value{'s' if num_values > 1 else ''}"
     said = (
-        f"recorded {recorded.path}: {len(found.tensors):,} tensors of {checkpoint} "
+        f"recorded {recorded.path}: {entries} of {checkpoint} "
         f"({found.container}{section}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
     )
     click.echo(escaped(said))

@@ -159,6 +159,9 @@ _POLICY = [
         metavar="CAUSE[,CAUSE]",
         help="Let pass what is proved to be renamed, reshaped, transposed, joined, order, rounded.",
     ),
+    click.option(
+        "--check-config", is_flag=True, help="A changed configuration is a failure, not a note."
+    ),
     click.option("--no-check-dtype", is_flag=True, help="Compare values across dtypes."),
 ]
 
@@ -193,6 +196,7 @@ def policy_of(options: dict[str, Any]) -> Policy:
         strip_prefix=options["strip_prefix"],
         check_dtype=not options["no_check_dtype"],
         accept=options["accept"],
+        check_config=options["check_config"],
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from harness.comparison.comparison import Comparison
+from harness.comparison.configs import config_findings
 from harness.comparison.findings import FINDING_KINDS, Finding, describe
 from harness.comparison.matching import Matching, Pair, match
 from harness.comparison.policy import Policy
@@ -56,6 +57,7 @@ def compare(
             num_identical += pair.expected.key not in aliases
         else:
             to_measure.append(pair)
+    settings, elsewhere = config_findings(expected, actual, is_note=not policy.check_config)
     triples = [(p.expected, p.actual, policy.tolerance(p.expected.key)) for p in to_measure]
     differences = measure(triples) if triples else []
     for pair, difference in zip(to_measure, differences, strict=True):
@@ -73,6 +75,7 @@ def compare(
                     difference=difference,
                 )
             )
+    findings += settings
     return Comparison(
         expected=expected,
         actual=actual,
@@ -82,7 +85,7 @@ def compare(
         num_ignored=matching.num_ignored,
         num_nan=sum(1 for t in matching.expected if t.stats is not None and t.stats.num_nan),
         stage=stage,
-        notes=tuple(_notes(expected, actual, are_strangers=matching.are_strangers)),
+        notes=tuple(filter(None, (*_notes(expected, actual, matching), elsewhere))),
         are_strangers=matching.are_strangers,
     )
 
@@ -112,8 +115,8 @@ def _of_keys(matching: Matching) -> Iterator[Finding]:
         yield Finding(kind="unexpected", key=tensor.key, actual=describe(tensor))
 
 
-def _notes(expected: Fingerprint, actual: Fingerprint, *, are_strangers: bool) -> Iterator[str]:
-    if are_strangers:
+def _notes(expected: Fingerprint, actual: Fingerprint, matching: Matching) -> Iterator[str]:
+    if matching.are_strangers:
         yield _STRANGERS
     for entries in dict.fromkeys((expected.unread, actual.unread)):
         if entries:

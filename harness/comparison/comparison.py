@@ -120,6 +120,8 @@ def counts_of(comparison: Comparison) -> str:
 
 def _part_compared(comparison: Comparison) -> str:
     """Which part of a file was looked at, and which were not."""
+    if comparison.stage != "file":
+        return ""
     actual = comparison.actual
     names = [printable(name) for name, _ in actual.others]
     more = f", and {len(names) - _MAX_OTHERS} more" if len(names) > _MAX_OTHERS else ""

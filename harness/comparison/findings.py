@@ -32,6 +32,7 @@ FindingKind = Literal[
     "requires_grad",
     "optimizer",
     "hyperparameter",
+    "config",
     "undecided",
     "close",
     "accepted",
@@ -46,7 +47,7 @@ class Finding:
     `key` is the golden's key (the checkpoint's, for `unexpected`); `expected` and `actual` are the
     two sides in words; `actual_key` differs from `key` where it was renamed or mapped; `count` is
     the number of tensors that a `prefix` finding covers; `causes` say what happened, the best
-    first, where that is proved.
+    first, where that is proved. A note alone fails nothing.
     """
 
     kind: FindingKind
@@ -57,10 +58,11 @@ class Finding:
     count: int = 1
     difference: Difference | None = None
     causes: tuple[Cause, ...] = ()
+    is_note: bool = False
 
     @property
     def fails(self) -> bool:
-        return self.kind not in ("close", "undecided", "accepted")
+        return not self.is_note and self.kind not in ("close", "undecided", "accepted")
 
 
 @dataclass(frozen=True, kw_only=True)

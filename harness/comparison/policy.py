@@ -56,6 +56,7 @@ class Policy:
     strip_prefix: str = ""
     check_dtype: bool = True
     accept: tuple[str, ...] = ()
+    check_config: bool = False
 
     def __post_init__(self) -> None:
         for word in self.accept:

@@ -39,6 +39,7 @@ HEADINGS: dict[FindingKind, str] = {
     "requires_grad": "requires_grad: requires_grad changed",
     "optimizer": "optimizer: its state is lost, or belongs to another parameter",
     "hyperparameter": "hyperparameter: lost in the reload",
+    "config": "config: what is carried beside the weights",
     "undecided": "undecided: the golden cannot tell whether allclose holds",
     "close": "close: within the tolerance, but not identical",
     "accepted": "accepted: what --accept lets pass",
@@ -250,6 +251,8 @@ def _group(pattern: str, members: Sequence[Finding], style: Style) -> Iterator[s
         [(now, _)] = fold([member.actual or "" for member in members], ellipsis=style.ellipsis)
         yield f"    {pattern}{many}"
         yield f"      is now {now}"
+    elif first.kind == "config":
+        yield from (f"    {printable(one.key)}  {one.expected} → {one.actual}" for one in members)
     elif first.kind == "prefix":
         yield f"    {first.count:,} keys: expected {first.expected}, actual {first.actual}"
     elif first.difference is None:  # a value, or an alias

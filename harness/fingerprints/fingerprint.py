@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -88,6 +88,7 @@ class Fingerprint:
     block_nbytes: int = DEFAULT_BLOCK_NBYTES
     tolerance: tuple[float, float] = DEFAULT_TOLERANCE
     config: Mapping[str, Any] | None = None
+    members: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def keeps_residues(self) -> bool:

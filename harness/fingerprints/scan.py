@@ -17,6 +17,8 @@ import numpy as np
 from blake3 import blake3
 
 from harness.checkpoint.dtypes import DType, numpy_dtype
+from harness.checkpoint.formats.nemo import CONFIG
+from harness.checkpoint.sources.source import Source, read
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
 from harness.fingerprints.arithmetic import as_floats, moments_of_runs
 from harness.fingerprints.fingerprint import (
@@ -49,7 +51,7 @@ from harness.fingerprints.stats import (
     stats_of,
     take_out_nonfinite,
 )
-from harness.streaming.chunks import Chunk, buffers, map_chunks
+from harness.streaming.chunks import Chunk, buffers, chunks, map_chunks
 from harness.streaming.workers import ALL_CORES, Workers
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -136,6 +138,26 @@ def fingerprint(
         block_nbytes=block_nbytes,
         tolerance=residues or DEFAULT_TOLERANCE,
     )
+
+
+def with_settings(
+    found: Fingerprint, checkpoint: Checkpoint, known: Fingerprint | None = None
+) -> Fingerprint:
+    """Add what a checkpoint carries beside its weights: the configuration, digests of files.
+
+    The text of a configuration that is `known` is not parsed again.
+    """
+    members = {name: _of_member(source) for name, source in checkpoint.members.items()}
+    if known is not None and CONFIG in members and members[CONFIG] == known.members.get(CONFIG):
+        return replace(found, config=known.config, members=members)
+    return replace(found, config=checkpoint.config, members=members)
+
+
+def _of_member(source: Source) -> str:
+    hasher = blake3()
+    for chunk in chunks(source.nbytes):
+        hasher.update(read(source, chunk.start, chunk.nbytes))
+    return f"{source.nbytes:,} bytes, digest {hasher.hexdigest()[:32]}"
 
 
 def statistics(

@@ -203,6 +203,7 @@ def _contents(golden: Golden) -> Contents:
         parts={name: rows_of(part) for name, part in golden.parts.items()},
         parameters=golden.live.parameters if golden.live else (),
         config=disclosed(golden.fingerprint.config),
+        members=dict(golden.fingerprint.members),
     )
 
 
@@ -333,6 +334,7 @@ def _parse(path: AnyPath, columns: dict[str, NDArray[Any]], text: str) -> Golden
                 block_nbytes=part.block_nbytes,
                 tolerance=part.tolerance,
                 config=contents.config if name == "weights" else None,
+                members=contents.members if name == "weights" else {},
             )
             for name, part in header.parts.items()
         }

@@ -94,6 +94,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     parts: dict[PartName, tuple[Row, ...]]
     parameters: tuple[tuple[str, bool], ...] = ()
     config: dict[str, Any] | None = None
+    members: dict[str, str] = {}
 
 
 class _Versioned(msgspec.Struct):

@@ -48,14 +48,16 @@ __all__ = ["CheckpointGolden", "PolicyKeywords", "golden_name"]
 class PolicyKeywords(TypedDict, total=False):
     """The fields of `harness.Policy`, as keywords."""
 
-    atol: float
-    rtol: float
+    atol: float | None
+    rtol: float | None
     exact: bool
     ignore: tuple[str, ...]
-    tolerances: tuple[tuple[str, float, float], ...]
+    tolerances: tuple[tuple[str, float, float | None], ...]
     key_map: tuple[tuple[str, str], ...]
     strip_prefix: str
     check_dtype: bool
+    accept: tuple[str, ...]
+    check_config: bool
 
 
 _SETTINGS = pytest.StashKey[Settings]()

@@ -28,6 +28,7 @@ STRUCTURE_MIB = 32
 HARMLESS = {
     "tuples_that_hold_each_other_twice_as_a_key",
     "tuples_that_hold_each_other_twice_as_hyper_parameters",
+    "lists_that_hold_each_other_twice",
     "lists_that_hold_each_other_twice_as_hyper_parameters",
     "tuples_that_hold_each_other_twice_as_a_module_key",
     "keys_that_hash_alike",

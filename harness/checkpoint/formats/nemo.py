@@ -8,7 +8,8 @@ file. Format: POSIX.1-2001 pax interchange format, and GNU tar's long names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from harness.checkpoint.sources.source import RangeSource, Source, damaged, read, too_many
 from harness.errors import CheckpointError
@@ -27,8 +28,16 @@ def is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
 
 
-def read_nemo(source: Source) -> tuple[Source, bytes | None]:
-    """Return the weights as a source, and the text of the configuration if there is one.
+class Nemo(NamedTuple):
+    """The weights, the text of the configuration if there is one, and all but the weights."""
+
+    weights: Source
+    config: bytes | None
+    members: Mapping[str, Source]
+
+
+def read_nemo(source: Source) -> Nemo:
+    """Find what is in an archive.
 
     Raises CheckpointError for a tar archive that holds no model.
     """
@@ -44,11 +53,12 @@ def read_nemo(source: Source) -> tuple[Source, bytes | None]:
             else "give a .nemo archive, or unpack the checkpoint that is in this one",
         )
     config = members.get(CONFIG)
+    rest = {name: member for name, member in members.items() if name != WEIGHTS}
     if config is None:
-        return weights, None
+        return Nemo(weights, None, rest)
     if config.nbytes > _MAX_CONFIG_NBYTES:
         raise too_many(source.name, _MAX_CONFIG_NBYTES, f"bytes of {CONFIG}")
-    return weights, read(config, 0, config.nbytes)
+    return Nemo(weights, read(config, 0, config.nbytes), rest)
 
 
 def read_tar(source: Source) -> dict[str, Source]:

@@ -97,7 +97,7 @@ def _of_hashes(ours: Array, theirs: Array, axis: int) -> Cause | None:
     name = ("row", "column")[axis]
     if len(ours) == len(theirs):
         changed = np.flatnonzero(ours != theirs)
-        if 1 < len(changed) and np.array_equal(np.sort(ours), np.sort(theirs)):
+        if len(changed) > 1 and np.array_equal(np.sort(ours), np.sort(theirs)):
             return _in_another_order(ours, theirs, changed, axis)
         return _changed_alone(changed, len(ours), axis, added=0, proof="values")
     if len(ours) < len(theirs):
