@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, get_args
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.sources.paths import AnyPath, Location, path_of, to_local, to_path
 from harness.checkpoint.tensors import Checkpoint
+from harness.comparison import buffers as buffers_of
 from harness.comparison.compare import compare, with_damages
 from harness.comparison.comparison import Comparison
 from harness.comparison.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
@@ -148,7 +149,8 @@ def record(
             fingerprint=found,
             source="" if path is None else source_of(path, target),
             section=section,
-            live=_record_live(path, checkpoint, target, stage, live, found),
+            live=_of_module(checkpoint, found)
+            or _record_live(path, checkpoint, target, stage, live, found),
         )
     write_golden(recorded, overwrite=overwrite)
     return recorded
@@ -165,6 +167,18 @@ def _as_options(stage: Stage, live: LiveOptions | None) -> list[str]:
     )
     given = [word for flag, value in named if value is not None for word in (flag, str(value))]
     return [f"--{stage}", *given]
+
+
+def _of_module(checkpoint: Checkpoint, weights: Fingerprint) -> LiveRecord | None:
+    """What a live module has that no file holds: its non-persistent buffers."""
+    if not checkpoint.buffers:
+        return None
+    buffers = fingerprint_checkpoint(
+        replace(checkpoint, name="buffers", tensors=checkpoint.buffers, unread=()),
+        block_nbytes=weights.block_nbytes,
+        residues=weights.tolerance,
+    )
+    return LiveRecord(target=None, stages=("file",), buffers=buffers)
 
 
 def _record_live(
@@ -219,6 +233,9 @@ def verify(
         if reference is not None:
             check_reference(to_path(reference), recorded, subject)
             beside = stack.enter_context(opened_for(recorded, reference))
+        buffers = recorded.parts.get("buffers")
+        sides = buffers_of.joined(recorded.fingerprint, buffers, actual)
+        expected, actual = sides.expected, sides.actual
         found = fingerprint_checkpoint(
             actual,
             details=nothing,
@@ -226,17 +243,19 @@ def verify(
         )
         found = with_settings(found, actual, recorded.fingerprint)
         measure = AgainstGolden(
-            golden=recorded.fingerprint,
+            golden=expected,
             actual=actual,
-            reference=beside,
+            reference=beside if actual.buffers is None else None,
+            partial_reference=beside,
             workers=workers,
         )
         # What fits buffers alone, which the live stages compare, is no typo. Outputs have a
         # tolerance of their own, and none of them is left out.
-        buffers = recorded.parts.get("buffers")
-        here = {*recorded.fingerprint.tensors, *found.tensors}
+        here = {*expected.tensors, *found.tensors}
         policy = policy.at_stage(here, () if buffers is None else buffers.tensors)
-        compared = compare(recorded.fingerprint, found, policy, measure)
+        compared = compare(expected, found, policy, measure)
+        compared = replace(compared, notes=(*compared.notes, *sides.notes))
+        compared = buffers_of.named(compared, buffers, actual)
         compared = with_damages(compared, lambda keys: damages(actual, keys, workers))
         return _with_causes(compared, actual, beside, started, workers)
 
@@ -357,7 +376,7 @@ def update(
                 with_settings(found, actual), tensors=tensors, tolerance=old.tolerance
             ),
             source=source_after(subject, golden),
-            live=_update_live(path, actual, golden, last, live),
+            live=_of_module(actual, found) or _update_live(path, actual, golden, last, live),
         )
     if updated.live is not None and updated.live.tells_as(golden.live):
         updated = replace(updated, live=golden.live)  # whose sketches may have other last bits

@@ -189,7 +189,8 @@ class Checkpoint:
     `checksums` are the container's own. Entries that are no tensors are among them, as their text
     in the dtype `value`; those that are not data are named in `unread`. `others` are the parts of
     the file that were left out, with how many tensors they hold. `members` are other files in it,
-    such as a tokenizer, and the text of the configuration.
+    such as a tokenizer, and the text of the configuration. `buffers` are a live module's
+    non-persistent ones, which no file holds; None for everything else.
     """
 
     name: str
@@ -201,6 +202,7 @@ class Checkpoint:
     others: tuple[tuple[str, int | None], ...] = ()
     keeps_aliases: bool = True
     checksums: tuple[Checksum, ...] = ()
+    buffers: Mapping[str, Tensor] | None = None
     members: Mapping[str, Source] = field(default_factory=dict)
     read_config: Callable[[], Mapping[str, Any] | None] = lambda: None
 

@@ -8,6 +8,7 @@ tensors, or some only in what is nested in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from harness.checkpoint.tensors import Checkpoint
 from harness.errors import UsageError
-from harness.model.state import as_checkpoint
+from harness.model.state import as_checkpoint, is_cut, transient_buffers
 from harness.model.values import with_values
 
 Live: TypeAlias = nn.Module | Mapping[str, torch.Tensor]
@@ -37,7 +38,11 @@ def call_with(live: Live, verb: Callable[[Checkpoint], _Result]) -> _Result:
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
     def call_whole(checkpoint: Checkpoint) -> _Result:
-        return verb(with_values(checkpoint, state))
+        whole = with_values(checkpoint, state)
+        if isinstance(live, nn.Module):
+            own = {k: v for k, v in transient_buffers(live).items() if not is_cut(v)}
+            whole = replace(whole, buffers=as_checkpoint(own, name).tensors)
+        return verb(whole)
 
     if dist.is_available() and dist.is_initialized():
         from harness.model.distributed.sharded import is_spread, together  # 1 s of imports

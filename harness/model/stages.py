@@ -19,6 +19,7 @@ from torch import nn
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.keys import format_key
 from harness.checkpoint.tensors import Checkpoint
+from harness.comparison import buffers as buffers_of
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import FINDING_KINDS, Divergence, Finding
@@ -273,7 +274,9 @@ class _Live:
         # Where the file still is what was recorded, it decides exactly.
         measure = AgainstGolden(golden=expected, actual=state, partial_reference=self.checkpoint)
         policy = self.policy.at_live_stage(expected.tensors, found.tensors, self.checkpoint.tensors)
-        return compare(expected, found, policy, measure, stage=stage)
+        compared = compare(expected, found, policy, measure, stage=stage)
+        live = self.expected.live
+        return buffers_of.named(compared, None if live is None else live.buffers, state)
 
     def _changed_order(self, module: nn.Module) -> list[Finding]:
         """Optimizer state goes by index: another order of parameters gives it to others."""

@@ -79,6 +79,11 @@ def transient_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may be spread over ranks: a DTensor, which takes long to import."""
+    return hasattr(tensor, "device_mesh")
+
+
 def _wrap(key: str, tensor: torch.Tensor, storages: dict[int, Storage]) -> Tensor:
     tensor = tensor.detach()
     if tensor.is_meta:

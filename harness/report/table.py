@@ -62,7 +62,9 @@ def _about(golden: Golden) -> Iterator[str]:
     """What a golden holds beside the table: where it is from, how it is compared, its size."""
     yield f"source     {escaped(golden.source) or 'none: recorded from memory'}"
     live = golden.live
-    if live is not None:
+    if live is not None and live.buffers is not None:
+        yield f"buffers    {len(live.buffers.tensors):,} that are in no file"
+    if live is not None and live.stages != ("file",):
         yield f"stages     {', '.join(live.stages)}"
         yield f"model      {escaped(live.target or 'as registered for the class in the config')}"
         named = (("config", live.config), ("inputs", live.inputs))
