@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -176,9 +177,7 @@ def _named(places: Sequence[int], name: str) -> str:
 def _ranges(changed: Sequence[int], count: int) -> tuple[tuple[int, int], ...]:
     """The half-open ranges between changed places."""
     ends = [-1, *changed, count]
-    return tuple(
-        (one + 1, other) for one, other in zip(ends, ends[1:], strict=False) if one + 1 < other
-    )
+    return tuple((one + 1, other) for one, other in pairwise(ends) if one + 1 < other)
 
 
 def _of_residues(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -> Cause | None:
@@ -231,7 +230,7 @@ def reordered(
             data = np.empty(expected.nbytes, "|u1")
             view.read_into(0, data.data)
             sides.append(np.sort(data.view(word)))
-        if not np.array_equal(*sides):
+        if not np.array_equal(sides[0], sides[1]):
             return None
     elif expected.hashes is not None:
         proof = "hash"

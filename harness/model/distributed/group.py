@@ -49,7 +49,9 @@ class Ranks:
         """Return the values of all ranks, on rank 0; raises TeamError, and an error among them."""
         values: list[Any] = [None] * self.size
         with self.collective():
-            dist.gather_object(value, values if self.rank == 0 else None, self._group, group_dst=0)
+            dist.gather_object(
+                value, values if self.rank == 0 else None, group=self._group, group_dst=0
+            )
         for rank, error in enumerate(values):
             if isinstance(error, HarnessError):
                 raise type(error)(f"rank {self.name_of(rank)}: {error}", hint=error.hint) from error

@@ -20,6 +20,7 @@ from importlib import import_module
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from harness.checkpoint.sources.urls import redacted
 from harness.errors import TeamError, UsageError
@@ -68,10 +69,10 @@ def _lead(ranks: Ranks, command: Callable[[Ranks], int], arguments: Sequence[str
         ranks.shutdown()
 
 
-def _meet() -> tuple[dist.Store, Ranks]:
+def _meet() -> tuple[Any, Ranks]:
     """Wait for all ranks; raises TeamError."""
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=ARRIVAL))
+        store, rank, size = next(rendezvous("env://", timeout=ARRIVAL))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=ARRIVAL)
         return store, Ranks(dist.new_group(backend="gloo", timeout=TIMEOUT))
     except (RuntimeError, ValueError) as error:  # not all came; the environment makes no sense
@@ -84,7 +85,7 @@ def _meet() -> tuple[dist.Store, Ranks]:
         ) from error
 
 
-def _is_said(store: dist.Store) -> bool:
+def _is_said(store: Any) -> bool:
     """Whether rank 0 lives, and reports what has happened."""
     try:
         store.wait([_SAID], _MOMENT)

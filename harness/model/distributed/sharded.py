@@ -66,7 +66,7 @@ _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 def _group_of(state: Mapping[str, torch.Tensor]) -> dist.ProcessGroup:
-    """A group, on the CPU, of all ranks that hold a part of the state; the next call has it, too."""
+    """A group, on the CPU, of all ranks that hold a part of the state; kept for the next call."""
     meshes = [tensor.device_mesh.mesh for tensor in state.values() if isinstance(tensor, DTensor)]
     ranks = tuple(sorted({int(rank) for mesh in meshes for rank in mesh.flatten()}))
     try:
