@@ -489,7 +489,7 @@ def _show(
     file: AnyPath, *, as_json: bool, stats: bool, section: str | None, jobs: int | None
 ) -> None:
     from harness import api
-    from harness.fingerprints.scan import fingerprint
+    from harness.fingerprints.scan import fingerprint, with_settings
     from harness.golden.file import is_golden
     from harness.report.json import fingerprint_as_json
     from harness.report.table import render_table
@@ -513,6 +513,7 @@ def _show(
                 keep_values=lambda tensor: True,
                 workers=Workers(jobs=jobs, progress=progress),
             )
+            found = with_settings(found, opened)
     if as_json:
         data = fingerprint_as_json(found)
         if recorded is not None:

@@ -111,5 +111,9 @@ def _note(elsewhere: Counter[str]) -> str:
         for name, count in elsewhere.most_common(_MAX_NAMED)
     ]
     more = f", and {len(elsewhere) - _MAX_NAMED:,} more" if len(elsewhere) > _MAX_NAMED else ""
-    settings = "1 setting" if elsewhere.total() == 1 else f"{elsewhere.total():,} settings"
-    return f"{settings} that only say where or when also differ: {', '.join(named)}{more}"
+    said = (
+        "1 setting that only says where or when also differs"
+        if elsewhere.total() == 1
+        else f"{elsewhere.total():,} settings that only say where or when also differ"
+    )
+    return f"{said}: {', '.join(named)}{more}"

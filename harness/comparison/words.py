@@ -39,7 +39,7 @@ HEADINGS: dict[FindingKind, str] = {
     "requires_grad": "requires_grad: requires_grad changed",
     "optimizer": "optimizer: its state is lost, or belongs to another parameter",
     "hyperparameter": "hyperparameter: lost in the reload",
-    "config": "config: what is carried beside the weights",
+    "config": "config: changed beside the weights (a failure with --check-config)",
     "undecided": "undecided: the golden cannot tell whether allclose holds",
     "close": "close: within the tolerance, but not identical",
     "accepted": "accepted: what --accept lets pass",

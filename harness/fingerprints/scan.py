@@ -157,7 +157,7 @@ def _of_member(source: Source) -> str:
     hasher = blake3()
     for chunk in chunks(source.nbytes):
         hasher.update(read(source, chunk.start, chunk.nbytes))
-    return f"{source.nbytes:,} bytes, digest {hasher.hexdigest()[:32]}"
+    return f"{source.nbytes:,} bytes, digest {hasher.hexdigest()[:16]}"
 
 
 def statistics(

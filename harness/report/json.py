@@ -23,8 +23,8 @@ The schema, to which later versions only add:
     stats         {"min", "max", "mean", "std", "l2", "num_zero", "num_nan", "num_posinf",
                    "num_neginf"} | null
     show          {"root", "container", "section", "other_sections": [{"section", "num_tensors"}],
-                   "not_read", "tensors": [{"key", "dtype", "shape", "digest", "alias_of",
-                   "value"?, "stats"}], "history"?}
+                   "not_read", "config", "members": {name: size and digest}, "tensors": [{"key",
+                   "dtype", "shape", "digest", "alias_of", "value"?, "stats"}], "history"?}
     error         {"kind", "message", "hint"}; alone, {"exit_code": 2, "error"}, where a command
                   was not understood or is none of the above
 
@@ -47,6 +47,7 @@ from harness.errors import HarnessError
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.stats import Stats
 from harness.report.outcome import Outcome, Result
+from harness.text.disclosure import disclosed
 
 Json = Any
 
@@ -195,6 +196,8 @@ def fingerprint_as_json(fingerprint: Fingerprint) -> Json:
             {"section": name, "num_tensors": count} for name, count in fingerprint.others
         ],
         "not_read": list(fingerprint.unread),
+        "config": disclosed(fingerprint.config),
+        "members": dict(sorted(fingerprint.members.items())),
         "tensors": [
             {
                 "key": tensor.key,

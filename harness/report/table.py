@@ -56,6 +56,15 @@ def _head(fingerprint: Fingerprint) -> Iterator[str]:
         where = "" if count is None else f" ({count:,} tensors): --section {quoted(name)}"
         yield f"not shown  {escaped(name)}{where}"
     yield from (f"not read   {escaped(entry)}" for entry in fingerprint.unread)
+    config = fingerprint.config or {}
+    if config:
+        keys = ", ".join(sorted(map(str, config))[:_MAX_SHOWN])
+        more = ", …" if len(config) > _MAX_SHOWN else ""
+        yield f"settings   {len(config):,}: {escaped(keys)}{more}"
+    members = sorted(fingerprint.members.items())
+    yield from (f"beside     {escaped(name)}: {what}" for name, what in members[:_MAX_SHOWN])
+    if len(members) > _MAX_SHOWN:
+        yield f"beside     and {len(members) - _MAX_SHOWN:,} more files"
 
 
 def _about(golden: Golden) -> Iterator[str]:
@@ -72,11 +81,6 @@ def _about(golden: Golden) -> Iterator[str]:
     yield f"tolerance  {_tolerance(golden.fingerprint)}"
     if live is not None and live.outputs is not None:
         yield f"outputs    {len(live.outputs.tensors):,}, tolerance {_tolerance(live.outputs)}"
-    config = golden.fingerprint.config or {}
-    if config:
-        keys = ", ".join(list(config)[:_MAX_SHOWN])
-        more = ", …" if len(config) > _MAX_SHOWN else ""
-        yield f"settings   {len(config):,}: {escaped(keys)}{more}"
     yield f"file       {_space(golden)}"
     yield from (f"replaced   {told(update)}" for update in golden.history)
 
