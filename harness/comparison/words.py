@@ -151,8 +151,9 @@ def _affected(members: Sequence[Finding], style: Style) -> Iterator[str]:
     sides = {(finding.expected, finding.actual) for finding in members}
     if first.kind in ("dtype", "shape", "alias", "accepted"):
         yield keys
-        if len(sides) == 1:
-            yield f"expected {first.expected}, actual {first.actual}"
+        ours, theirs = (list(dict.fromkeys(map(str, side))) for side in zip(*sides, strict=True))
+        if len(ours) + len(theirs) <= 4:
+            yield f"expected {' or '.join(sorted(ours))}, actual {' or '.join(sorted(theirs))}"
     else:
         yield f"{keys}  {first.expected or first.actual}" if len(sides) == 1 else keys
     differences = [f.difference for f in members if f.difference is not None]
@@ -177,7 +178,7 @@ def _patterns(keys: Sequence[str], style: Style) -> str:
     folded = fold_names(keys, ellipsis=style.ellipsis)
     shown = [pattern for pattern, _ in folded[:_MAX_PATTERNS]]
     more = sum(len(members) for _, members in folded[_MAX_PATTERNS:])
-    return ", ".join(shown) + (f" and {more:,} more" if more else "")
+    return ", ".join(shown) + (f" {style.ellipsis} and {more:,} more" if more else "")
 
 
 def _plain_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]:

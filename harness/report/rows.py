@@ -58,8 +58,8 @@ class Told(NamedTuple):
     expected: str | None
     actual: str | None
     actual_key: str | None
-    difference: Measured | None
     causes: tuple[str, ...]
+    difference: Measured | None
 
 
 class Measured(NamedTuple):

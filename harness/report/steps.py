@@ -62,8 +62,9 @@ def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]
         key_map = _key_map(failing, comparison)
         if 0 < len(key_map) <= _MAX_MAPPED:
             yield "accept the new name", {"key_map": key_map}
+            return
     words = words_to_accept(comparison)
-    if words and comparison.stage == "file":
+    if words and comparison.stage == "file" and all(f.kind != "prefix" for f in failing):
         yield f"accept what is {', '.join(words)}", {"accept": (*policy.accept, *words)}
     if failing and {finding.kind for finding in failing} == {"missing", "unexpected"}:
         moved = None if policy.key_map else _moved(failing, comparison)

@@ -94,10 +94,10 @@ def _with_known(comparison: Comparison) -> Comparison:
     )
     if any("rounded" in c.accept for f in comparison.findings for c in f.causes[:1]):
         equal += ", up to rounding"
-    strangers = "no key in common"
-    notes = tuple(note for note in comparison.notes if not note.startswith(strangers))
-    few = len(renamed) < min(comparison.count("missing"), comparison.count("unexpected"))
-    return replace(comparison, notes=(equal, *notes), are_strangers=few)
+    if len(renamed) < min(comparison.count("missing"), comparison.count("unexpected")):
+        return comparison  # a few counters may be equal in any two models
+    notes = tuple(note for note in comparison.notes if not note.startswith("no key in common"))
+    return replace(comparison, notes=(equal, *notes), are_strangers=False)
 
 
 @dataclass
@@ -256,7 +256,7 @@ class _Search:
             return [replace(_moved_cause(finding.key), text="the same keys under another prefix")]
         if finding.kind == "missing":
             return [] if expected is None else _kept_elsewhere(evidence, expected)
-        if actual is None:
+        if actual is None or actual.dtype.is_value or (expected and expected.dtype.is_value):
             return []
         found = [_counter(expected, actual), _copied(evidence, finding, actual)]
         if expected is not None:
@@ -264,12 +264,16 @@ class _Search:
         if finding.kind != "close":
             found.append(constant(expected, actual))
             if expected is not None:
-                found += self._of_pair(expected, actual, tensor)
+                found += self._of_pair(finding, expected, actual, tensor)
         causes = [cause for cause in found if cause is not None]
         return sorted(causes, key=_quality)
 
     def _of_pair(
-        self, expected: TensorFingerprint, actual: TensorFingerprint, tensor: Tensor | None
+        self,
+        finding: Finding,
+        expected: TensorFingerprint,
+        actual: TensorFingerprint,
+        tensor: Tensor | None,
     ) -> list[Cause | None]:
         evidence = self.evidence
         found: list[Cause | None] = []
@@ -279,7 +283,7 @@ class _Search:
             found.append(seen_otherwise(evidence, expected, tensor))
         if tensor is not None and expected.shape != actual.shape:
             found.append(rows_kept(evidence, expected, tensor))
-        if tensor is not None and not any(found):
+        if tensor is not None and not any(found) and not _names_all(finding):
             found.append(rows_changed(evidence, expected, tensor))
         if tensor is not None and not any(found):
             found.append(reordered(evidence, expected, actual, tensor))
@@ -321,8 +325,16 @@ class _Search:
                 self.findings[place] = replace(self.findings[place], causes=(own,))
 
 
+def _names_all(finding: Finding) -> bool:
+    """Whether the few elements that changed are named one by one."""
+    difference = finding.difference
+    if difference is None or difference.num_differing is None:
+        return False
+    return difference.num_differing <= len(difference.elements)
+
+
 def _quality(cause: Cause) -> int:
-    order = ("counter", "constant", "moved", "widened", "rounded")
+    order = ("counter", "moved", "widened", "rounded", "constant")
     return order.index(cause.kind) if cause.kind in order else len(order)
 
 

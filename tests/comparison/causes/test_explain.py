@@ -266,3 +266,66 @@ def test_a_low_rank_change_has_no_cause(tmp_path: Path, rank: int) -> None:
     delta = shuffled(torch.empty(96, rank)) @ shuffled(torch.empty(rank, 96)) * 0.05
     found = compare(tmp_path, before, at(Q, lambda t: t + delta)(before), "golden alone")
     assert [finding.causes for finding in found.findings] == [()]
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("width", [16, 96])
+def test_a_rounding_is_said_of_the_narrow_and_of_the_wide_form(
+    tmp_path: Path, width: int, how: str
+) -> None:
+    before = state(torch.float32, width)
+    for dtype in (torch.bfloat16, torch.float16):
+        for stored in (dtype, torch.float32):
+            after = before | {Q: before[Q].to(dtype).to(stored)}
+            cause = cause_of(compare(tmp_path, before, after, how), Q)
+            assert (cause.kind, cause.dtype) == ("rounded", str(dtype).removeprefix("torch."))
+            assert compare(tmp_path, before, after, how, Policy(accept=("rounded",))).ok
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("width", [16, 96])
+def test_rows_that_changed_are_named(tmp_path: Path, width: int, how: str) -> None:
+    before = state(torch.float32, width)
+
+    def spoil(weight: torch.Tensor) -> torch.Tensor:
+        new = torch.cat([weight, weight[:8] + 1])
+        new[5] += 0.3
+        return new
+
+    cause = cause_of(compare(tmp_path, before, at(EMBED, spoil)(before), how), EMBED)
+    assert (cause.kind, cause.changed, cause.num_added) == ("rows", (5,), 8)
+    assert cause.text == f"row 5 differs, the other {2 * width - 1} are the golden's, 8 added"
+
+
+@pytest.mark.parametrize("width", [16, 96])
+def test_permuted_rows_and_columns_are_named_with_both_files(tmp_path: Path, width: int) -> None:
+    before = state(torch.float32, width)
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(2))
+    for change in (lambda t: t[order], lambda t: t[:, order]):
+        cause = cause_of(compare(tmp_path, before, at(Q, change)(before), "both files"), Q)
+        assert (cause.kind, cause.accept, len(cause.order or ())) == ("rows", ("order",), width)
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_same_values_in_another_order_are_said(
+    tmp_path: Path, dtype: torch.dtype, how: str
+) -> None:
+    before = state(dtype)
+
+    def shuffle(weight: torch.Tensor) -> torch.Tensor:
+        order = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(2))
+        return weight.flatten()[order].view(weight.shape)
+
+    found = compare(tmp_path, before, at(Q, shuffle)(before), how)
+    assert cause_of(found, Q).kind == "reordered"
+
+    def almost(weight: torch.Tensor) -> torch.Tensor:
+        new = shuffle(weight)
+        # The sum is what it was, and so are the ends; two elements are others.
+        middle = new.flatten().abs().argsort()[weight.numel() // 2 : weight.numel() // 2 + 2]
+        new.view(-1)[middle] *= torch.tensor([1.125, 0.875], dtype=dtype)
+        return new
+
+    found = compare(tmp_path, before, at(Q, almost)(before), how)
+    assert all(cause.kind != "reordered" for f in found.findings for cause in f.causes)
