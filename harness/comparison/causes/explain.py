@@ -33,6 +33,7 @@ from harness.comparison.causes.regrouped import regrouped
 from harness.comparison.causes.rounding import rounded, rounded_elsewhere
 from harness.comparison.causes.rows import reordered, rows_changed
 from harness.comparison.causes.same_bytes import rows_kept, seen_otherwise
+from harness.comparison.causes.weight_norm import folded, other_form
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import FINDING_KINDS, Finding
 from harness.fingerprints.fingerprint import TensorFingerprint
@@ -163,7 +164,9 @@ class _Search:
         evidence = self.evidence
         for finding in self.findings:
             if finding.kind == "renamed" and not finding.causes:
-                self._explain(finding, _moved_cause(finding.key))
+                form = other_form(finding.key, finding.actual_key or "")
+                causes = (_moved_cause(finding.key), *([form] if form is not None else []))
+                self._explain(finding, *causes)
         missing, unexpected = self._alone()
         if missing and unexpected:
             for key, there, causes in rounded_elsewhere(evidence, missing, unexpected):
@@ -174,6 +177,9 @@ class _Search:
                 self._rename(group.expected, group.actual, (group.cause,))
             missing, unexpected = self._alone()
         if missing and unexpected:
+            for keys, cause in folded(evidence, missing, unexpected):
+                for finding in [f for f in self.findings if f.key in keys]:
+                    self._explain(finding, cause)
             self._moved_and_reshaped(missing, unexpected)
 
     def _alone(self) -> tuple[dict[str, TensorFingerprint], dict[str, Tensor]]:

@@ -329,3 +329,30 @@ def test_the_same_values_in_another_order_are_said(
 
     found = compare(tmp_path, before, at(Q, almost)(before), how)
     assert all(cause.kind != "reordered" for f in found.findings for cause in f.causes)
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("width", [8, 64])
+def test_weight_norm_is_recognised_in_all_its_forms(tmp_path: Path, width: int, how: str) -> None:
+    g = torch.Generator().manual_seed(4)
+    conv = torch.nn.Conv1d(width, width, 3)
+    with torch.no_grad():
+        conv.weight.copy_(torch.randn(width, width, 3, generator=g))
+    plain = {"conv.weight": conv.weight.detach().clone()}
+    normed = torch.nn.utils.parametrizations.weight_norm(conv, dim=0)
+    with torch.no_grad():
+        normed.parametrizations.weight.original0.mul_(1.5)
+    plain = {"conv.weight": normed.weight.detach().clone()}
+    new = {f"conv.{k}": t for k, t in normed.state_dict().items() if k != "bias"}
+    forms = (("parametrizations.weight.original0", "weight_g"),)
+    forms += (("parametrizations.weight.original1", "weight_v"),)
+    old = {f"conv.{b}": new[f"conv.{a}"] for a, b in forms}
+    found = compare(tmp_path, new, old, how)
+    assert {(f.kind, f.causes[1].kind) for f in found.findings} == {("renamed", "weight_norm")}
+    found = compare(tmp_path, plain, old, how)
+    assert [f.causes[0].text.partition(":")[0] for f in found.findings] == ["weight = g·v/‖v‖"] * 3
+    if how == "both files" or width == 8:
+        found = compare(tmp_path, new, plain, how)
+        assert [f.causes[0].kind for f in found.findings] == ["weight_norm"] * 3
+    wrong = {k: t * 1.001 for k, t in plain.items()}
+    assert not any(f.causes for f in compare(tmp_path, wrong, old, how).findings)
