@@ -470,7 +470,7 @@ def _with_causes(
     workers: Workers,
 ) -> Comparison:
     """Add what happened, in about the time that the comparison took; nothing where all is well."""
-    if not comparison.findings:
+    if not comparison.findings and not comparison.policy.must_change:
         return comparison
     from harness.comparison.causes.explain import explained
 

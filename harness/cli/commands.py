@@ -40,6 +40,7 @@ from harness.cli.options import (
 from harness.cli.progress import progress_bar
 from harness.cli.terminal import (
     asked_again,
+    echo_changes,
     echo_error,
     echo_json,
     echo_stage,
@@ -416,6 +417,8 @@ def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **optio
 @click.argument("actual", type=PATH)
 @section_options
 @click.option("--section-b", metavar="NAME", help="Another part of ACTUAL than of EXPECTED.")
+@click.option("--table", is_flag=True, help="Add how much each tensor changed.")
+@click.option("--unchanged", is_flag=True, help="List the tensors that did not change.")
 @policy_options
 @report_options
 @_JOBS
@@ -427,6 +430,8 @@ def diff(
     actual: AnyPath,
     section: str | None,
     section_b: str | None,
+    table: bool,
+    unchanged: bool,
     form: str,
     reports: tuple[Path, ...],
     jobs: int | None,
@@ -449,7 +454,7 @@ def diff(
                 section=section,
                 section_b=section_b,
                 policy=policy,
-                stats=bool(reports),
+                stats=bool(reports) or table,
                 jobs=jobs,
                 progress=progress,
             )
@@ -457,6 +462,8 @@ def diff(
         outcome = ended(error, form, expected=expected, actual=actual)
     else:
         echo_stage(comparison, form)
+        if (table or unchanged) and form == "text":
+            echo_changes(comparison, table=table, lists_unchanged=unchanged)
         steps = tuple(past_lines(comparison, ["harness", *asked_again(arguments)]))
         echo_steps(steps, form)
         outcome = Outcome(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.comparison.causes.cause import ACCEPTABLE
+from harness.comparison.causes.cause import ACCEPTABLE, CASTS
 from harness.comparison.policy import STAGES, Policy
 from harness.errors import UsageError
 
@@ -162,6 +162,18 @@ _POLICY = [
     click.option(
         "--check-config", is_flag=True, help="A changed configuration is a failure, not a note."
     ),
+    click.option(
+        "--cast",
+        type=click.Choice(CASTS),
+        metavar="DTYPE",
+        help="Let pass what is the golden rounded to DTYPE.",
+    ),
+    click.option(
+        "--must-change",
+        multiple=True,
+        metavar="GLOB",
+        help="Demand that these keys differ: what is unchanged fails. Repeatable.",
+    ),
     click.option("--no-check-dtype", is_flag=True, help="Compare values across dtypes."),
 ]
 
@@ -197,6 +209,8 @@ def policy_of(options: dict[str, Any]) -> Policy:
         check_dtype=not options["no_check_dtype"],
         accept=options["accept"],
         check_config=options["check_config"],
+        cast=options["cast"],
+        must_change=options["must_change"],
     )
 
 

@@ -33,6 +33,16 @@ def echo_stage(comparison: Comparison, form: str, earlier: Sequence[Comparison] 
         click.echo(render(comparison, _style(), earlier=earlier))
 
 
+def echo_changes(comparison: Comparison, *, table: bool, lists_unchanged: bool) -> None:
+    """Print how much each tensor changed, and which did not."""
+    from harness.report.changes import changes_lines, unchanged_lines
+
+    style = _style()
+    lines = list(changes_lines(comparison)) if table else []
+    lines += unchanged_lines(comparison, style, lists_all=lists_unchanged)
+    click.echo("\n" + "\n".join(lines))
+
+
 def echo_steps(steps: Sequence[str], form: str) -> None:
     """Print the next steps, where text is asked for."""
     for step in steps if form == "text" else ():

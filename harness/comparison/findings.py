@@ -28,6 +28,7 @@ FindingKind = Literal[
     "value",
     "unwritten",
     "different",
+    "unchanged",
     "alias",
     "requires_grad",
     "optimizer",

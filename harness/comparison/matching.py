@@ -110,6 +110,7 @@ def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> 
     both = [*keys, *actual.tensors]
     options = [("--ignore", glob, both) for glob in policy.ignore]
     options += [("--tolerance", glob, keys) for glob, _, _ in policy.tolerances]
+    options += [("--must-change", glob, keys) for glob in policy.must_change]
     for option, glob, candidates in options:
         if not fits(glob, candidates):
             escaped = glob.replace("[", "[[]")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
-from harness.comparison.causes.cause import ACCEPTABLE
+from harness.comparison.causes.cause import ACCEPTABLE, CASTS
 from harness.errors import UsageError
 
 
@@ -44,7 +44,8 @@ class Policy:
     ones); of several tolerances that fit, the last wins. `key_map` renames the golden's keys, or
     prefixes that end in a dot; `strip_prefix` is taken off the checkpoint's keys. Where `atol` or
     `rtol` is None, it is what the golden recorded. `accept` names proved causes that pass: renamed,
-    reshaped, transposed, joined, order, rounded.
+    reshaped, transposed, joined, order, rounded; `cast` is a dtype to which values may be rounded.
+    Tensors that fit a glob of `must_change` have to differ, and may.
     """
 
     atol: float | None = None
@@ -57,8 +58,15 @@ class Policy:
     check_dtype: bool = True
     accept: tuple[str, ...] = ()
     check_config: bool = False
+    cast: str | None = None
+    must_change: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.cast is not None and self.cast not in CASTS:
+            raise UsageError(
+                f"cast {self.cast!r}: nothing is known of such a rounding",
+                hint=f"one of {', '.join(CASTS)}",
+            )
         for word in self.accept:
             if word not in ACCEPTABLE:
                 raise UsageError(
@@ -114,6 +122,9 @@ class Policy:
                 found = replace(found, atol=atol, rtol=self.general.rtol if rtol is None else rtol)
         return found
 
+    def demands_change(self, key: str) -> bool:
+        return any(_fits(key, glob) for glob in self.must_change)
+
     def ignores(self, key: str) -> bool:
         return any(_fits(key, glob) for glob in self.ignore)
 
@@ -139,6 +150,7 @@ class Policy:
             self,
             ignore=tuple(glob for glob in self.ignore if is_here(glob)),
             tolerances=tuple(one for one in self.tolerances if is_here(one[0])),
+            must_change=tuple(glob for glob in self.must_change if is_here(glob)),
         )
 
     def at_live_stage(

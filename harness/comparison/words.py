@@ -35,6 +35,7 @@ HEADINGS: dict[FindingKind, str] = {
     "value": "value: entries other than tensors changed",
     "unwritten": "unwritten: left by the load as the model initialised them",
     "different": "different: allclose is false",
+    "unchanged": "unchanged: identical, where --must-change demands a change",
     "alias": "alias: tied weights are now separate, or the reverse",
     "requires_grad": "requires_grad: requires_grad changed",
     "optimizer": "optimizer: its state is lost, or belongs to another parameter",
@@ -42,7 +43,7 @@ HEADINGS: dict[FindingKind, str] = {
     "config": "config: changed beside the weights (a failure with --check-config)",
     "undecided": "undecided: the golden cannot tell whether allclose holds",
     "close": "close: within the tolerance, but not identical",
-    "accepted": "accepted: what --accept lets pass",
+    "accepted": "accepted: what --accept, --cast or --must-change lets pass",
 }
 
 

@@ -20,13 +20,17 @@ from typing import Any
 
 from harness.comparison.comparison import Comparison, chance_note, nan_note
 from harness.comparison.findings import FINDING_KINDS
+from harness.report.changes import Change, changes_of, unchanged_lines
 from harness.report.outcome import Outcome, Result, worst_stage
 from harness.report.rows import Tables
+from harness.text.fitting import Style
 from harness.text.folding import printable
 from harness.version import __version__
 
 # A page that opens at once and can be mailed: 2 MB with all that is not data.
 _MAX_DATA_NBYTES = 1_850_000
+# Of a table that is there to be read, so many rows.
+_MAX_CHANGES = 500
 _STYLES = ("page.css", "figures.css")
 # In this order they are one program.
 _SCRIPTS = tuple(
@@ -123,6 +127,7 @@ def render(result: Result) -> str:
     outcomes = [_shown(outcome, tables) for outcome in result.outcomes]
     stages = [stage for outcome in outcomes for stage in outcome.stages]
     worst = min(stages, key=lambda stage: _severity(stage.comparison.verdict), default=None)
+    changes, unchanged = _changes(result)
     style, script = _read(_STYLES), _read(_SCRIPTS)
     environment = Environment(
         loader=PackageLoader("harness.report"),
@@ -142,6 +147,9 @@ def render(result: Result) -> str:
         counts=Counter(outcome.verdict for outcome in outcomes),
         stages=stages,
         worst=worst,
+        changes=changes[:_MAX_CHANGES],
+        num_changes=len(changes),
+        unchanged=unchanged,
         version=__version__,
         style=Markup(style),
         script=Markup(script),
@@ -150,6 +158,15 @@ def render(result: Result) -> str:
     )
     # A name from a file may hold what UTF-8 lacks.
     return page.encode("utf-8", "backslashreplace").decode()
+
+
+def _changes(result: Result) -> tuple[list[Change], list[str]]:
+    """How much the tensors of two checkpoints differ, and which do not."""
+    found = [stage for outcome in result.outcomes for stage in outcome.stages]
+    if result.command != "diff" or len(found) != 1:
+        return [], []
+    lines = unchanged_lines(found[0], Style(unicode=True))
+    return changes_of(found[0]), [line.strip() for line in lines]
 
 
 def _shown(outcome: Outcome, tables: Tables) -> _Shown:

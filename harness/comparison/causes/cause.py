@@ -43,6 +43,9 @@ ACCEPTABLE: Mapping[Acceptable, str] = {
 }
 """The words of `--accept`, and what each lets pass."""
 
+CASTS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+"""The dtypes of `--cast`: those to which a rounding is looked for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:

@@ -61,7 +61,7 @@ def explained(
     """
     of_interest = [f for f in comparison.findings if f.kind in _EXPLAINED]
     if not of_interest:
-        return comparison
+        return accepted(comparison)
     limit = time.monotonic() + max(seconds, _LEAST_SECONDS)
     search = _Search.of(comparison, actual, reference, limit, workers)
     note = None

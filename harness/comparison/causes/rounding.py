@@ -13,7 +13,7 @@ import numpy as np
 
 from harness.checkpoint.dtypes import DTYPES, DType, numpy_dtype
 from harness.checkpoint.tensors import Tensor
-from harness.comparison.causes.cause import Acceptable, Cause, Proof
+from harness.comparison.causes.cause import CASTS, Acceptable, Cause, Proof
 from harness.comparison.causes.evidence import Evidence, is_constant
 from harness.comparison.causes.views import View, digest_as
 from harness.fingerprints.fingerprint import TensorFingerprint
@@ -24,7 +24,6 @@ from harness.streaming.threads import parallel
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
-_NARROW = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
 def is_wider(one: DType, other: DType) -> bool:
@@ -78,7 +77,7 @@ def rounded(
         return _widened(evidence, expected, tensor)
     if tensor is None:
         return None
-    for name in _NARROW:
+    for name in CASTS:
         dtype = DTYPES[name]
         if not is_wider(expected.dtype, dtype) or actual.dtype not in (dtype, expected.dtype):
             continue
