@@ -106,7 +106,7 @@ def test_a_module_that_pickles_itself_in_its_own_way_is_not_left_out(tmp_path: P
     model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), OwnState(2, 2))
     torch.save(model, tmp_path / "w.pt")
     with open_checkpoint(tmp_path / "w.pt") as checkpoint:
-        assert list(checkpoint.tensors) == ["0.weight", '1[state][0]["weight"]']
+        assert list(checkpoint.tensors) == ["0.weight", '1[state][0]["weight"]', "1[state][1]"]
 
 
 @pytest.mark.parametrize("how", ["script", "trace"])
@@ -256,7 +256,9 @@ def test_python_2_names_and_numbers_read(tmp_path: Path) -> None:
     body = b"}(U\x01wI7\n" + string("t") + tensor() + b"S'x'\nL5L\nVabc\nF1.5\nu"
     path = write_torch_legacy(tmp_path / "w.pt", body)
     with open_checkpoint(path) as checkpoint:
-        assert list(checkpoint.tensors) == ["t"]
+        assert list(checkpoint.tensors) == ["w", "t", "x", "abc"]
+        values = (bytes(checkpoint.tensors[key].array()) for key in ("w", "x", "abc"))
+        assert list(values) == [b"7", b"5", b"1.5"]
 
 
 def test_a_state_dict_that_is_an_unknown_class_with_items_reads(tmp_path: Path) -> None:
