@@ -9,7 +9,7 @@ read or written.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
@@ -23,7 +23,7 @@ from harness.comparison.comparison import Comparison
 from harness.comparison.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
 from harness.comparison.policy import Policy, Stage, check_stage
 from harness.errors import UsageError
-from harness.fingerprints.fingerprint import Fingerprint, structure
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, structure
 from harness.fingerprints.integrity import damages
 from harness.fingerprints.residues import DEFAULT_TOLERANCE
 from harness.fingerprints.scan import fingerprint as fingerprint_checkpoint
@@ -257,7 +257,7 @@ def verify(
         compared = replace(compared, notes=(*compared.notes, *sides.notes))
         compared = buffers_of.named(compared, buffers, actual)
         compared = with_damages(compared, lambda keys: damages(actual, keys, workers))
-        return _with_causes(compared, actual, beside, started, workers)
+        return _with_causes(compared, actual, beside, started, workers, measure.details)
 
 
 def _read(subject: Subject | None, golden: Location | Golden | None) -> Golden:
@@ -468,6 +468,7 @@ def _with_causes(
     reference: Checkpoint | None,
     started: float,
     workers: Workers,
+    known: Mapping[str, TensorFingerprint] | None = None,
 ) -> Comparison:
     """Add what happened, in about the time that the comparison took; nothing where all is well."""
     if not comparison.findings and not comparison.policy.must_change:
@@ -475,7 +476,9 @@ def _with_causes(
     from harness.comparison.causes.explain import explained
 
     seconds = time.monotonic() - started
-    return explained(comparison, actual, reference, seconds=seconds, workers=workers)
+    return explained(
+        comparison, actual, reference, known=known or {}, seconds=seconds, workers=workers
+    )
 
 
 def _last_stage(golden: Golden, stage: Stage | None) -> str:

@@ -105,7 +105,8 @@ class AgainstGolden:
     """Measures an open checkpoint against a golden: by kept values, by sketches, by a reference.
 
     `reference` is the recorded checkpoint, where it is at hand: CheckpointError where it is another
-    one. `partial_reference` is one that need not be: what is in it as recorded is used.
+    one. `partial_reference` is one that need not be: what is in it as recorded is used. `details`
+    are filled with what was read of the actual side in the golden's blocks, for those who ask on.
     """
 
     golden: Fingerprint
@@ -113,6 +114,7 @@ class AgainstGolden:
     reference: Checkpoint | None = None
     partial_reference: Checkpoint | None = None
     workers: Workers = ALL_CORES
+    details: dict[str, TensorFingerprint] = field(default_factory=dict, compare=False)
 
     def __call__(self, triples: Sequence[Triple]) -> list[Difference]:
         references = self._references([expected for expected, _, _ in triples])
@@ -179,6 +181,8 @@ class AgainstGolden:
                 thorough=len(triples) <= _MAX_TENSORS_TO_SEARCH,
             )
             found[index] = replace(difference, stats=(expected.stats, detailed.stats))
+            if expected.dtype == actual.dtype:
+                self.details[actual.key] = detailed
         return found | self._from_residues(triples, found)
 
     def _from_residues(

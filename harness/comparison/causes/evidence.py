@@ -110,12 +110,14 @@ def is_constant(stats: Stats | None) -> bool:
 
 
 def detailed(
-    checkpoint: Checkpoint, keys: set[str], block_nbytes: int, workers: Workers
+    checkpoint: Checkpoint, keys: set[str], block_nbytes: int, workers: Workers, *, hashes: bool
 ) -> dict[str, TensorFingerprint]:
     """Fingerprint these tensors in full, small ones with their values."""
     from harness.comparison.measuring import part
     from harness.fingerprints.scan import fingerprint
 
+    if not keys:
+        return {}
     found = part(checkpoint, keys)
     # Parts without values (of the meta device) have no causes.
     readable = {k: t for k, t in found.tensors.items() if t.storage.source is not None}
@@ -123,7 +125,7 @@ def detailed(
         fingerprint(
             replace(found, tensors=readable),
             block_nbytes=block_nbytes,
-            hashes=True,
+            hashes=hashes,
             workers=workers,
         ).tensors
     )

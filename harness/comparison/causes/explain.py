@@ -50,20 +50,22 @@ def explained(
     actual: Checkpoint | None = None,
     reference: Checkpoint | None = None,
     *,
+    known: Mapping[str, TensorFingerprint] | None = None,
     seconds: float = 0.0,
     workers: Workers = ALL_CORES,
 ) -> Comparison:
     """Add causes to the findings, and let pass what the policy accepts.
 
     `actual` is the open checkpoint; None where its side is a golden. `reference` is the expected
-    side, open, where it is there: what the golden lacks is read from it. `seconds` is how long the
+    side, open, where it is there: what the golden lacks is read from it. `known` is what was read
+    of the actual side already, in full; the rest is read once. `seconds` is how long the
     comparison took. Memory: 20 MB a thread, and the sketches of what differs.
     """
     of_interest = [f for f in comparison.findings if f.kind in _EXPLAINED]
     if not of_interest:
         return accepted(comparison)
     limit = time.monotonic() + max(seconds, _LEAST_SECONDS)
-    search = _Search.of(comparison, actual, reference, limit, workers)
+    search = _Search.of(comparison, actual, reference, known or {}, limit, workers)
     note = None
     try:
         search.across_keys()
@@ -114,6 +116,7 @@ class _Search:
         comparison: Comparison,
         actual: Checkpoint | None,
         reference: Checkpoint | None,
+        known: Mapping[str, TensorFingerprint],
         deadline: float,
         workers: Workers,
     ) -> _Search:
@@ -130,11 +133,12 @@ class _Search:
         references: Mapping[str, Tensor] = {}
         if reference is not None:
             lacking = {k for k in ours if k in expected and expected[k].stats is None}
-            expected |= detailed(reference, lacking, block_nbytes, workers)
+            expected |= detailed(reference, lacking, block_nbytes, workers, hashes=True)
             references = reference.tensors
         if actual is not None:
             lacking = {k for k in theirs if k in found and found[k].stats is None}
-            found |= detailed(actual, lacking, block_nbytes, workers)
+            found |= {key: known[key] for key in lacking & known.keys()}
+            found |= detailed(actual, lacking - known.keys(), block_nbytes, workers, hashes=False)
             tensors = {k: t for k, t in actual.tensors.items() if t.storage.source is not None}
         return cls(
             evidence=Evidence(
