@@ -1,6 +1,6 @@
 """Hashes of what a tensor may become: rounded to a narrower dtype, or in another order.
 
-In: logical bytes of floats, chunk by chunk. Out: `Hashes`: 128 bits of each rounding, 96 of the
+In: logical bytes of floats, chunk by chunk. Out: `Hashes`: 128 bits of each rounding, 64 of the
 values in any order. They are not made to withstand someone who wants two tensors to have the same:
 the digest is.
 
@@ -8,8 +8,8 @@ the digest is.
 one bit pattern), in units of `UNIT_NUMEL` elements whatever the dtypes are, then over those hashes.
 
 **Unordered.** With each element as a word x of its bits, and y = x·c modulo the word: the sums of
-x[i]², x[i]·y[i] and y[i]² over the bytes i of all elements, modulo 2^32. A sum has no order; a
-changed element changes each of the three by one of some 2^17 amounts.
+x[i]·y[i] and of y[i]² over the bytes i of all elements, modulo 2^32. A sum has no order; a changed
+element changes each of the two by one of some 2^17 amounts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from harness.streaming.chunks import buffers
 _Array = NDArray[Any]
 
 HASH_NBYTES = 16
-UNORDERED_NBYTES = 12
+UNORDERED_NBYTES = 8
 UNIT_NUMEL = 1 << 19
 # Narrower dtypes, by that of the tensor.
 NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16", "float16")}
@@ -48,7 +48,7 @@ _WORDS = {2: "<u2", 4: "<u4", 8: "<u8"}
 
 @dataclass(frozen=True, kw_only=True)
 class Hashes:
-    """`rounded` is U8 (n, 16), in the order of `NARROWER`; `unordered` U8 (12,)."""
+    """`rounded` is U8 (n, 16), in the order of `NARROWER`; `unordered` U8 (8,)."""
 
     rounded: _Array
     unordered: _Array
@@ -79,7 +79,7 @@ def hash_chunk(data: _Array, dtype: DType, *, may_be_nan: bool = True) -> ChunkH
     values = data.view(numpy_dtype(dtype))
     narrower = [DTYPES[name] for name in NARROWER.get(dtype.name, ())]
     rounded: list[list[bytes]] = [[] for _ in narrower]
-    total = np.zeros(3, "<u8")
+    total = np.zeros(2, "<u8")
     for start in range(0, values.size, UNIT_NUMEL):
         unit = values[start : start + UNIT_NUMEL]
         hashers = [xxhash.xxh3_128() for _ in narrower]
@@ -98,7 +98,7 @@ def join_hashes(parts: Sequence[ChunkHashes]) -> Hashes:
     """Join what the chunks of a tensor have added."""
     by_dtype = zip(*(part.rounded for part in parts), strict=True)
     rounded = [join_units([one for units in some for one in units]) for some in by_dtype]
-    sums = np.zeros(3, "<u4")
+    sums = np.zeros(2, "<u4")
     for part in parts:
         sums += part.sums
     return Hashes(
@@ -136,9 +136,9 @@ def join_units(hashes: Sequence[bytes]) -> bytes:
 
 
 def unordered_sums(data: _Array, dtype: DType) -> _Array:
-    """The three sums of a chunk, uint32."""
+    """The two sums of a chunk, uint32."""
     values = data.view(numpy_dtype(dtype))
-    total = np.zeros(3, "<u8")
+    total = np.zeros(2, "<u8")
     for start in range(0, values.size, _PASS_NUMEL):
         total += _sums(values[start : start + _PASS_NUMEL])
     return (total & 0xFFFFFFFF).astype("<u4")
@@ -149,4 +149,4 @@ def _sums(values: _Array) -> _Array:
     y = buffers.get("times", x.size, x.dtype.str)
     np.multiply(x, _FACTORS[x.itemsize], out=y)
     a, b = x.view("|u1"), y.view("|u1")
-    return np.array([numkong.dot(a, a), numkong.dot(a, b), numkong.dot(b, b)], "<u8")
+    return np.array([numkong.dot(a, b), numkong.dot(b, b)], "<u8")

@@ -243,7 +243,7 @@ def reordered(
 
 
 def _unordered(evidence: Evidence, tensor: Tensor) -> bytes:
-    total = np.zeros(3, "<u4")
+    total = np.zeros(2, "<u4")
     for start in range(0, tensor.nbytes, _READ_NBYTES):
         evidence.check_time()
         data = np.empty(min(_READ_NBYTES, tensor.nbytes - start), "|u1")
