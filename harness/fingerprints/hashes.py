@@ -115,6 +115,9 @@ def hash_unit(values: _Array, dtype: DType) -> bytes:
 def _cast(values: _Array, dtype: DType, *, may_be_nan: bool) -> _Array:
     """The bits of values as those of a dtype, in scratch."""
     wanted = numpy_dtype(dtype)
+    if values.dtype == np.float64 and wanted.itemsize < 4:  # as torch: by way of float32
+        with np.errstate(all="ignore"):
+            values = values.astype("<f4")
     cast = buffers.get("rounded", values.size, f"<u{wanted.itemsize}")
     floats = cast.view(wanted)
     if values.dtype == np.float32 and dtype.name == "bfloat16":

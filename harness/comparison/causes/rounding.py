@@ -57,9 +57,11 @@ class Cast:
 
 def cast(data: Array, stored: DType, dtype: DType) -> Array:
     """Values as those of another dtype, as torch casts them."""
+    values: Array = data.view(numpy_dtype(stored))
     with np.errstate(all="ignore"):
-        found: Array = data.view(numpy_dtype(stored)).astype(numpy_dtype(dtype))
-    return found
+        if stored.name == "float64" and dtype.itemsize < 4:  # by way of float32
+            values = values.astype("<f4")
+        return np.asarray(values.astype(numpy_dtype(dtype)))
 
 
 def rounded(
