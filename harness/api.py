@@ -3,7 +3,7 @@
 In: subjects (a path or URL, an open checkpoint, a module, a state dict) and policies. Out: `Golden`
 and `Comparison` values; nothing is printed, and a mismatch is not an exception
 (`Comparison.raise_for_mismatch()` makes it one). Raises HarnessError where something cannot be
-read or written.
+read or written. `jobs`, `progress` and `group` say who reads: see `Workers`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from harness.golden.places import (
     new_golden,
     source_after,
 )
-from harness.streaming.workers import Progress, Workers
+from harness.streaming.workers import Group, Progress, Workers
 from harness.subjects import (
     KEPT,
     LOADED,
@@ -81,11 +81,14 @@ def fingerprint(
     section: str | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> Fingerprint:
     """Fingerprint a checkpoint in full. Memory: see `harness.fingerprint.fingerprint`."""
     only_of_files(subject, section=section)
     with opened(subject, section) as checkpoint:
-        return fingerprint_checkpoint(checkpoint, workers=Workers(jobs=jobs, progress=progress))
+        return fingerprint_checkpoint(
+            checkpoint, workers=Workers(jobs=jobs, progress=progress, group=group)
+        )
 
 
 @of_live_ones_too
@@ -103,6 +106,7 @@ def record(
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> Golden:
     """Record the golden of a checkpoint, by default at `golden_path(subject)`.
 
@@ -141,7 +145,7 @@ def record(
             residues=(atol, rtol) if holding.residues else None,
             hashes=True,
             check_integrity=True,
-            workers=Workers(jobs=jobs, progress=progress),
+            workers=Workers(jobs=jobs, progress=progress, group=group),
         )
         found = replace(with_settings(found, checkpoint), tolerance=(atol, rtol))
         recorded = Golden(
@@ -213,6 +217,7 @@ def verify(
     reference: Location | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> Comparison:
     """Compare a checkpoint with its golden; without one, the checkpoint that the golden names.
 
@@ -223,7 +228,7 @@ def verify(
     and UsageError for options that fit nothing.
     """
     policy, started = policy or Policy(), time.monotonic()
-    workers = Workers(jobs=jobs, progress=progress)
+    workers = Workers(jobs=jobs, progress=progress, group=group)
     recorded = _read(subject, golden)
     with ExitStack() as stack:
         actual = stack.enter_context(
@@ -276,6 +281,7 @@ def verify_stages(
     reference: Location | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> Iterator[Comparison]:
     """Yield the comparison of each stage up to `stage`, by default what the golden remembers.
 
@@ -293,6 +299,7 @@ def verify_stages(
         reference=reference,
         jobs=jobs,
         progress=progress,
+        group=group,
     )
     if last == "file":
         return
@@ -326,6 +333,7 @@ def update(
     live: LiveOptions | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> Golden:
     """Replace a golden with what the checkpoint holds now; the old root and `reason` are kept.
 
@@ -334,7 +342,7 @@ def update(
     What is no path has no live stages (UsageError), and leaves the golden without a source. Raises
     GoldenError where another process has updated the golden since it was read.
     """
-    workers = Workers(jobs=jobs, progress=progress)
+    workers = Workers(jobs=jobs, progress=progress, group=group)
     golden = _read(subject, golden)
     old = golden.fingerprint
     found_at = named_source(golden) if subject is None else subject
@@ -408,6 +416,7 @@ def diff(
     stats: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> Comparison:
     """Compare two checkpoints element by element, or goldens with either by their sketches.
 
@@ -416,14 +425,20 @@ def diff(
     Raises CheckpointError, GoldenError, and UsageError for options of the policy that fit nothing.
     """
     policy, started = policy or Policy(), time.monotonic()
-    workers = Workers(jobs=jobs, progress=progress)
+    workers = Workers(jobs=jobs, progress=progress, group=group)
     one, other = to_path(expected), to_path(actual)
     if is_golden(one):
         recorded = read_golden(one)
         if not is_golden(other):
             part_b = section if section_b is None else section_b
             return verify(
-                other, recorded, section=part_b, policy=policy, jobs=jobs, progress=progress
+                other,
+                recorded,
+                section=part_b,
+                policy=policy,
+                jobs=jobs,
+                progress=progress,
+                group=group,
             )
         compared = compare(
             recorded.fingerprint,

@@ -22,6 +22,7 @@ import click
 from harness.cli.options import (
     PATH,
     Command,
+    Invocation,
     check_update,
     expanded,
     live_of,
@@ -61,6 +62,7 @@ from harness.version import __version__
 if TYPE_CHECKING:
     from harness.checkpoint.sources.paths import AnyPath
     from harness.report.outcome import Outcome
+    from harness.streaming.workers import Group
 
 
 _GOLDEN = click.option("-g", "--golden", type=PATH, help="The golden file.")
@@ -95,8 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str]) -> int:
-    def command() -> int:
-        return cli.main(arguments, prog_name="harness", standalone_mode=False, obj=arguments) or 0
+    def command(group: Group | None = None) -> int:
+        asked = Invocation(arguments=arguments, group=group)
+        return cli.main(arguments, prog_name="harness", standalone_mode=False, obj=asked) or 0
 
     try:
         if not _is_one_of_several():
@@ -217,7 +220,14 @@ def _import_numpy() -> None:
 @live_options
 @click.option("--overwrite", is_flag=True, help="Replace a golden, and forget its history.")
 @_JOBS
-def record(checkpoints: tuple[AnyPath, ...], golden: AnyPath | None, **options: Any) -> int:
+@click.pass_obj
+def record(
+    asked: Invocation,
+    /,
+    checkpoints: tuple[AnyPath, ...],
+    golden: AnyPath | None,
+    **options: Any,
+) -> int:
     """Record the golden of each CHECKPOINT.
 
     It goes to golden/<stem>.safetensors unless --golden says otherwise.
@@ -230,7 +240,7 @@ def record(checkpoints: tuple[AnyPath, ...], golden: AnyPath | None, **options: 
     code = 0
     for checkpoint, place in places:
         try:
-            _record(checkpoint, place, **options)
+            _record(checkpoint, place, group=asked.group, **options)
         except HarnessError as error:
             if len(places) == 1:
                 raise
@@ -251,6 +261,7 @@ def _record(
     stage: Any,
     overwrite: bool,
     jobs: int | None,
+    group: Group | None,
     **options: Any,
 ) -> None:
     from harness import api
@@ -271,6 +282,7 @@ def _record(
             overwrite=overwrite,
             jobs=jobs,
             progress=progress,
+            group=group,
         )
     found = recorded.fingerprint
     with closing(open_source(recorded.path)) as written:
@@ -325,7 +337,7 @@ def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
 @_JOBS
 @click.pass_obj
 def verify(
-    arguments: list[str],
+    asked: Invocation,
     /,
     checkpoints: tuple[AnyPath, ...],
     golden: AnyPath | None,
@@ -372,10 +384,13 @@ def verify(
         section=section,
         reference=reference,
         jobs=jobs,
+        group=asked.group,
         form=form,
         updating=update_golden,
         reason=reason,
-        arguments=arguments if len(given) < 2 else without_operands(arguments, checkpoints),
+        arguments=asked.arguments
+        if len(given) < 2
+        else without_operands(asked.arguments, checkpoints),
         names_golden=golden is not None,
         num_targets=len(targets),
     )
@@ -424,7 +439,7 @@ def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **optio
 @_JOBS
 @click.pass_obj
 def diff(
-    arguments: list[str],
+    asked: Invocation,
     /,
     expected: AnyPath,
     actual: AnyPath,
@@ -457,6 +472,7 @@ def diff(
                 stats=bool(reports) or table,
                 jobs=jobs,
                 progress=progress,
+                group=asked.group,
             )
     except HarnessError as error:
         outcome = ended(error, form, expected=expected, actual=actual)
@@ -464,7 +480,7 @@ def diff(
         echo_stage(comparison, form)
         if (table or unchanged) and form == "text":
             echo_changes(comparison, table=table, lists_unchanged=unchanged)
-        steps = tuple(past_lines(comparison, ["harness", *asked_again(arguments)]))
+        steps = tuple(past_lines(comparison, ["harness", *asked_again(asked.arguments)]))
         echo_steps(steps, form)
         outcome = Outcome(
             expected=str(expected), actual=str(actual), stages=(comparison,), next_steps=steps
@@ -479,13 +495,14 @@ def diff(
 @section_options
 @click.option("--textconv", is_flag=True, help="For git: what cannot be read is one line.")
 @_JOBS
-def show(file: AnyPath, textconv: bool, **options: Any) -> None:
+@click.pass_obj
+def show(asked: Invocation, /, file: AnyPath, textconv: bool, **options: Any) -> None:
     """List the tensors of a golden or checkpoint, and what a golden holds beside them.
 
     Example: harness show golden/nest.safetensors
     """
     try:
-        _show(file, **options)
+        _show(file, group=asked.group, **options)
     except HarnessError as error:
         if not textconv:
             raise
@@ -493,7 +510,13 @@ def show(file: AnyPath, textconv: bool, **options: Any) -> None:
 
 
 def _show(
-    file: AnyPath, *, as_json: bool, stats: bool, section: str | None, jobs: int | None
+    file: AnyPath,
+    *,
+    as_json: bool,
+    stats: bool,
+    section: str | None,
+    jobs: int | None,
+    group: Group | None,
 ) -> None:
     from harness import api
     from harness.fingerprints.scan import fingerprint, with_settings
@@ -518,7 +541,7 @@ def _show(
                 opened,
                 details=lambda tensor: wanted,
                 keep_values=lambda tensor: True,
-                workers=Workers(jobs=jobs, progress=progress),
+                workers=Workers(jobs=jobs, progress=progress, group=group),
             )
             found = with_settings(found, opened)
     if as_json:

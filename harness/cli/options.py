@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,15 @@ from harness.errors import UsageError
 if TYPE_CHECKING:
     from harness.checkpoint.sources.paths import AnyPath
     from harness.model.stages import LiveOptions
+    from harness.streaming.workers import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invocation:
+    """What was typed, and the ranks that it was typed for."""
+
+    arguments: list[str]
+    group: Group | None
 
 
 class _Location(click.Path):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from harness.golden.golden import Golden
     from harness.model.stages import LiveOptions
     from harness.report.outcome import Outcome
+    from harness.streaming.workers import Group
 
 
 class Target(NamedTuple):
@@ -120,6 +121,7 @@ class Verification:
     section: str | None
     reference: AnyPath | None
     jobs: int | None
+    group: Group | None
     form: str
     updating: bool
     reason: str
@@ -186,6 +188,7 @@ class Verification:
                 reference=self.reference,
                 jobs=self.jobs,
                 progress=progress,
+                group=self.group,
             ):
                 reading.close()  # the bar is of the file; the report has the terminal to itself
                 comparison = self._with_note(comparison, stage, recorded)
@@ -209,6 +212,7 @@ class Verification:
                 live=self._live(recorded, stage),
                 jobs=self.jobs,
                 progress=progress,
+                group=self.group,
             )
         changed = read_file(recorded.path) != before
         if self.form == "text" and not changed:

@@ -2,15 +2,18 @@
 
 In: a process group on CPU tensors (gloo). Out: on rank 0 a `Group` for `Workers`; every other rank
 runs the worker loop until shutdown. Refused (TeamError): a rank that has died. Its connections are
-closed then, and the next collective of every other rank fails, within a round of reading.
+closed then, and the next collective of every other rank fails, within a round of reading (a
+second or two).
 
-Memory: a rank keeps the results of `_ROUND` tasks of about 4 MiB each (a few MB of sketches).
+Memory: a rank keeps the results of `_MOST` tasks of about 4 MiB each (a few MB of sketches).
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,8 +25,10 @@ from harness.errors import HarnessError, TeamError
 from harness.streaming.threads import Result, num_cores
 from harness.streaming.workers import Task, Workers
 
-# Tasks for each rank between two collectives: half a second of reading from a fast disk.
-_ROUND = 128
+# A round of reading ends with a collective, where a rank is missed: tasks for each rank, and the
+# time from which on they become fewer.
+_LEAST, _MOST, _SECONDS = 16, 256, 1.0
+_MAX_SENT_NBYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +75,9 @@ class Ranks:
             self.is_broken = True
             if not isinstance(error, RuntimeError):
                 raise
-            said = str(error).partition("\n")[0].rpartition("] ")[2]  # without gloo's line numbers
+            said = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # gloo adds a page
             raise TeamError(
-                f"another rank of the {dist.get_world_size()} has died, or does not answer: "
+                f"rank {dist.get_rank()} of {dist.get_world_size()} has lost another rank: "
                 f"{said[:200]}",
                 hint="see what the other ranks printed last, and whether one ran out of memory",
             ) from error
@@ -94,19 +99,30 @@ class Ranks:
         self, function: Callable[[Any], Result], tasks: Sequence[Task], workers: Workers
     ) -> list[Result]:
         """See `harness.streaming.workers.Group`."""
-        step = _ROUND * self.size
-        rounds = [tasks[start : start + step] for start in range(0, len(tasks), step)]
-        return [result for some in rounds for result in self._round(function, some, workers)]
+        results: list[Result] = []
+        each = _LEAST
+        while len(results) < len(tasks):
+            started, done = time.monotonic(), len(results)
+            results += self._round(function, tasks[done : done + each * self.size], workers)
+            if time.monotonic() - started < _SECONDS:
+                each = min(_MOST, 2 * each)
+            else:
+                each = max(1, each // 2)
+        return results
 
     def _round(
         self, function: Callable[[Any], Result], tasks: Sequence[Task], workers: Workers
     ) -> list[Result]:
         owners = _owners(tasks, self.size)
         shares: list[list[bytes]] = [[] for _ in range(self.size)]
+        nbytes = 0
         for index, owner in enumerate(owners):
             try:
-                if owner:
+                if owner and nbytes > _MAX_SENT_NBYTES:  # kept values of a golden
+                    owners[index] = 0
+                elif owner:
                     shares[owner].append(pickle.dumps(tasks[index]))
+                    nbytes += len(shares[owner][-1])
             except (TypeError, AttributeError, pickle.PicklingError):
                 owners[index] = 0  # it is of this process alone: memory, inflated data
         self.broadcast((function, shares, workers.jobs))

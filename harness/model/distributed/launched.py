@@ -2,8 +2,8 @@
 
 In: the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; LOCAL_WORLD_SIZE where
 several ranks share a machine), which may also be set by hand, mpirun or srun. Out: the exit code of
-this rank: that of the command on rank 0, which alone runs it; 0 on the others, 2 on all when one
-has died. Refused (TeamError, UsageError): ranks that do not come, and ranks that were started with
+this rank: that of the command on rank 0, which alone runs it; 0 on the others, or 2 when one has
+died. Refused (TeamError, UsageError): ranks that do not come, and ranks that were started with
 another command.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +19,6 @@ from importlib import import_module
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from harness.checkpoint.sources.urls import redacted
 from harness.errors import TeamError, UsageError
@@ -31,13 +29,11 @@ from harness.version import __version__
 # live stages. A rank that dies is noticed by its connections.
 ARRIVAL = timedelta(minutes=5)
 TIMEOUT = timedelta(hours=24)
-_MOMENT = timedelta(seconds=2)
-_SAID = "harness/said"
 
 
 def run_on_ranks(command: Callable[[Ranks], int], arguments: Sequence[str]) -> int:
     """Run a command on rank 0, with the help of all others; returns this rank's exit code."""
-    store, ranks = _meet()
+    ranks = _meet()
     gc.freeze()  # else each search for cycles looks through all that torch brought, for 0.1 s
     try:
         if ranks.rank == 0:
@@ -47,17 +43,8 @@ def run_on_ranks(command: Callable[[Ranks], int], arguments: Sequence[str]) -> i
         import_module("harness.comparison.measuring")  # needed soon; rank 0 is getting ready
         ranks.work(ranks.do_share)
         return 0
-    except TeamError:
-        if ranks.rank > 0 and _is_said(store):
-            return 2
-        raise
     finally:
-        says = ranks.is_broken and ranks.rank == 0
-        if says:
-            store.set(_SAID, "yes")
-        dist.destroy_process_group()  # closes the connections: the others notice, and look
-        if says:
-            time.sleep(_MOMENT.total_seconds() / 2)  # the store may be of this process
+        dist.destroy_process_group()
 
 
 def _lead(ranks: Ranks, command: Callable[[Ranks], int], arguments: Sequence[str]) -> int:
@@ -69,12 +56,11 @@ def _lead(ranks: Ranks, command: Callable[[Ranks], int], arguments: Sequence[str
         ranks.shutdown()
 
 
-def _meet() -> tuple[Any, Ranks]:
+def _meet() -> Ranks:
     """Wait for all ranks; raises TeamError."""
     try:
-        store, rank, size = next(rendezvous("env://", timeout=ARRIVAL))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=ARRIVAL)
-        return store, Ranks(dist.new_group(backend="gloo", timeout=TIMEOUT))
+        dist.init_process_group("gloo", timeout=ARRIVAL)
+        return Ranks(dist.new_group(backend="gloo", timeout=TIMEOUT))
     except (RuntimeError, ValueError) as error:  # not all came; the environment makes no sense
         raise TeamError(
             f"the {os.environ['WORLD_SIZE']} ranks cannot meet at "
@@ -83,15 +69,6 @@ def _meet() -> tuple[Any, Ranks]:
             hint="start all of them, with the same MASTER_ADDR and MASTER_PORT; "
             "unset WORLD_SIZE to run alone",
         ) from error
-
-
-def _is_said(store: Any) -> bool:
-    """Whether rank 0 lives, and reports what has happened."""
-    try:
-        store.wait([_SAID], _MOMENT)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _check_same_command(started: Sequence[Any]) -> None:

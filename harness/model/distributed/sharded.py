@@ -66,14 +66,16 @@ _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 def _group_of(state: Mapping[str, torch.Tensor]) -> dist.ProcessGroup:
-    """A group, on the CPU, of all ranks that hold a part of the state; kept for the next call."""
-    meshes = [tensor.device_mesh.mesh for tensor in state.values() if isinstance(tensor, DTensor)]
-    ranks = tuple(sorted({int(rank) for mesh in meshes for rank in mesh.flatten()}))
+    """A group of all ranks that hold a part of the state; the next call finds it again."""
+    meshes = {tensor.device_mesh for tensor in state.values() if isinstance(tensor, DTensor)}
+    ranks = tuple(sorted({int(rank) for mesh in meshes for rank in mesh.mesh.flatten()}))
+    is_all = len(ranks) == dist.get_world_size()
+    if not is_all and len(meshes) == 1 and (mesh := next(iter(meshes))).ndim == 1:
+        return mesh.get_group()  # torch names groups by their number: a new one needs all ranks
     try:
         group = _groups[ranks]
         dist.get_group_rank(group, dist.get_rank())
     except (KeyError, ValueError):  # the latter where it was destroyed with all others
-        is_all = len(ranks) == dist.get_world_size()
         group = dist.new_group([*ranks], backend="gloo", use_local_synchronization=not is_all)
         _groups[ranks] = group
     return group

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -19,9 +20,10 @@ import pytest
 import torch
 
 from tests.conftest import Run
-from tests.model.distributed.ranks import run_ranks
+from tests.model.distributed.ranks import free_port, run_ranks
 
 Harness = Callable[..., Run]
+SOON = 10.0  # within which all end; they would wait a day
 
 
 @pytest.fixture(scope="module")
@@ -49,217 +51,190 @@ def write(state: dict[str, Any], path: Path) -> None:
 
 
 @pytest.fixture
-def here(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def golden(files: Path, monkeypatch: pytest.MonkeyPatch, harness: Harness) -> str:
+    """The golden of model.pt, by one process; relative to the current folder."""
     monkeypatch.chdir(files)
-    return files
-
-
-@pytest.fixture
-def golden(here: Path, harness: Harness) -> Path:
-    """The golden of model.pt, by one process."""
-    path = Path("golden/model.safetensors")
-    if not path.exists():
+    path = "golden/model.safetensors"
+    if not Path(path).exists():
         assert harness("record", "model.pt").code == 0
     return path
 
 
-def command(*arguments: str) -> None:
-    """What a rank does: the command line."""
+def command(*arguments: str) -> Run:
+    """One command on one rank."""
     from harness.cli.commands import main
 
-    main(arguments)
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return Run(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_golden_has_the_same_bytes(golden: Path, tmp_path: Path, size: int) -> None:
-    other = golden.with_stem(f"by_{size}_ranks")
-    arguments = ("record", "model.pt", "-g", str(other), "--jobs", str(size - 1))
-    first, *rest = run_ranks(size, command, *arguments, folder=tmp_path / "run")
-    assert first.code == 0, first.err
-    assert first.out.startswith(f"recorded {other}: 602 tensors of model.pt")
-    assert [(rank.code, rank.out, rank.err) for rank in rest] == [(0, "", "")] * (size - 1)
-    assert other.read_bytes() == golden.read_bytes()
+@contextmanager
+def in_each_chunk(do: Callable[[], object]) -> Iterator[None]:
+    """Something happens in the middle of reading."""
+    scan: Any = import_module("harness.fingerprints.scan")
+    honest = scan._scan_chunk
 
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("verify", "model.pt"),
-        ("verify", "changed.pt", "-g", "golden/model.safetensors"),
-        ("verify", "noisy.pt", "-g", "golden/model.safetensors", "--format", "json"),
-        ("verify", "noisy.pt", "-g", "golden/model.safetensors", "--reference", "model.pt"),
-        ("diff", "model.pt", "noisy.pt"),
-        ("diff", "model.pt", "golden/model.safetensors"),
-        ("show", "model.pt", "--json"),
-        ("verify", "absent.pt"),
-        ("verify", "model.pt", "--ignore", "absent"),
-    ],
-    ids=" ".join,
-)
-def test_a_command_prints_what_one_process_prints(
-    golden: Path, arguments: tuple[str, ...], tmp_path: Path, harness: Harness
-) -> None:
-    first, second = run_ranks(2, command, *arguments, folder=tmp_path / "run")
-    assert Run(first.code, first.out, first.err) == harness(*arguments)
-    assert Run(second.code, second.out, second.err) == Run(0, "", "")
-
-
-def test_live_stages_run_on_the_first_rank(
-    data: Path, shipped_golden: Path, tmp_path: Path, harness: Harness
-) -> None:
-    arguments = ("verify", str(data / "nest_tiny.nemo"), "-g", str(shipped_golden), "--load")
-    first, second = run_ranks(2, command, *arguments, folder=tmp_path / "run")
-    assert Run(first.code, first.out, first.err) == harness(*arguments)
-    assert Run(second.code, second.out, second.err) == Run(0, "", "")
-
-
-# Ranks that fail. The others must end at once: within seconds, not the day that they may wait.
-
-SOON = 5.0
-
-
-def misbehave(how: str, victim: int | None, *arguments: str) -> None:
-    """The command line, but one rank, or each, fails in the middle of reading."""
-    fingerprint: Any = import_module("harness.fingerprints.scan")
-    honest = fingerprint._scan_chunk
-    is_victim = victim is None or os.environ["RANK"] == str(victim)
-
-    def scan(item: Any, chunk: Any) -> Any:
-        if is_victim and how.startswith("SIG"):
-            time.sleep(0.2)  # all have work by then
-            os.kill(os.getpid(), getattr(signal, how))
-        elif is_victim:
-            raise ZeroDivisionError("made up")
+    def scan_chunk(item: Any, chunk: Any) -> Any:
+        do()
         return honest(item, chunk)
 
-    scan.__module__, scan.__qualname__ = honest.__module__, honest.__qualname__
-    fingerprint._scan_chunk = scan
-    command(*arguments)
+    scan_chunk.__module__, scan_chunk.__qualname__ = honest.__module__, honest.__qualname__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "_scan_chunk", scan_chunk)
+        yield
 
 
-def test_a_rank_that_is_killed_ends_all_with_one_error(golden: Path, tmp_path: Path) -> None:
-    arguments = ("SIGKILL", 1, "verify", "model.pt")
-    first, victim, third = run_ranks(3, misbehave, *arguments, folder=tmp_path / "run")
-    assert victim.code == -signal.SIGKILL
-    assert Run(first.code, first.out, first.err) == Run(
-        2,
-        "",
-        "error: rank 1 of 3 has died\n"
-        "  next: see what rank 1 printed last, and whether it ran out of memory\n",
-    )
-    assert Run(third.code, third.out, third.err) == Run(0, "", "")
-    assert max(first.ended, third.ended) - victim.ended < SOON
+def fail() -> None:
+    raise ZeroDivisionError("made up")
 
 
-def test_when_the_first_rank_is_killed_the_others_say_so(golden: Path, tmp_path: Path) -> None:
-    arguments = ("SIGKILL", 0, "verify", "model.pt")
-    victim, *others = run_ranks(3, misbehave, *arguments, folder=tmp_path / "run")
-    assert victim.code == -signal.SIGKILL
-    for rank in others:
-        assert (rank.code, rank.out) == (2, "")
-        assert rank.err.startswith("error: rank 0 of 3 has died\n")
-        assert rank.ended - victim.ended < SOON
+def once(number: int) -> Callable[[], None]:
+    """A signal to this process, the first time."""
+    sent: list[int] = []
+
+    def send() -> None:
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    return send
 
 
-def test_what_is_raised_on_another_rank_is_the_error_of_the_run(
-    golden: Path, tmp_path: Path
+@contextmanager
+def finding_other(path: str) -> Iterator[None]:
+    """Another file stands in the place of any."""
+    from harness.checkpoint.sources import access
+
+    honest = access.open_source
+    access.reopened.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(access, "open_source", lambda _: honest(Path(path)))
+        yield
+    access.reopened.cache_clear()
+
+
+VERIFY = ("verify", "model.pt")
+PLAIN = [
+    ("record", "model.pt", "-g", "golden/by_ranks.safetensors", "--jobs", "2"),
+    VERIFY,
+    ("verify", "changed.pt", "-g", "golden/model.safetensors"),
+    ("verify", "noisy.pt", "-g", "golden/model.safetensors", "--format", "json"),
+    ("verify", "noisy.pt", "-g", "golden/model.safetensors", "--reference", "model.pt"),
+    ("diff", "model.pt", "noisy.pt"),
+    ("diff", "model.pt", "golden/model.safetensors"),
+    ("show", "model.pt", "--json"),
+    ("verify", "absent.pt"),
+    ("verify", "model.pt", "--ignore", "absent"),
+    ("verify", "model.pt", "--bogus"),
+]
+SECRET = ("verify", "https://me:pass-{}@host/model.pt?sig=secret-{}", "--atol", "1")
+
+
+def session(ports: list[int]) -> list[Run]:
+    """What a rank does: many commands, of which some fail on it."""
+    rank, at = int(os.environ["RANK"]), iter(ports)
+
+    def run(*arguments: str) -> Run:
+        os.environ["MASTER_PORT"] = str(next(at))
+        return command(*arguments)
+
+    ended = [run(*arguments) for arguments in PLAIN]
+    ended.append(run(*VERIFY if rank != 1 else ("verify", "noisy.pt")))
+    ended.append(run(*(word.format(rank, rank) for word in SECRET)))
+    for failing, do in (
+        (1, in_each_chunk(fail)),
+        (1, finding_other("pyproject.toml")),
+        (1, finding_other("gone.pt")),
+        (0, in_each_chunk(once(signal.SIGINT))),
+        (0, in_each_chunk(once(signal.SIGTERM))),
+    ):
+        if rank == failing:
+            with do:
+                ended.append(run(*VERIFY))
+        else:
+            ended.append(run(*VERIFY))
+    return ended
+
+
+def test_rank_0_prints_what_one_process_prints_and_all_end_alike(
+    golden: str, tmp_path: Path, harness: Harness
 ) -> None:
-    arguments = ("ZeroDivisionError", 1, "verify", "model.pt")
-    first, second = run_ranks(2, misbehave, *arguments, folder=tmp_path / "run")
-    assert Run(first.code, first.out, first.err) == Run(
-        2,
-        "",
-        "error: rank 1: ZeroDivisionError: made up\n  next: run with one rank for a traceback\n",
+    ports = [free_port() for _ in range(len(PLAIN) + 7)]
+    ranks = run_ranks(3, session, ports, folder=tmp_path)
+    assert [rank.code for rank in ranks] == [0, 0, 0], [rank.err for rank in ranks]
+    for arguments, *runs in zip(PLAIN, *(rank.value for rank in ranks), strict=False):
+        alone = harness(*arguments, "--overwrite") if arguments[0] == "record" else None
+        assert runs[0] == (alone or harness(*arguments)), arguments
+        assert runs[1:] == [Run(0, "", "")] * 2, arguments
+    one, other = (Path(f"golden/{name}.safetensors").read_bytes() for name in ("model", "by_ranks"))
+    assert one == other
+
+    by_rank = [rank.value[len(PLAIN) :] for rank in ranks]
+    others, secrets, crash, replaced, gone, interrupted, terminated = by_rank[0]
+    assert by_rank[1][:-1] == by_rank[2][:-1] == [Run(0, "", "")] * 6
+    for failed in (others, secrets, crash, replaced, gone, terminated):
+        assert (failed.code, failed.out) == (2, "")
+    assert others.err.startswith("error: rank 1 runs `harness verify noisy.pt` of version ")
+    assert "rank 0 `harness verify https://host/model.pt --atol 1` of version " in secrets.err
+    assert "pass-" not in secrets.err
+    assert "secret-" not in secrets.err
+    assert crash.err == (
+        "error: rank 1: ZeroDivisionError: made up\n  next: run with one rank for a traceback\n"
     )
-    assert Run(second.code, second.out, second.err) == Run(0, "", "")
+    assert "pyproject.toml: was replaced, or is another file here: has 0 bytes, mod" in replaced.err
+    assert gone.err.startswith("error: rank 1: gone.pt: cannot be opened: No such file")
+    assert (interrupted.code, interrupted.out, interrupted.err.strip()) == (130, "", "interrupted")
+    assert terminated.err.startswith("error: ended by SIGTERM, which torchrun sends when another")
+    for rank in (1, 2):
+        lost = by_rank[rank][-1]
+        assert (lost.code, lost.out) == (2, "")
+        assert lost.err.startswith(f"error: rank {rank} of 3 has lost another rank: ")
 
 
-def test_sigterm_as_torchrun_sends_it_is_told_as_an_error(golden: Path, tmp_path: Path) -> None:
-    arguments = ("SIGTERM", 0, "verify", "model.pt", "--format", "json")
-    first, second = run_ranks(2, misbehave, *arguments, folder=tmp_path / "run")
-    assert (first.code, second.code) == (2, 0)
-    found = json.loads(first.out)["goldens"][0]["error"]["message"]
-    assert found == "ended by SIGTERM, which torchrun sends when another rank has failed"
+def killed(victim: int) -> None:
+    """What a rank does when one of them is killed in the middle of reading."""
+    from harness.cli.commands import main
+
+    if os.environ["RANK"] == str(victim):
+        with in_each_chunk(once(signal.SIGKILL)):
+            main(VERIFY)
+    main(VERIFY)
 
 
-def test_an_interrupt_ends_all_ranks(golden: Path, tmp_path: Path) -> None:
-    arguments = ("SIGINT", None, "verify", "model.pt")  # as a terminal sends it
-    first, second = run_ranks(2, misbehave, *arguments, folder=tmp_path / "run")
-    assert (first.code, first.out, first.err.strip()) == (130, "", "interrupted")
-    assert Run(second.code, second.out, second.err) == Run(0, "", "")
-
-
-def see_other(path: str, *arguments: str) -> None:
-    """The command line, but the second rank finds another file in the place of any."""
-    from harness.model.distributed import team
-
-    if os.environ["RANK"] == "1":
-        honest = team._files.open
-        team._files.open = lambda _: honest(Path(path))  # type: ignore[method-assign]
-    command(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ("pyproject.toml", "0 bytes, modified at "),
-        ("gone.pt", "rank 1: gone.pt: cannot be opened: No such file or directory"),
-    ],
-)
-def test_a_file_that_another_rank_sees_otherwise_is_an_error(
-    golden: Path, other: str, message: str, tmp_path: Path
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_all_others_with_2(
+    golden: str, victim: int, tmp_path: Path
 ) -> None:
-    arguments = (other, "verify", "model.pt")
-    first, second = run_ranks(2, see_other, *arguments, folder=tmp_path / "run")
-    assert (first.code, first.out) == (2, "")
-    assert first.err.startswith("error: rank 1: ")
-    assert message in first.err
-    assert Run(second.code, second.out, second.err) == Run(0, "", "")
+    ranks = run_ranks(3, killed, victim, folder=tmp_path)
+    assert ranks[victim].code == -signal.SIGKILL
+    for number, rank in enumerate(ranks):
+        if number != victim:
+            assert (rank.code, rank.out) == (2, "")
+            first, second = rank.err.splitlines()
+            assert first.startswith(f"error: rank {number} of 3 has lost another rank: ")
+            assert second == (
+                "  next: see what the other ranks printed last, and whether one ran out of memory"
+            )
+            assert rank.ended - ranks[victim].ended < SOON
 
 
-def come_with(own: dict[str, list[str]]) -> None:
-    command(*own[os.environ["RANK"]])
-
-
-def test_ranks_with_different_commands_are_refused(golden: Path, tmp_path: Path) -> None:
-    own = {"0": ["verify", "model.pt"], "1": ["verify", "noisy.pt"], "2": ["verify", "model.pt"]}
-    first, *others = run_ranks(3, come_with, own, folder=tmp_path / "run")
-    assert first.code == 2
-    assert first.err.startswith("error: rank 1 runs `harness verify noisy.pt` of version ")
-    assert [(rank.code, rank.err) for rank in others] == [(0, ""), (0, "")]
-
-
-def test_ranks_with_different_commands_keep_the_secrets_of_their_urls(tmp_path: Path) -> None:
-    own = {
-        "0": ["verify", "https://me:pass-0@host/model.pt?sig=secret-0", "--atol", "1"],
-        "1": ["verify", "https://me:pass-1@host/model.pt?sig=secret-1", "--atol", "1"],
-    }
-    first, _ = run_ranks(2, come_with, own, folder=tmp_path / "run")
-    command = "`harness verify https://host/model.pt --atol 1` of version "
-    assert first.code == 2
-    assert first.err.startswith(f"error: rank 1 runs {command}")
-    assert f"rank 0 {command}" in first.err
-    assert "pass-" not in first.err + first.out
-    assert "secret-" not in first.err + first.out
-
-
-def come_early(*arguments: str) -> None:
+def come_early(*arguments: str) -> Run:
     from harness.model.distributed import launched
 
-    launched.ARRIVAL = timedelta(seconds=2)
-    command(*arguments)
+    launched.ARRIVAL = timedelta(seconds=1)
+    return command(*arguments)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_nobody_joins_gives_up(golden: Path, tmp_path: Path, rank: int) -> None:
-    arguments = ("verify", "model.pt")
-    (alone,) = run_ranks(2, come_early, *arguments, only=[rank], folder=tmp_path / "run")
-    assert alone.code == 2
-    assert "error: the 2 ranks cannot meet at 127.0.0.1:" in alone.err
-    assert alone.err.endswith("MASTER_PORT; unset WORLD_SIZE to run alone\n")
+def test_a_rank_that_nobody_joins_gives_up(golden: str, tmp_path: Path) -> None:
+    (alone,) = run_ranks(2, come_early, *VERIFY, only=[0], folder=tmp_path)
+    assert alone.value.code == 2
+    assert "error: the 2 ranks cannot meet at 127.0.0.1:" in alone.value.err
+    assert alone.value.err.endswith("MASTER_PORT; unset WORLD_SIZE to run alone\n")
 
 
-def test_torchrun_shows_the_report_once_and_ends_with_1(golden: Path, tmp_path: Path) -> None:
+def test_torchrun_shows_the_report_once_and_ends_with_1(golden: str, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     report = tmp_path / "report.json"
     run = subprocess.run(
