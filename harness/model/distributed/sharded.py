@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from harness.checkpoint.dtypes import DTYPES
 from harness.checkpoint.keys import format_key
@@ -27,6 +27,8 @@ from harness.model.state import as_checkpoint
 from harness.streaming.chunks import CHUNK_NBYTES
 
 _Result = TypeVar("_Result")
+# A rank holds two of a piece while it is gathered (gloo copies it).
+_PIECE_NBYTES = 64 << 20
 # Of each tensor, what must be equal on all ranks, and the memory that it has on this one.
 _Rows = dict[str, tuple[str, tuple[int, ...] | None]]
 
@@ -42,8 +44,8 @@ def together(
     """Call a verb on a state that is spread over ranks, all of which must call this alike.
 
     It runs on the first rank of those that hold the state, while the others gather with it;
-    returns, or raises, the same on all. Memory: the result, and one whole tensor beside the parts
-    (two, while it is gathered, where it is cut along another axis than the first).
+    returns, or raises, the same on all. Memory: the result, and pieces of 32 MiB; on the first rank
+    also one whole tensor, on the CPU. One that is cut along all axes is a single piece.
     """
     state = {format_key((key,)): tensor for key, tensor in state.items()}
     ranks = Ranks(_group_of(state))
@@ -165,18 +167,39 @@ class _Gathering:
                 if is_large:  # small ones are read once, beside the large one before
                     tensor = self._held = None
                 self._ranks.broadcast(key)
-                tensor = as_checkpoint({key: self.gather(key)}, key).tensors[key]
+                whole = torch.empty(self._state[key].shape, dtype=self._state[key].dtype)
+                self.gather(key, whole)
+                tensor = as_checkpoint({key: whole}, key).tensors[key]
                 if is_large:
                     self._held = tensor
             tensor.read_into(start, buffer)
 
-    def gather(self, key: str) -> torch.Tensor:
-        """Called on all ranks; returns the whole tensor."""
+    def gather(self, key: str, whole: torch.Tensor | None = None) -> None:
+        """Gather a tensor, called on all ranks; it is kept in `whole`, on rank 0."""
         tensor = self._state[key]
         assert isinstance(tensor, DTensor)
         with self._ranks.collective(), torch.no_grad():
-            whole: torch.Tensor = tensor.full_tensor()
-        return whole
+            for axis, start, size in _pieces(tensor):
+                piece = tensor if axis is None else tensor.narrow(axis, start, size)
+                assert isinstance(piece, DTensor)
+                gathered = piece.full_tensor()
+                if whole is not None:
+                    (whole if axis is None else whole.narrow(axis, start, size)).copy_(gathered)
+
+
+def _pieces(tensor: DTensor) -> Iterator[tuple[int | None, int, int]]:
+    """Cut a large tensor along an axis that no rank has cut: an axis, start and size; or None."""
+    cut = {placement.dim for placement in tensor.placements if isinstance(placement, Shard)}
+    free = [dim for dim in range(tensor.ndim) if dim not in cut]
+    count = -(-tensor.numel() * tensor.element_size() // _PIECE_NBYTES)
+    are_plain = all(type(placement) in (Shard, Replicate) for placement in tensor.placements)
+    if count < 2 or not free or not are_plain:
+        yield None, 0, 0
+        return
+    axis = max(free, key=lambda dim: tensor.shape[dim])
+    step = -(-tensor.shape[axis] // count)
+    for start in range(0, tensor.shape[axis], step):
+        yield axis, start, min(step, tensor.shape[axis] - start)
 
 
 class _Gathered(Source):

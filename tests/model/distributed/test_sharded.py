@@ -16,6 +16,7 @@ from torch import nn
 
 import harness
 from harness.errors import HarnessError
+from harness.model.distributed import sharded
 from tests.model.distributed.ranks import run_ranks
 
 
@@ -189,6 +190,7 @@ def replicated(folder: Path) -> Any:
 
 
 def everything(folder: Path, own: Path) -> Any:
+    sharded._PIECE_NBYTES = 1 << 20
     dist.init_process_group("gloo")
     found = {
         "fsdp": [fsdp(size, folder, own) for size in (1, 2, 3)],
