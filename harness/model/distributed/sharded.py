@@ -44,7 +44,7 @@ def together(
     """Call a verb on a state that is spread over ranks, all of which must call this alike.
 
     It runs on the first rank of those that hold the state, while the others gather with it;
-    returns, or raises, the same on all. Memory: the result, and pieces of 32 MiB; on the first rank
+    returns, or raises, the same on all. Memory: the result, and pieces of 64 MiB; on the first rank
     also one whole tensor, on the CPU. One that is cut along all axes is a single piece.
     """
     state = {format_key((key,)): tensor for key, tensor in state.items()}
