@@ -107,7 +107,7 @@ def _run(arguments: list[str]) -> int:
         _import_numpy()
         from harness.model.distributed.launched import run_on_ranks
 
-        return run_on_ranks(lambda ranks: command(), arguments)
+        return run_on_ranks(command, arguments)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         return 130
