@@ -26,7 +26,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
+def write_whole(path: Path, data: bytes | bytearray, *, overwrite: bool) -> None:
     """Write a file without a name, lock it, and name it; raises FileExistsError, and OSError.
 
     A kill leaves the old file or the new one, never a part. What overwrites is named beside the

@@ -168,8 +168,11 @@ FIELDS = (
 )
 
 
-def columns_of(parts: Mapping[PartName, Fingerprint]) -> dict[str, _Array]:
-    """The arrays that hold fingerprints, part by part in order of their names."""
+def pieces_of(parts: Mapping[PartName, Fingerprint]) -> dict[str, list[_Array]]:
+    """The arrays that make each column, one after the other: part by part in order of their names.
+
+    Nothing is copied; the first piece of each is empty.
+    """
     tensors = [
         tensor
         for _, part in sorted(parts.items())
@@ -178,13 +181,13 @@ def columns_of(parts: Mapping[PartName, Fingerprint]) -> dict[str, _Array]:
     ]
     if any(tensor.digest is None for tensor in tensors):
         raise ValueError("a golden needs a digest of every tensor")
-    found = {}
+    found: dict[str, list[_Array]] = {}
     for field in FIELDS:
         kept = (value for t in tensors if (value := getattr(t, field.name)) is not None)
         rows = [field.to_rows(value) for value in kept]
         for index, column in enumerate(field.columns):
             none = np.empty((0, *column.shape), column.dtype)
-            found[column.name] = np.concatenate([none, *(row[index] for row in rows)])
+            found[column.name] = [none, *(row[index] for row in rows)]
     return found
 
 

@@ -12,7 +12,9 @@ in random order, which would make equal goldens differ. Both texts are of `harne
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from harness.checkpoint.sources.source import read
 from harness.errors import CheckpointError, GoldenError
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.golden.atomic import locked, write_whole
-from harness.golden.columns import columns_of, rows_of, seal_of, tensors_of
+from harness.golden.columns import pieces_of, rows_of, seal_of, tensors_of
 from harness.golden.golden import SUFFIX, Golden, LiveRecord, real_path
 from harness.golden.header import (
     SCHEMA,
@@ -95,7 +97,7 @@ def _writing(golden: Golden) -> Iterator[AnyPath]:
         ) from error
 
 
-def _write(golden: Golden, path: AnyPath, data: bytes, *, overwrite: bool) -> bool:
+def _write(golden: Golden, path: AnyPath, data: bytes | bytearray, *, overwrite: bool) -> bool:
     if path.exists():
         if _holds(path, data):
             return False
@@ -109,7 +111,7 @@ def _write(golden: Golden, path: AnyPath, data: bytes, *, overwrite: bool) -> bo
     return True
 
 
-def _holds(path: AnyPath, data: bytes) -> bool:
+def _holds(path: AnyPath, data: bytes | bytearray) -> bool:
     with contextlib.closing(open_source(path)) as source:
         return source.nbytes == len(data) and all(
             read(source, part.start, part.nbytes) == data[part.start : part.start + part.nbytes]
@@ -117,12 +119,12 @@ def _holds(path: AnyPath, data: bytes) -> bool:
         )
 
 
-def _put(path: AnyPath, data: bytes, *, overwrite: bool) -> None:
+def _put(path: AnyPath, data: bytes | bytearray, *, overwrite: bool) -> None:
     """Write a whole file; raises FileExistsError where another process has been faster."""
     if isinstance(path, Path):
         return write_whole(path, data, overwrite=overwrite)
     try:
-        path.write_bytes(data, overwrite=overwrite)
+        path.write_bytes(bytes(data), overwrite=overwrite)
     except CheckpointError as error:
         raise GoldenError(str(error), hint=error.hint) from error
 
@@ -157,10 +159,11 @@ def check_is_golden(path: AnyPath) -> None:
         )
 
 
-def serialize(golden: Golden) -> bytes:
-    """The bytes of a golden file: the same for the same golden, always."""
-    from safetensors.numpy import save
+def serialize(golden: Golden) -> bytearray:
+    """The bytes of a golden file: the same for the same golden, always.
 
+    Memory: the file, beside the golden.
+    """
     header = to_json(_header(golden))
     if len(header) > MAX_HEADER_NBYTES // 4:  # in the file it is escaped once more
         raise GoldenError(
@@ -170,9 +173,41 @@ def serialize(golden: Golden) -> bytes:
             hint="record it again with --overwrite, which starts another history",
         )
     contents = np.frombuffer(to_json(_contents(golden)).encode(), "|u1")
-    columns = {**columns_of(golden.parts), "contents": contents}
-    seal = np.frombuffer(seal_of(header, columns), "|u1")
-    return save({**columns, "seal": seal}, metadata={"harness": header})
+    pieces = pieces_of(golden.parts) | {"contents": [contents], "seal": [np.zeros(32, "|u1")]}
+    data, columns = _joined(pieces, header)
+    seal = columns.pop("seal")
+    seal[:] = np.frombuffer(seal_of(header, columns), "|u1")
+    return data
+
+
+def _joined(
+    pieces: Mapping[str, Sequence[NDArray[Any]]], header: str
+) -> tuple[bytearray, dict[str, NDArray[Any]]]:
+    """A safetensors file as the library writes it, and its arrays, which are parts of it.
+
+    The library would hold it three times.
+    """
+    shapes = {n: (sum(map(len, of)), *of[0].shape[1:]) for n, of in pieces.items()}
+    entries: dict[str, Any] = {"__metadata__": {"harness": header}}
+    starts, end = {}, 0
+    for name in sorted(pieces, key=lambda name: (-pieces[name][0].itemsize, name)):
+        dtype, shape = pieces[name][0].dtype, shapes[name]
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": {"float64": "F64", "uint8": "U8"}[dtype.name],
+            "shape": shape,
+            "data_offsets": (starts[name], end),
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = bytearray(8 + len(text) + end)
+    data[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
+    columns = {}
+    for name, of in pieces.items():
+        start, count = 8 + len(text) + starts[name], math.prod(shapes[name])
+        column = np.frombuffer(data, of[0].dtype, count, start).reshape(shapes[name])
+        columns[name] = np.concatenate(of, out=column)
+    return data, columns
 
 
 def _header(golden: Golden) -> Header:

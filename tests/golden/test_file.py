@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,9 @@ from safetensors.torch import save_file
 
 from harness import api
 from harness.checkpoint import open_checkpoint
+from harness.checkpoint.dtypes import DTYPES
 from harness.errors import GoldenError
+from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.fingerprints.scan import fingerprint
 from harness.golden.columns import FIELDS, seal_of
 from harness.golden.file import is_golden, read_golden, serialize, write_golden
@@ -673,3 +677,17 @@ def test_a_golden_that_may_not_be_read_says_so(
     with pytest.raises(GoldenError, match="cannot be opened: Permission denied") as caught:
         read_golden(golden.path)
     assert caught.value.hint == "check the path and that you may read the file"
+
+
+def test_a_golden_is_held_once_more_while_it_is_written(golden: Golden) -> None:
+    values = bytes(20_000_000)
+    digest = hashlib.blake2s().digest()
+    large = TensorFingerprint(
+        key="x", dtype=DTYPES["uint8"], shape=(len(values),), digest=digest, values=values
+    )
+    held = replace(golden, fingerprint=replace(golden.fingerprint, tensors={"x": large}))
+    tracemalloc.start()
+    data = serialize(held)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(values) < len(data) < peak < 1.1 * len(data)
