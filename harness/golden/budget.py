@@ -21,6 +21,7 @@ from harness.fingerprints.fingerprint import (
     block_numel,
     structure,
 )
+from harness.fingerprints.hashes import HASH_NBYTES, UNORDERED_NBYTES
 from harness.fingerprints.residues import DIGEST_NBYTES, Grid, num_residue_blocks
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, NUM_PROJECTIONS, num_blocks
 from harness.golden.columns import rows_of
@@ -32,7 +33,8 @@ from harness.text.sizes import size_at_least
 KeptValues = Literal["small", "all", "none"]
 _FEW_NUMEL = 256  # of values that are no more than a sketch and residues with their overhead
 _MAX_BLOCK_NBYTES = CHUNK_NBYTES // 4
-_ROW_NBYTES = 32 + 9 * 8 + 48  # digest, stats, and the names of what is kept
+# Digest, stats, hashes, and the names of what is kept.
+_ROW_NBYTES = 32 + 9 * 8 + 3 * HASH_NBYTES + UNORDERED_NBYTES + 64
 _HEADER_NBYTES = 4096  # but for the table and the configuration
 
 

@@ -58,6 +58,8 @@ class PolicyKeywords(TypedDict, total=False):
     check_dtype: bool
     accept: tuple[str, ...]
     check_config: bool
+    cast: str | None
+    must_change: tuple[str, ...]
 
 
 _SETTINGS = pytest.StashKey[Settings]()
