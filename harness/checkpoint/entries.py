@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from harness.checkpoint.formats.torchfile import TorchFile, is_module
 from harness.checkpoint.keys import Component, format_key
+from harness.checkpoint.limits import MAX_TENSORS
+from harness.checkpoint.sources.source import too_many
 from harness.checkpoint.tensors import Tensor
 from harness.checkpoint.unpickling.dtensors import LocalPart, local_part
 from harness.checkpoint.unpickling.inert import Global, OpaqueKey, Record
@@ -24,11 +26,13 @@ from harness.errors import CheckpointError
 
 _MAX_DEPTH = 128
 # An object may stand in many places, and what it holds with it: a small file can describe a tree
-# without end. These bound the time and the memory (about 1 KB per tensor) that one may take.
+# without end. These bound the time and the memory (about 1 KB per tensor) that one may take; a file
+# of a larger structure may have more: torch writes at least 64 bytes of a tensor.
 _MAX_STEPS = 2_000_000
-_MAX_TENSORS = 64_000
+_MAX_NAMED = 64_000
 _MAX_KEY_LENGTH = 4096
 _MAX_TEXT_LENGTH = 8 << 20
+_NBYTES_PER_TENSOR = 64
 
 KeyPath = tuple[object, ...]
 
@@ -44,6 +48,10 @@ class Tree:
         self.name = name
         self.unread: list[str] = []
         self._steps = 0
+        nbytes = file.structure_nbytes
+        self._max_steps = max(_MAX_STEPS, nbytes)
+        self._max_tensors = max(_MAX_NAMED, min(nbytes // _NBYTES_PER_TENSOR, MAX_TENSORS))
+        self._max_text = max(_MAX_TEXT_LENGTH, 4 * nbytes)
         self._counts: dict[int, int] = {}
         self._hollow: set[int] = set()
         self._made: dict[int, Tensor | LocalPart | None] = {}
@@ -88,8 +96,10 @@ class Tree:
                     raise self._hollow_tensor(child, _joined(path, step))
                 if entry is not None:
                     tensors, text = tensors + 1, text + length
-                    if tensors > _MAX_TENSORS or text > _MAX_TEXT_LENGTH:
-                        raise self._unbounded("hold more tensors than any model's", path)
+                    if tensors > self._max_tensors:
+                        raise too_many(self.name, self._max_tensors, "entries")
+                    if text > self._max_text:
+                        raise too_many(self.name, self._max_text, "characters of keys")
                     yield _joined(path, step), entry
                     continue
                 if len(levels) > _MAX_DEPTH:
@@ -228,8 +238,8 @@ class Tree:
     def step(self, count: int = 1, path: KeyPath = ()) -> None:
         """Count what is looked at; raises CheckpointError for more than any model needs."""
         self._steps += count
-        if self._steps > _MAX_STEPS:
-            raise self._unbounded("hold more than any model's", path)
+        if self._steps > self._max_steps:
+            raise self._unbounded(f"take more than {self._max_steps:,} steps to list", path)
 
     def _unbounded(self, what: str, path: KeyPath) -> CheckpointError:
         return CheckpointError(

@@ -64,7 +64,12 @@ def read_dcp(folder: AnyPath) -> tuple[TorchFile, tuple[Source, ...]]:
         beside = read_torch_zip(source, budget=budget)
         checksums += beside.checksums
         _join_lightning(source.name, root, beside.root)
-    file = TorchFile(container=container, root=root, checksums=tuple(checksums))
+    file = TorchFile(
+        container=container,
+        root=root,
+        structure_nbytes=plan.nbytes,
+        checksums=tuple(checksums),
+    )
     return file, tuple(sources)
 
 
@@ -101,6 +106,7 @@ class _Plan:
     tables: dict[str, _Table | None]
     paths: dict[str, tuple[Any, ...]]
     places: list[_Place]
+    nbytes: int
 
 
 def _read_plan(folder: AnyPath, budget: Budget) -> _Plan:
@@ -129,6 +135,7 @@ def _read_plan(folder: AnyPath, budget: Budget) -> _Plan:
         tables=tables,
         paths=paths if isinstance(paths, dict) else {},
         places=[_place(source.name, key, value) for key, value in storage.items()],
+        nbytes=source.nbytes,
     )
     _check_plan(source.name, plan)
     return plan

@@ -53,11 +53,13 @@ _WINDOW_NBYTES = 1 << 20
 class TorchFile:
     """The object tree of a torch file; `script_classes` is filled for TorchScript archives.
 
-    `script_classes` maps a class to the names of its parameters and of its buffers.
+    `script_classes` maps a class to the names of its parameters and of its buffers;
+    `structure_nbytes` is how many bytes of pickles describe the tree.
     """
 
     container: str
     root: Any
+    structure_nbytes: int = 0
     checksums: tuple[Checksum, ...] = ()
     script_classes: Mapping[Global, tuple[tuple[str, ...], tuple[str, ...]]] = field(
         default_factory=dict
@@ -123,6 +125,7 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
     return TorchFile(
         container="TorchScript" if script else "torch zip",
         root=root,
+        structure_nbytes=data.nbytes,
         checksums=tuple(
             Checksum(entry.source, 0, entry.nbytes, entry.crc32)
             for entry in entries.values()
@@ -204,7 +207,7 @@ def _read_legacy(source: Source, data: memoryview) -> TorchFile:
     if source.is_local():
         for place in places.values():
             place.locate()
-    return TorchFile(container="legacy torch pickle", root=root)
+    return TorchFile(container="legacy torch pickle", root=root, structure_nbytes=position)
 
 
 def _positions(
