@@ -215,6 +215,7 @@ def verify(
     section: str | None = None,
     policy: Policy | None = None,
     reference: Location | None = None,
+    adapter: Location | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
     group: Group | None = None,
@@ -224,8 +225,9 @@ def verify(
     `section` is the part of the checkpoint to look at, by default the one that the golden is of.
 
     `reference` is the checkpoint that the golden was recorded from: changed tensors are compared
-    with it element by element. What is no path needs `golden`. Raises CheckpointError, GoldenError,
-    and UsageError for options that fit nothing.
+    with it element by element. `adapter` is one of LoRA that may explain them. What is no path
+    needs `golden`. Raises CheckpointError, GoldenError, and UsageError for options that fit
+    nothing.
     """
     policy, started = policy or Policy(), time.monotonic()
     workers = Workers(jobs=jobs, progress=progress, group=group)
@@ -262,7 +264,7 @@ def verify(
         compared = replace(compared, notes=(*compared.notes, *sides.notes))
         compared = buffers_of.named(compared, buffers, actual)
         compared = with_damages(compared, lambda keys: damages(actual, keys, workers))
-        return _with_causes(compared, actual, beside, started, workers, measure.details)
+        return _with_causes(compared, actual, beside, started, workers, measure.details, adapter)
 
 
 def _read(subject: Subject | None, golden: Location | Golden | None) -> Golden:
@@ -279,6 +281,7 @@ def verify_stages(
     stage: Stage | None = None,
     live: LiveOptions | None = None,
     reference: Location | None = None,
+    adapter: Location | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
     group: Group | None = None,
@@ -297,6 +300,7 @@ def verify_stages(
         section=section,
         policy=policy,
         reference=reference,
+        adapter=adapter,
         jobs=jobs,
         progress=progress,
         group=group,
@@ -414,6 +418,7 @@ def diff(
     section_b: str | None = None,
     policy: Policy | None = None,
     stats: bool = False,
+    adapter: Location | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
     group: Group | None = None,
@@ -421,8 +426,9 @@ def diff(
     """Compare two checkpoints element by element, or goldens with either by their sketches.
 
     `section` is the part of both checkpoints to look at, `section_b` that of the second.
-    `stats` also measures the statistics of what differs between two checkpoints.
-    Raises CheckpointError, GoldenError, and UsageError for options of the policy that fit nothing.
+    `stats` also measures the statistics of what differs between two checkpoints; `adapter` is as in
+    `verify`. Raises CheckpointError, GoldenError, and UsageError for options of the policy that fit
+    nothing.
     """
     policy, started = policy or Policy(), time.monotonic()
     workers = Workers(jobs=jobs, progress=progress, group=group)
@@ -436,6 +442,7 @@ def diff(
                 recorded,
                 section=part_b,
                 policy=policy,
+                adapter=adapter,
                 jobs=jobs,
                 progress=progress,
                 group=group,
@@ -446,7 +453,7 @@ def diff(
             policy,
             BySketches(recorded.fingerprint.block_nbytes),
         )
-        return _with_causes(compared, None, None, started, workers)
+        return _with_causes(compared, None, None, started, workers, adapter=adapter)
     if is_golden(other):
         recorded = read_golden(other)
         with opened_for(recorded, one, section) as checkpoint:
@@ -459,7 +466,7 @@ def diff(
         compared = compare(
             found, recorded.fingerprint, policy, BySketches(recorded.fingerprint.block_nbytes)
         )
-        return _with_causes(compared, None, None, started, workers)
+        return _with_causes(compared, None, None, started, workers, adapter=adapter)
     with (
         opened(one, section) as left,
         opened_part(other, section if section_b is None else section_b, section_b) as right,
@@ -474,7 +481,7 @@ def diff(
         compared = compare(ours, theirs, policy, measure)
         compared = with_damages(compared, lambda k: damages(left, k, workers), "expected")
         compared = with_damages(compared, lambda k: damages(right, k, workers))
-        return _with_causes(compared, right, left, started, workers)
+        return _with_causes(compared, right, left, started, workers, adapter=adapter)
 
 
 def _with_causes(
@@ -484,16 +491,27 @@ def _with_causes(
     started: float,
     workers: Workers,
     known: Mapping[str, TensorFingerprint] | None = None,
+    adapter: Location | None = None,
 ) -> Comparison:
     """Add what happened, in about the time that the comparison took; nothing where all is well."""
     if not comparison.findings and not comparison.policy.must_change:
         return comparison
+    from harness.comparison.causes.adapters import opened_adapter
     from harness.comparison.causes.explain import explained
 
     seconds = time.monotonic() - started
-    return explained(
-        comparison, actual, reference, known=known or {}, seconds=seconds, workers=workers
-    )
+    with ExitStack() as stack:
+        return explained(
+            comparison,
+            actual,
+            reference,
+            known=known,
+            adapter=None
+            if adapter is None
+            else stack.enter_context(opened_adapter(to_path(adapter))),
+            seconds=seconds,
+            workers=workers,
+        )
 
 
 def _last_stage(golden: Golden, stage: Stage | None) -> str:

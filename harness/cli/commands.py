@@ -74,6 +74,12 @@ _ROOT = click.option(
     callback=remember_roots,
     help="A folder outside of the project that checkpoints are below. Repeatable.",
 )
+_ADAPTER = click.option(
+    "--adapter",
+    type=PATH,
+    metavar="FILE",
+    help="A LoRA adapter: says what is the golden plus B·A, scaled.",
+)
 _JOBS = click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -328,6 +334,7 @@ def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
 @click.option(
     "--reference", type=PATH, metavar="CKPT", help="The recorded checkpoint: decides exactly."
 )
+@_ADAPTER
 @click.option("--update-golden", is_flag=True, help="Show the differences, then accept them.")
 @click.option("--reason", default="", help="Why the golden is updated; kept in its history.")
 @stage_options
@@ -343,6 +350,7 @@ def verify(
     golden: AnyPath | None,
     section: str | None,
     reference: AnyPath | None,
+    adapter: AnyPath | None,
     update_golden: bool,
     reason: str,
     stage: Any,
@@ -383,6 +391,7 @@ def verify(
         options=options,
         section=section,
         reference=reference,
+        adapter=adapter,
         jobs=jobs,
         group=asked.group,
         form=form,
@@ -432,6 +441,7 @@ def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **optio
 @click.argument("actual", type=PATH)
 @section_options
 @click.option("--section-b", metavar="NAME", help="Another part of ACTUAL than of EXPECTED.")
+@_ADAPTER
 @click.option("--table", is_flag=True, help="Add how much each tensor changed.")
 @click.option("--unchanged", is_flag=True, help="List the tensors that did not change.")
 @policy_options
@@ -445,6 +455,7 @@ def diff(
     actual: AnyPath,
     section: str | None,
     section_b: str | None,
+    adapter: AnyPath | None,
     table: bool,
     unchanged: bool,
     form: str,
@@ -470,6 +481,7 @@ def diff(
                 section_b=section_b,
                 policy=policy,
                 stats=bool(reports) or table,
+                adapter=adapter,
                 jobs=jobs,
                 progress=progress,
                 group=asked.group,

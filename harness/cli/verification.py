@@ -120,6 +120,7 @@ class Verification:
     options: dict[str, Any]
     section: str | None
     reference: AnyPath | None
+    adapter: AnyPath | None
     jobs: int | None
     group: Group | None
     form: str
@@ -186,6 +187,7 @@ class Verification:
                 stage=stage,
                 live=self._live(recorded, stage),
                 reference=self.reference,
+                adapter=self.adapter,
                 jobs=self.jobs,
                 progress=progress,
                 group=self.group,

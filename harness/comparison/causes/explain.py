@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.comparison.causes.accepting import accepted
+from harness.comparison.causes.adapters import Adapter, sum_of
 from harness.comparison.causes.cause import Cause
 from harness.comparison.causes.evidence import (
     Evidence,
@@ -51,6 +52,7 @@ def explained(
     reference: Checkpoint | None = None,
     *,
     known: Mapping[str, TensorFingerprint] | None = None,
+    adapter: Adapter | None = None,
     seconds: float = 0.0,
     workers: Workers = ALL_CORES,
 ) -> Comparison:
@@ -58,14 +60,16 @@ def explained(
 
     `actual` is the open checkpoint; None where its side is a golden. `reference` is the expected
     side, open, where it is there: what the golden lacks is read from it. `known` is what was read
-    of the actual side already, in full; the rest is read once. `seconds` is how long the
-    comparison took. Memory: 20 MB a thread, and the sketches of what differs.
+    of the actual side already, in full; the rest is read once. `adapter` may explain sums.
+    `seconds` is how long the comparison took. Memory: 20 MB a thread, and the sketches of what
+    differs.
     """
     of_interest = [f for f in comparison.findings if f.kind in _EXPLAINED]
     if not of_interest:
         return accepted(comparison)
     limit = time.monotonic() + max(seconds, _LEAST_SECONDS)
     search = _Search.of(comparison, actual, reference, known or {}, limit, workers)
+    search.adapter = adapter
     note = None
     try:
         search.across_keys()
@@ -109,6 +113,7 @@ class _Search:
 
     evidence: Evidence
     findings: list[Finding]
+    adapter: Adapter | None = None
 
     @classmethod
     def of(
@@ -297,6 +302,8 @@ class _Search:
             found.append(rows_changed(evidence, expected, tensor))
         if tensor is not None and not any(found):
             found.append(reordered(evidence, expected, actual, tensor))
+        if not any(found) and self.adapter is not None:
+            found.append(sum_of(self.adapter, expected, actual, evidence.block_nbytes))
         if not any(found):
             found.append(linear(expected, actual, evidence.block_nbytes))
         return found

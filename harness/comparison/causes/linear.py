@@ -31,9 +31,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # Fewer elements fit too many hypotheses.
 _MIN_NUMEL = 8
 # |d| is at most this times |z|, at a chance of 1e-12 a block: 1 / sqrt(0.241289).
-_UPPER = 2.0358
+UPPER = 2.0358
 # A block's rounding errors, as a share of its norm, make a bound of at most so many of them.
-_ROUNDINGS = 12.0
+ROUNDINGS = 12.0
 # What is printed as ± is two standard errors; what may be correlated by more is not unrelated.
 _SIGMAS, _MAX_CORRELATION = 2.0, 0.6
 # One tensor of a group may be off so far by chance; one that is related is not.
@@ -157,22 +157,22 @@ def _candidates(ours: Vector, theirs: Vector) -> Iterator[tuple[float, float]]:
     if not squares or not sums:
         return
     factor = float(e @ a) / squares
-    for simple in _simple(factor):
+    for simple in simple_numbers(factor):
         if simple not in (0.0, 1.0):
             yield simple, 0.0
     offset = float(ones @ (a - e)) / sums
-    for simple in _simple(offset):
+    for simple in simple_numbers(offset):
         if simple != 0.0:
             yield 1.0, simple
     solution = np.linalg.lstsq(np.stack([e, ones], axis=1), a, rcond=None)[0]
-    for simple in _simple(float(solution[0])):
+    for simple in simple_numbers(float(solution[0])):
         if simple not in (0.0, 1.0):
-            for other in _simple(float(solution[1])):
+            for other in simple_numbers(float(solution[1])):
                 if other != 0.0:
                     yield simple, other
 
 
-def _simple(number: float) -> list[float]:
+def simple_numbers(number: float) -> list[float]:
     """A number as a person would have chosen it: with few digits, as a fraction, then as it is."""
     if not math.isfinite(number) or number == 0:
         return []
@@ -205,8 +205,8 @@ def _holds(
             size = np.abs(factor) * ours.norms + abs(offset) * np.sqrt(numels) + theirs.norms
             # Products of the sketch were rounded, too: some 1e-9 of the norms at the most.
             noise = numels * 2.0**-53 * size * np.sqrt(numels * NUM_PROJECTIONS * 2)
-            away = (away + noise) * _UPPER
-            holds = bool(np.all(away <= _ROUNDINGS * roundoff * size + 2 * _UPPER * noise))
+            away = (away + noise) * UPPER
+            holds = bool(np.all(away <= ROUNDINGS * roundoff * size + 2 * UPPER * noise))
         total = float(np.linalg.norm(theirs.norms))
         if not holds or not total:
             return None
@@ -224,12 +224,17 @@ def _is_rounding_of(actual: TensorFingerprint, exact: Array) -> bool:
     return bool(np.array_equal(rounded, stored))
 
 
+def ceiling(bound: float) -> float:
+    """A bound as a power of ten, which many tensors have in common."""
+    return 10.0 ** math.ceil(math.log10(bound)) if bound > 0 else 0.0
+
+
 def _linear_cause(factor: float, offset: float, bound: float, *, is_exact: bool) -> Cause:
     by = "" if factor == 1 else "−" if factor == -1 else f"{factor:.8g} × ".replace("-", "−")
     plus = "" if not offset else f" {'+' if offset > 0 else '−'} {abs(offset):.8g}"
     text = f"{by}the golden{plus}"
     if bound:
-        text += f" (to within {bound:.0e} of its norm)"
+        text += f" (to within {ceiling(bound):.0e} of its norm)"
     return Cause(
         kind="scaled" if factor != 1 else "shifted",
         text=text,
