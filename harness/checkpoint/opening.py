@@ -17,7 +17,6 @@ from pathlib import Path
 from harness.checkpoint.config import config_of_yaml, hyperparameters_of
 from harness.checkpoint.formats.nemo import Nemo, is_tar, read_nemo
 from harness.checkpoint.formats.rankfiles import RankFile, files_of, rank_sets
-from harness.checkpoint.formats.rankshards import rank_shards, read_rank_shards
 from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.formats.torchfile import TorchFile, read_torch_legacy, read_torch_zip
 from harness.checkpoint.formats.zero import read_zero, zero_files
@@ -63,6 +62,8 @@ def open_checkpoint(path: Location, *, section: str | None = None) -> Checkpoint
 
 def _open_folder(folder: AnyPath, section: str | None) -> Checkpoint:
     """Open what a folder holds; `.metadata` comes first: its folder has no other name."""
+    from harness.checkpoint.formats.rankshards import rank_shards
+
     folder = inner_folder(folder)
     names = names_in(folder)
     if METADATA in names or is_file(folder / METADATA):
@@ -239,6 +240,8 @@ def _distributed(folder: AnyPath, section: str | None) -> Checkpoint:
 
 
 def _rank_shards(folder: AnyPath) -> Checkpoint:
+    from harness.checkpoint.formats.rankshards import rank_shards, read_rank_shards
+
     tensors, sources = read_rank_shards(folder, rank_shards(folder))
     return Checkpoint(
         name=str(folder),

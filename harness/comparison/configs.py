@@ -66,10 +66,16 @@ def _changes(
     """The settings that differ, by dotted path, in the order of the expected side."""
     if not expected or not actual or expected is actual:
         return
-    ours, theirs = (dict(_leaves(disclosed(side))) for side in (expected, actual))
+    ours, theirs = (dict(_leaves(disclosed(_unwrapped(side)))) for side in (expected, actual))
     for key in {**ours, **theirs}:
         if ours.get(key) != theirs.get(key):
             yield key, ours.get(key), theirs.get(key)
+
+
+def _unwrapped(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """NeMo's .ckpt has under `cfg`, its one hyperparameter, what its .nemo has at the top."""
+    inside = config.get("cfg")
+    return inside if len(config) == 1 and isinstance(inside, Mapping) else config
 
 
 def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, str]]:

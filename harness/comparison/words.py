@@ -158,9 +158,16 @@ def _affected(members: Sequence[Finding], style: Style) -> Iterator[str]:
     else:
         yield f"{keys}  {first.expected or first.actual}" if len(sides) == 1 else keys
     differences = [f.difference for f in members if f.difference is not None]
-    if differences:
+    if len(differences) == 1 and _has_all_elements(differences[0]):
+        yield from _differences(differences)
+    elif differences:
         why = 1 if len(differences) == 1 else 0
         yield from [*_differences(differences)][why : why + 2]
+
+
+def _has_all_elements(difference: Difference) -> bool:
+    """Whether the elements that differ are so few that all of them are known."""
+    return 0 < (difference.num_differing or 0) <= len(difference.elements)
 
 
 def _cause_of(findings: Sequence[Finding], style: Style) -> str:

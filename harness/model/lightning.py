@@ -94,7 +94,9 @@ def load_lightning(
     if state is None:
         return load(str(path), map_location="cpu", **options)
     handed = folder / "handed.ckpt"
-    torch.save({**data_of(path), "state_dict": dict(state)}, handed)
+    # Weights alone name no version, which Lightning needs; they are as of the one that reads them.
+    version = {"pytorch-lightning_version": getattr(lightning_of(make), "__version__", "2.0.0")}
+    torch.save({**version, **data_of(path), "state_dict": dict(state)}, handed)
     try:
         return load(str(handed), map_location="cpu", **options)
     finally:

@@ -124,3 +124,8 @@ def test_an_update_takes_the_settings_over(tmp_path: Path) -> None:
     other = _nemo(tmp_path / "other.nemo", _changed(_CONFIG, "encoder.xscaling", False))
     api.update(other, golden)
     assert harness.verify(other, golden).findings == ()
+
+
+def test_nemo_keeps_in_a_ckpt_what_its_archive_has(data: Path) -> None:
+    compared = diff(data / "nest_tiny.nemo", data / "nest_tiny.ckpt")
+    assert compared.count("config") == 0

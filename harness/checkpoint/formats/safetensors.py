@@ -107,7 +107,9 @@ def _row(path: AnyPath, name: str, entry: Any) -> _Row:
                 _invalid(path),
                 f"tensor {name[:200]!r} has an impossible shape",
             )
-    if dtype.name == "float4_e2m1fn_x2" and shape:
+    if dtype.name == "float4_e2m1fn_x2":
+        if not shape or shape[-1] % 2:
+            raise damaged(_invalid(path), f"tensor {name[:200]!r} has half a byte of float4")
         shape[-1] //= 2  # torch counts the bytes, which hold two each
     return _Row(name, dtype, tuple(shape), first, last)
 

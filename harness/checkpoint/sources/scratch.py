@@ -9,7 +9,6 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from tempfile import TemporaryFile
 
 from harness.checkpoint.sources.source import Source, check_range, is_closed
 from harness.errors import CheckpointError
@@ -32,6 +31,8 @@ class Scratch(Source):
         left = memoryview(data)
         try:
             if self._file is None:
+                from tempfile import TemporaryFile  # which few files need
+
                 with TemporaryFile() as file:
                     self._file = os.dup(file.fileno())
             while left:
