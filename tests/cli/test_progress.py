@@ -102,10 +102,10 @@ def test_what_differs_is_expected_to_be_read_again(folder: Path, tmp_path: Path)
     # By its sketch, or exactly with the reference; then whether the file itself is damaged.
     watch = Watch()
     harness.verify(tmp_path / "changed.pt", recorded, progress=watch)
-    assert watch.done == watch.totals[-1] == NBYTES + alone + 2 * large
+    assert watch.done == watch.totals[-1] == NBYTES + 2 * alone + 2 * large
     watch = Watch()
     harness.verify(tmp_path / "changed.pt", recorded, reference=folder, progress=watch)
-    assert watch.done == watch.totals[-1] == NBYTES + alone + 5 * large
+    assert watch.done == watch.totals[-1] == NBYTES + 2 * alone + 6 * large
     watch = Watch()
     update(tmp_path / "changed.pt", recorded, progress=watch)
     assert watch.done == watch.totals[-1]

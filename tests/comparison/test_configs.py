@@ -127,5 +127,5 @@ def test_an_update_takes_the_settings_over(tmp_path: Path) -> None:
 
 
 def test_nemo_keeps_in_a_ckpt_what_its_archive_has(data: Path) -> None:
-    compared = diff(data / "nest_tiny.nemo", data / "nest_tiny.ckpt")
+    compared = api.diff(data / "nest_tiny.nemo", data / "nest_tiny.ckpt")
     assert compared.count("config") == 0

@@ -90,8 +90,12 @@ def small(data: Path, shipped_golden: Path) -> Result:
 
 @pytest.fixture(scope="session")
 def trained(data: Path, shipped_golden: Path) -> Result:
-    """Verdicts of every kind."""
-    return result_of(api.verify(data / "nest_tiny.ckpt", shipped_golden))
+    """Verdicts of every kind: without residues, some of the small changes are undecided."""
+    golden = api.read_golden(shipped_golden)
+    tensors = golden.fingerprint.tensors
+    blunt = {key: replace(tensor, residues=None) for key, tensor in tensors.items()}
+    golden = replace(golden, fingerprint=replace(golden.fingerprint, tensors=blunt))
+    return result_of(api.verify(data / "nest_tiny.ckpt", golden))
 
 
 @pytest.fixture(scope="session")
