@@ -54,7 +54,7 @@ from harness.subjects import (
 )
 
 if TYPE_CHECKING:
-    from harness.model.stages import LiveOptions
+    from harness.model.options import LiveOptions
 
 
 __all__ = [
@@ -195,7 +195,8 @@ def _record_live(
 ) -> LiveRecord | None:
     if stage == "file" or path is None:
         return None
-    from harness.model.stages import LiveOptions, record_live
+    from harness.model.options import LiveOptions
+    from harness.model.stages import record_live
 
     return record_live(
         to_local(path, LOADED),
@@ -307,7 +308,8 @@ def verify_stages(
     )
     if last == "file":
         return
-    from harness.model.stages import Expected, live_stages, remembered
+    from harness.model.options import remembered
+    from harness.model.stages import Expected, live_stages
 
     expected = Expected(weights=golden.fingerprint, live=golden.live, section=golden.section)
     source = to_local(named_source(golden) if path is None else path, LOADED)
@@ -318,7 +320,8 @@ def roundtrip(
     path: Location, *, policy: Policy | None = None, live: LiveOptions | None = None
 ) -> Iterator[Comparison]:
     """Load, save, reload and run a checkpoint, each compared with the file itself; no golden."""
-    from harness.model.stages import Expected, LiveOptions, live_stages
+    from harness.model.options import LiveOptions
+    from harness.model.stages import Expected, live_stages
 
     source = to_local(path, LOADED)
     with opened(source, None) as checkpoint:
@@ -526,7 +529,8 @@ def _update_live(
     """Record anew what the golden remembers of the model: other weights compute other outputs."""
     if last == "file" or path is None:
         return None
-    from harness.model.stages import record_live, remembered
+    from harness.model.options import remembered
+    from harness.model.stages import record_live
 
     return record_live(
         to_local(path, LOADED),

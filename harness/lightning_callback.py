@@ -43,7 +43,7 @@ from harness.errors import GoldenMismatch, UsageError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, structure
 from harness.fingerprints.scan import fingerprint
 from harness.golden.file import read_golden
-from harness.model.stages import LiveOptions
+from harness.model.options import LiveOptions
 from harness.model.state import as_checkpoint
 
 OnMismatch = Literal["raise", "warn"]

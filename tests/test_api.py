@@ -17,7 +17,7 @@ import harness
 from harness import api
 from harness.errors import CheckpointError, GoldenError, UsageError
 from harness.golden.file import read_golden
-from harness.model.stages import LiveOptions
+from harness.model.options import LiveOptions
 
 
 class Net(nn.Module):

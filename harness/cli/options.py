@@ -16,7 +16,7 @@ from harness.errors import UsageError
 
 if TYPE_CHECKING:
     from harness.checkpoint.sources.paths import AnyPath
-    from harness.model.stages import LiveOptions
+    from harness.model.options import LiveOptions
     from harness.streaming.workers import Group
 
 
@@ -201,9 +201,12 @@ def _add(options: list[Callable[..., Any]], command: Callable[..., Any]) -> Call
 
 def policy_of(options: dict[str, Any]) -> Policy:
     """The policy that the options ask for."""
-    for name in ("atol", "rtol", "tolerances", "output_atol", "output_rtol"):
+    for name in (
+        *("atol", "rtol", "tolerances"),
+        *("output_atol", "output_rtol", "output_rel", "output_tolerances"),
+    ):
         if options["exact"] and options.get(name) not in (None, ()):
-            flag = "--tolerance" if name == "tolerances" else f"--{name.replace('_', '-')}"
+            flag = f"--{name.replace('_', '-')}".replace("tolerances", "tolerance")
             raise UsageError(
                 f"--exact allows no difference at all, and {flag} some",
                 hint=f"leave out --exact, or {flag}",
@@ -274,6 +277,27 @@ _OF_OUTPUTS = "of outputs (default: as recorded, else 1e-4)."
 _LIVE += [
     click.option("--output-atol", type=float, help=f"As --atol, {_OF_OUTPUTS}"),
     click.option("--output-rtol", type=float, help=f"As --rtol, {_OF_OUTPUTS}"),
+]
+_RUN += [
+    click.option(
+        "--output-rel", type=float, help="In their place, a share of each activation's own rms."
+    ),
+    click.option(
+        "--output-tolerance",
+        "output_tolerances",
+        multiple=True,
+        callback=_tolerances,
+        metavar="GLOB=ATOL[,RTOL]",
+        help="Another tolerance for some activations. Repeatable.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(["common", "all", "final"]),
+        help="Which must agree: what both sides have (default), all, the model's own outputs.",
+    ),
+    click.option(
+        "--only", multiple=True, metavar="GLOB", help="Compare these activations alone. Repeatable."
+    ),
 ]
 
 
@@ -348,6 +372,10 @@ _NEEDED_BY = {
     "inputs": ("--inputs", "outputs"),
     "output_atol": ("--output-atol", "outputs"),
     "output_rtol": ("--output-rtol", "outputs"),
+    "output_rel": ("--output-rel", "outputs"),
+    "output_tolerances": ("--output-tolerance", "outputs"),
+    "activations": ("--activations", "outputs"),
+    "only": ("--only", "outputs"),
 }
 
 
@@ -358,7 +386,7 @@ def stage_of(given: str | None, options: dict[str, Any], otherwise: str = "file"
     """
     last = given or otherwise
     for name, (flag, needed) in _NEEDED_BY.items():
-        if options.get(name) in (None, False) or STAGES.index(needed) <= STAGES.index(last):
+        if options.get(name) in (None, False, ()) or STAGES.index(needed) <= STAGES.index(last):
             continue
         if given is not None:
             raise UsageError(
@@ -377,16 +405,17 @@ def live_of(options: dict[str, Any], base: LiveOptions | None = None) -> LiveOpt
     """
     from dataclasses import replace
 
-    from harness.model.stages import LiveOptions
+    from harness.model.options import LiveOptions
 
     names = {"trust_checkpoint": "trust"}
     given = {
         names.get(name, name): options[name]
         for name in (
             *("target", "config", "inputs", "keep", "trust_checkpoint"),
-            *("output_atol", "output_rtol"),
+            *("output_atol", "output_rtol", "output_rel", "output_tolerances"),
+            *("activations", "only"),
         )
-        if options.get(name) is not None
+        if options.get(name) not in (None, ())
     }
     LiveOptions(**given).check()
     return replace(base or LiveOptions(), **given)

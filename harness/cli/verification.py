@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from harness.checkpoint.sources.paths import AnyPath
     from harness.comparison.comparison import Comparison
     from harness.golden.golden import Golden
-    from harness.model.stages import LiveOptions
+    from harness.model.options import LiveOptions
     from harness.report.outcome import Outcome
     from harness.streaming.workers import Group
 
@@ -255,7 +255,7 @@ class Verification:
     def _live(self, golden: Golden, stage: Any) -> LiveOptions | None:
         if stage == "file":
             return None
-        from harness.model.stages import remembered
+        from harness.model.options import remembered
 
         return live_of(self.options, remembered(golden))
 

@@ -318,7 +318,8 @@ def difference_from_values(
 
     Elements are not recovered.
     """
-    found = difference_from_sketch(expected, actual, tolerance, block_nbytes, None)
+    kept = values if expected.values is not None else None
+    found = difference_from_sketch(expected, actual, tolerance, block_nbytes, kept)
     if expected.residues is not None and can_check(found, expected, actual):
         pair = Beside(expected.residues, values)
         checked = [check_chunk(pair, chunk) for chunk in chunks(values.nbytes)]

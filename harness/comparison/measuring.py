@@ -22,7 +22,7 @@ from harness.streaming.workers import ALL_CORES, Workers
 if TYPE_CHECKING:
     from harness.comparison.allclose import ChunkResult
     from harness.comparison.difference import Difference
-    from harness.comparison.policy import Tolerance
+    from harness.comparison.policy import Policy, Tolerance
 
 
 Triple: TypeAlias = "tuple[TensorFingerprint, TensorFingerprint, Tolerance]"
@@ -233,7 +233,7 @@ class WhileRunning:
     """
 
     expected: Fingerprint
-    tolerance: Tolerance
+    policy: Policy
     seen: dict[str, Difference] = field(default_factory=dict)
 
     def see(self, actual: TensorFingerprint, values: Tensor) -> None:
@@ -246,7 +246,7 @@ class WhileRunning:
         self.seen[actual.key] = difference_from_values(
             expected,
             actual,
-            self.tolerance,
+            self.policy.tolerance(actual.key),
             self.expected.block_nbytes,
             values,
             option="--output-atol",

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,35 +27,45 @@ from harness.checkpoint.tensors import Tensor
 from harness.errors import ModelError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.scan import fingerprint
+from harness.model.activations import ROOT, is_final
 from harness.model.loading import seeded
 from harness.model.state import as_checkpoint, tensors_of
 from harness.model.targets import user_code
 from harness.streaming.workers import Workers
 
 _SEED = 0
+# Where models keep example inputs: the user's own, Lightning's, transformers'.
+_INPUTS = ("golden_inputs", "example_input_array", "dummy_inputs")
 OUTPUT_TOLERANCE = 1e-4, 1e-4  # atol, rtol
 _MAX_KEPT_NUMEL = 256
-_ROOT = "(model)"
+_MAX_FINAL_NBYTES = 4 << 20  # of an output of the model itself
+
+
+class NoInputs(ModelError):  # noqa: N818 - reads as what is the case
+    """There is nothing to run a model on."""
 
 
 def inputs_of(module: nn.Module, file: Path | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The fixed inputs, as positional and keyword arguments of the model.
 
     From `file` (safetensors: keyword arguments by name), else the model's `golden_inputs()`, which
-    may draw them, else Lightning's `example_input_array`. A copy: models write into their inputs.
+    may draw them, else Lightning's `example_input_array`, else the `dummy_inputs` of transformers.
+    A copy: models write into their inputs.
     Raises ModelError where there are none.
     """
     if file is not None:
         with open_checkpoint(file) as checkpoint:
             return (), dict(tensors_of(checkpoint))
-    own: Any = getattr(module, "golden_inputs", None)
-    doing, hint = f"{type(module).__name__}.golden_inputs()", "mend it, or pass --inputs FILE"
+    doing, hint = f"the example inputs of {type(module).__name__}", "mend it, or give --inputs FILE"
     with user_code(doing, hint), seeded(_SEED), torch.no_grad():
-        if own is None:
-            own = getattr(module, "example_input_array", None)
-        found = copy.deepcopy(own() if callable(own) else own)
+        found = None
+        for name in _INPUTS:
+            own: Any = getattr(module, name, None)
+            found = copy.deepcopy(own() if callable(own) else own)
+            if found is not None:
+                break
     if found is None:
-        raise ModelError(
+        raise NoInputs(
             f"{type(module).__name__}: has no inputs to compute outputs from",
             hint="give the model a golden_inputs() method, or pass --inputs FILE.safetensors",
         )
@@ -121,14 +132,12 @@ class _Recorder:
         self._running: dict[int, list[str]] = defaultdict(list)  # by thread
 
     def before(self, path: str) -> Any:
-        def hook(_: nn.Module, positional: Any, keyword: Any) -> None:
+        def hook(module: nn.Module, positional: Any, keyword: Any) -> None:
             self._calls[path] += 1
             count = self._calls[path]
-            label = (path or _ROOT) + (f"@{count}" if count > 1 else "")
+            label = (path or ROOT) + (f"@{count}" if count > 1 else "")
             self._running[threading.get_ident()].append(label)
-            for index, value in enumerate(positional):
-                self._record(f"{label}:in.{index}", value)
-            for name, value in keyword.items():
+            for name, value in _named(module, positional, keyword).items():
                 self._record(f"{label}:in.{name}", value)
 
         return hook
@@ -145,7 +154,7 @@ class _Recorder:
             with as_checkpoint(tensors, "outputs") as live:
                 found = fingerprint(
                     live,
-                    keep_values=lambda tensor: tensor.numel <= _MAX_KEPT_NUMEL,
+                    keep_values=_is_kept,
                     residues=self._tolerance,  # outputs agree to rounding only
                     workers=Workers(jobs=1),
                 ).tensors
@@ -155,9 +164,43 @@ class _Recorder:
             for name, tensor in found.items():
                 # Most inputs are what another module has just put out: keep each only once.
                 first = self._first.setdefault(tensor.digest or b"", name)
+                if is_final(name) and first in self.prints and tensor.values is not None:
+                    # Of the model's own outputs the values are kept, also where another's are not.
+                    self.prints[first] = dataclasses.replace(tensor, key=first)
                 kept = self.prints.get(first, tensor)
                 alias_of = None if first == name else first
                 self.prints[name] = dataclasses.replace(kept, key=name, alias_of=alias_of)
+
+
+def _is_kept(tensor: Tensor) -> bool:
+    """Whether the values are kept, or a sketch and residues."""
+    if is_final(tensor.key):
+        return tensor.nbytes <= _MAX_FINAL_NBYTES
+    return tensor.numel <= _MAX_KEPT_NUMEL
+
+
+def _named(
+    module: nn.Module, positional: Sequence[Any], keyword: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by the names that `forward` has for them, however they were passed.
+
+    By position where it has none.
+    """
+    found: dict[str, Any] = {}
+    try:
+        signature = inspect.signature(module.forward)
+        bound = signature.bind(*positional, **keyword).arguments
+    except (TypeError, ValueError):
+        return {**{str(index): value for index, value in enumerate(positional)}, **keyword}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            found.update((str(index), one) for index, one in enumerate(value, len(found)))
+        else:
+            found[name] = value
+    return found
 
 
 def flatten(key: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,68 +22,23 @@ from harness.checkpoint.tensors import Checkpoint
 from harness.comparison import buffers as buffers_of
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
-from harness.comparison.findings import FINDING_KINDS, Divergence, Finding
+from harness.comparison.findings import FINDING_KINDS, Finding
 from harness.comparison.measuring import AgainstGolden, WhileRunning
-from harness.comparison.policy import STAGES, Policy
+from harness.comparison.policy import STAGES, Policy, fits
 from harness.errors import NotRecorded
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.scan import fingerprint
-from harness.golden.golden import Golden, LiveRecord, source_of
-from harness.model.config import load_config
+from harness.golden.golden import LiveRecord, source_of
+from harness.model.activations import compare_activations, renamed
 from harness.model.lightning import plain_hyperparameters
 from harness.model.loading import Loader, NotLoaded, Saved, compare_training_state
 from harness.model.mismatch import brief_keys, of_failed_load
-from harness.model.outputs import OUTPUT_TOLERANCE, inputs_of, outputs_of
+from harness.model.options import LiveOptions
+from harness.model.outputs import inputs_of, outputs_of
 from harness.model.state import as_checkpoint, state_of, transient_buffers
-from harness.model.targets import resolve
 from harness.text.disclosure import disclosed
 
 _FIRST_SEED, _SECOND_SEED = 1, 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class LiveOptions:
-    """Which code is under test, and on what.
-
-    `target` is `package.module:Name`, None for what the registry has; `config` is a YAML
-    that replaces the model's configuration; `inputs` is a safetensors file of keyword arguments;
-    `base` is the folder of the model that an adapter is for; `keep` leaves the saved checkpoint
-    beside the original as `NAME.test.*`; `trust` lets Lightning unpickle. `output_atol` and
-    `output_rtol` are the tolerance of outputs, None that of the golden, or 1e-4.
-    """
-
-    target: str | None = None
-    config: Path | None = None
-    inputs: Path | None = None
-    base: Path | None = None
-    keep: bool = False
-    trust: bool = False
-    output_atol: float | None = None
-    output_rtol: float | None = None
-
-    def check(self) -> None:
-        """Raise UsageError, ModelError or CheckpointError for what is none of what is asked for."""
-        Policy(atol=self.output_atol, rtol=self.output_rtol)
-        if self.target is not None:
-            resolve(self.target)
-        if self.config is not None:
-            load_config(self.config)
-        if self.inputs is not None:
-            open_checkpoint(self.inputs).close()
-
-    def output_tolerance(self, recorded: Fingerprint | None = None) -> tuple[float, float]:
-        """(atol, rtol) of outputs: as asked for, else as recorded."""
-        atol, rtol = OUTPUT_TOLERANCE if recorded is None else recorded.tolerance
-        return (
-            atol if self.output_atol is None else self.output_atol,
-            rtol if self.output_rtol is None else self.output_rtol,
-        )
-
-    def loader(self, checkpoint: Checkpoint) -> Loader:
-        config = None if self.config is None else load_config(self.config)
-        return Loader(
-            checkpoint, target=self.target, config=config, base=self.base, trust=self.trust
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +51,6 @@ class Expected:
     weights: Fingerprint
     live: LiveRecord | None = None
     section: str | None = None
-
-
-def remembered(golden: Golden) -> LiveOptions:
-    """The options under which a golden was recorded."""
-    if golden.live is None:
-        return LiveOptions()
-    outputs = golden.live.outputs
-    return LiveOptions(
-        target=golden.live.target,
-        config=golden.beside(golden.live.config),
-        inputs=golden.beside(golden.live.inputs),
-        output_atol=None if outputs is None else outputs.tolerance[0],
-        output_rtol=None if outputs is None else outputs.tolerance[1],
-    )
 
 
 def record_live(
@@ -392,15 +333,14 @@ def _compare_outputs(
     """
 
     recorded = None if expected.live is None else expected.live.outputs
-    atol, rtol = options.output_tolerance(recorded)
-    tolerances = Policy(atol=atol, rtol=rtol, exact=policy.exact, check_dtype=True)
+    tolerance = options.output_tolerance(recorded)
 
     def computed(model: nn.Module, measure: WhileRunning | None = None) -> Fingerprint:
         # Of one model: the other may have drawn others when it was built.
         found = outputs_of(
             model,
             inputs_of(module, options.inputs),
-            tolerance=(atol, rtol),
+            tolerance=tolerance,
             see=None if measure is None else measure.see,
         )
         return replace(
@@ -408,10 +348,15 @@ def _compare_outputs(
         )
 
     def beside(ours: Fingerprint, model: nn.Module) -> Comparison:
-        measure = WhileRunning(expected=ours, tolerance=tolerances.general)
+        ours = renamed(ours, policy, {name for name, _ in model.named_modules()})
+        tolerances = options.output_policy(ours, policy)
+        measure = WhileRunning(expected=ours, policy=tolerances)
         theirs = computed(model, measure)
-        compared = compare(ours, theirs, tolerances, measure, stage="outputs")
-        return replace(compared, divergence=first_departure(compared))
+        keys = {*ours.tensors, *theirs.tensors}
+        ignore = tuple(glob for glob in policy.ignore if fits(glob, keys))
+        return compare_activations(
+            ours, theirs, tolerances, measure, replace(options.selection, ignore=ignore)
+        )
 
     if expected.live is None:
         compared = beside(computed(module), again)
@@ -432,49 +377,3 @@ def _compare_outputs(
 
 def _of_reload(compared: Comparison, *notes: str) -> Comparison:
     return replace(compared, is_of_reload=True, notes=(*compared.notes, *notes))
-
-
-def first_departure(comparison: Comparison) -> Divergence | None:
-    """Find the first place, in the golden's execution order, that fails; and whose doing it is.
-
-    An output diverges by its own module's code; an input by the code of the module around it.
-    """
-    failing = {f.key: f for f in comparison.findings if f.fails}
-    if not failing:
-        return None
-    undecided = {f.key for f in comparison.findings if f.kind == "undecided"}
-    order = list(comparison.expected.tensors)
-    first = next((key for key in order if key in failing), next(iter(failing)))
-    module, _, kind = first.rpartition(":")
-    diverging_module = _around(module, order) if kind.startswith("in.") else module
-    inputs = [key for key in order if key.startswith(f"{diverging_module}:in.")]
-    before = order[: order.index(first)] if first in order else []
-
-    def names(keys: Iterable[str]) -> tuple[str, ...]:
-        return tuple(key.rpartition(":in.")[2] for key in keys)
-
-    return Divergence(
-        finding=failing[first],
-        diverging_module=diverging_module,
-        agreeing=names(k for k in inputs if k not in failing and k not in undecided),
-        undecided=names(k for k in inputs if k in undecided),
-        diverging=names(k for k in inputs if k in failing),
-        num_before=len(before),
-        num_undecided=sum(1 for key in before if key in undecided),
-    )
-
-
-def _around(module: str, order: list[str]) -> str:
-    """The module that called another one: the nearest above it that has a place of its own.
-
-    Of several calls of that, the last that began before; what got no tensors tells when it ended.
-    """
-    labels = [key.rpartition(":")[0] for key in order]
-    before = labels[: labels.index(module)] if module in labels else labels
-    path = module.partition("@")[0]
-    while "." in path:
-        path = path.rpartition(".")[0]
-        for label in (*reversed(before), *labels):
-            if label.partition("@")[0] == path:
-                return label
-    return "(model)"

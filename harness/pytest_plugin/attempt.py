@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from harness.comparison.comparison import Comparison
     from harness.comparison.policy import Policy, Stage
     from harness.golden.golden import Golden
-    from harness.model.stages import LiveOptions
+    from harness.model.options import LiveOptions
     from harness.subjects import Subject
 
 

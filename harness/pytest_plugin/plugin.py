@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from harness.api import KeptValues
     from harness.comparison.comparison import Comparison
     from harness.comparison.policy import Policy, Stage
-    from harness.model.stages import LiveOptions
+    from harness.model.options import LiveOptions
     from harness.subjects import Subject
 
 

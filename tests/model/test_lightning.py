@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from harness import api
 from harness.errors import ModelError
 from harness.model.lightning import data_of, lightning_of, trainer_of
-from harness.model.stages import LiveOptions
+from harness.model.options import LiveOptions
 from tests.conftest import Run
 
 HERE = "tests.model.test_lightning"

@@ -14,10 +14,11 @@ from harness import api
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison, render
 from harness.comparison.measuring import BySketches, WhileRunning
-from harness.comparison.policy import Policy, Tolerance
+from harness.comparison.policy import Policy
 from harness.golden.golden import Golden
+from harness.model.activations import first_divergence
+from harness.model.options import LiveOptions
 from harness.model.outputs import outputs_of
-from harness.model.stages import LiveOptions, first_departure
 from tests.model.variants import Plain
 
 
@@ -46,19 +47,19 @@ INPUTS = ((torch.randn(64, 64, generator=torch.Generator().manual_seed(0)),), {}
 
 def compared(size: float, atol: float = 1e-4, *, by_sketches: bool = False) -> Comparison:
     recorded = outputs_of(bumped(0.0), INPUTS)
-    measure = WhileRunning(expected=recorded, tolerance=Tolerance(atol=atol, rtol=1e-4))
-    found = outputs_of(bumped(size), INPUTS, see=measure.see)
     policy = Policy(atol=atol, rtol=0.0 if by_sketches else 1e-4)
+    measure = WhileRunning(expected=recorded, policy=Policy(atol=atol, rtol=1e-4))
+    found = outputs_of(bumped(size), INPUTS, see=measure.see)
     how = BySketches(recorded.block_nbytes) if by_sketches else measure
     comparison = compare(recorded, found, policy, how, stage="outputs")
-    return replace(comparison, divergence=first_departure(comparison))
+    return replace(comparison, divergence=first_divergence(comparison))
 
 
 def test_the_module_that_is_off_by_little_more_than_the_tolerance_diverges_first() -> None:
     found = compared(5e-4)
     assert found.divergence is not None
     assert found.divergence.diverging_module == "1"
-    assert found.divergence.agreeing == ("0",)
+    assert found.divergence.agreeing == ("x",)
     assert found.count("undecided") == found.divergence.num_undecided == 0
     assert "an element is beyond the tolerance" in render(found)
 
@@ -84,9 +85,9 @@ def test_what_is_undecided_is_not_said_to_agree() -> None:
     found = compared(5e-4, by_sketches=True)
     assert found.divergence is not None
     assert found.divergence.diverging_module == "2"
-    assert (found.divergence.agreeing, found.divergence.undecided) == ((), ("0",))
+    assert (found.divergence.agreeing, found.divergence.undecided) == ((), ("x",))
     assert (found.divergence.num_before, found.divergence.num_undecided) == (6, 2)
-    assert "of its 1 inputs 0 is undecided; 2 of the 6 activations computed before it are " in (
+    assert "of its 1 inputs x is undecided; 2 of the 6 activations computed before it are " in (
         render(found)
     )
 

@@ -26,10 +26,11 @@ from harness.comparison.policy import Policy
 from harness.errors import ModelError, UsageError
 from harness.golden.file import read_golden
 from harness.golden.golden import Golden
+from harness.model.activations import first_divergence
 from harness.model.lightning import quiet
 from harness.model.loading import Loader
+from harness.model.options import LiveOptions, remembered
 from harness.model.outputs import flatten, inputs_of, outputs_of
-from harness.model.stages import LiveOptions, first_departure, remembered
 from tests.conftest import Run
 from tests.model import variants
 
@@ -256,7 +257,7 @@ def test_a_changed_epsilon_is_named_in_somebody_elses_model(plain: Path) -> None
     found = verify_with(record(plain, "Plain"), plain, "OtherNorm")
     assert found["outputs"].divergence is not None
     assert found["outputs"].divergence.diverging_module == "norm"
-    assert found["outputs"].divergence.agreeing == ("0",)
+    assert found["outputs"].divergence.agreeing == ("input",)
 
 
 @pytest.mark.parametrize("model", ["DrawnInputs", "BuiltWithInputs"])
@@ -555,14 +556,14 @@ def test_outputs_are_named_in_execution_order_with_nested_containers_flat() -> N
     model = variants.Plain()
     found = outputs_of(model, inputs_of(model, None)).tensors
     keys = list(found)
-    assert keys[:4] == ["(model):in.0", "embed:in.0", "embed:out", "layers.0:in.0"]
+    assert keys[:4] == ["(model):in.tokens", "embed:in.input", "embed:out", "layers.0:in.input"]
     assert keys[-4:] == [
         "(model):out.last",
         "(model):out.hidden.0",
         "(model):out.hidden.1",
         "(model):out.hidden.2",
     ]
-    assert found["embed:in.0"].alias_of == "(model):in.0"
+    assert found["embed:in.input"].alias_of == "(model):in.tokens"
 
 
 class Fragile(torch.nn.Module):
@@ -587,7 +588,7 @@ class Forgiving(torch.nn.Module):
 
 def test_a_call_that_raises_and_is_caught_does_not_shift_the_names() -> None:
     found = outputs_of(Forgiving(), ((torch.ones(2),), {})).tensors
-    assert list(found) == ["(model):in.0", "fragile:in.0", "after:in.0", "after:out"]
+    assert list(found) == ["(model):in.x", "fragile:in.x", "after:in.input", "after:out"]
 
 
 class Waits(torch.nn.Module):
@@ -633,10 +634,10 @@ def test_modules_that_run_at_once_keep_their_names() -> None:
 def test_scripted_modules_are_run_but_not_looked_into() -> None:
     scripted = torch.jit.script(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh()))
     x = torch.linspace(-1, 1, 5)
-    assert list(outputs_of(scripted, ((x,), {})).tensors) == ["(model):in.0", "(model):out"]
+    assert list(outputs_of(scripted, ((x,), {})).tensors) == ["(model):in.input", "(model):out"]
     around = torch.nn.Sequential(scripted, torch.nn.ReLU())
     found = outputs_of(around, ((x,), {})).tensors
-    assert list(found) == ["(model):in.0", "1:in.0", "1:out", "(model):out"]
+    assert list(found) == ["(model):in.input", "1:in.input", "1:out", "(model):out"]
 
 
 @pytest.mark.filterwarnings("ignore:.*(beta|prototype|deprecated)")
@@ -687,13 +688,13 @@ def test_of_several_calls_the_one_that_departs_is_named() -> None:
     x = torch.linspace(1, 2, 5)
     before, after = (outputs_of(Siamese(factor), ((x,), {})) for factor in (2.0, 3.0))
     compared = compare(before, after, Policy(), BySketches(before.block_nbytes), stage="outputs")
-    divergence = first_departure(compared)
+    divergence = first_divergence(compared)
     assert divergence is not None
     assert (divergence.finding.key, divergence.diverging_module) == (
-        "tower.inner@2:in.0",
+        "tower.inner@2:in.input",
         "tower@2",
     )
-    assert divergence.agreeing == ("0",)
+    assert divergence.agreeing == ("x",)
 
 
 def test_inputs_come_from_the_model_or_from_a_file(tmp_path: Path) -> None:

@@ -946,7 +946,7 @@ def test_the_stages_of_a_model_are_verified_and_recorded(project: Project) -> No
     )
     project.tests(
         """
-        from harness.model.stages import LiveOptions
+        from harness.model.options import LiveOptions
 
         def test_net(checkpoint_golden):
             stages = checkpoint_golden.verify_stages(
@@ -985,7 +985,7 @@ def test_stages_that_a_golden_lacks_are_recorded_by_an_update(project: Project) 
     save_file({"input": np.ones((1, 5), np.float32)}, project.path / "inputs.safetensors")
     test = """
         from pathlib import Path
-        from harness.model.stages import LiveOptions
+        from harness.model.options import LiveOptions
 
         def test_net(checkpoint_golden):
             checkpoint_golden.verify_stages(

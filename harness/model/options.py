@@ -1,0 +1,115 @@
+"""What the live stages are asked for: which code is under test, on what, and what must agree.
+
+In: what a user gives, or a golden remembers. Out: a frozen `LiveOptions`, and what follows from it:
+a loader, the tolerances of outputs. Refused: targets, files and globs that are none.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.checkpoint import open_checkpoint
+from harness.checkpoint.tensors import Checkpoint
+from harness.comparison.policy import Policy, Tolerance, fits
+from harness.errors import UsageError
+from harness.fingerprints.fingerprint import Fingerprint
+from harness.golden.golden import Golden
+from harness.model.activations import Activations, OutputPolicy, Selection
+from harness.model.config import load_config
+from harness.model.loading import Loader
+from harness.model.outputs import OUTPUT_TOLERANCE
+from harness.model.targets import resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveOptions:
+    """Which code is under test, and on what.
+
+    `target` is `package.module:Name`, None for what the registry has; `config` is a YAML
+    that replaces the model's configuration; `inputs` is a safetensors file of keyword arguments;
+    `base` is the folder of the model that an adapter is for; `keep` leaves the saved checkpoint
+    beside the original as `NAME.test.*`; `trust` lets Lightning unpickle. `output_atol` and
+    `output_rtol` are the tolerance of outputs, None that of the golden, or 1e-4; `output_rel`
+    replaces them by a share of each activation's own rms, `output_tolerances` (GLOB, ATOL, RTOL)
+    those of some. `activations` and `only`: see `harness.model.activations.Selection`.
+    """
+
+    target: str | None = None
+    config: Path | None = None
+    inputs: Path | None = None
+    base: Path | None = None
+    keep: bool = False
+    trust: bool = False
+    output_atol: float | None = None
+    output_rtol: float | None = None
+    output_rel: float | None = None
+    output_tolerances: tuple[tuple[str, float, float | None], ...] = ()
+    activations: Activations = "common"
+    only: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise UsageError, ModelError or CheckpointError for what is none of what is asked for."""
+        Policy(atol=self.output_atol, rtol=self.output_rtol, tolerances=self.output_tolerances)
+        if self.target is not None:
+            resolve(self.target)
+        if self.config is not None:
+            load_config(self.config)
+        if self.inputs is not None:
+            open_checkpoint(self.inputs).close()
+
+    def output_tolerance(self, recorded: Fingerprint | None = None) -> tuple[float, float]:
+        """(atol, rtol) of outputs: as asked for, else as recorded."""
+        atol, rtol = OUTPUT_TOLERANCE if recorded is None else recorded.tolerance
+        return (
+            atol if self.output_atol is None else self.output_atol,
+            rtol if self.output_rtol is None else self.output_rtol,
+        )
+
+    def output_policy(self, recorded: Fingerprint, policy: Policy) -> OutputPolicy:
+        """The tolerances of outputs, and of single activations where they differ in scale."""
+        atol, rtol = self.output_tolerance(recorded)
+        by_key = {}
+        if self.output_rel is not None and not policy.exact:
+            for key, tensor in recorded.tensors.items():
+                if tensor.stats is not None and tensor.numel:
+                    rms = tensor.stats.l2 / math.sqrt(tensor.numel)
+                    by_key[key] = Tolerance(atol=self.output_rel * rms, rtol=0.0)
+        globs = () if policy.exact else self.output_tolerances
+        for key in recorded.tensors if globs else ():
+            for glob, its_atol, its_rtol in globs:
+                if fits(glob, [key]):
+                    its_rtol = rtol if its_rtol is None else its_rtol
+                    by_key[key] = Tolerance(atol=its_atol, rtol=its_rtol)
+        for glob, *_ in globs:
+            if not fits(glob, recorded.tensors):
+                raise UsageError(
+                    f"--output-tolerance {glob}: fits no activation",
+                    hint=f"they are named like {[*recorded.tensors, 'nothing'][0]}",
+                )
+        return OutputPolicy(atol=atol, rtol=rtol, exact=policy.exact, by_key=by_key)
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(activations=self.activations, only=self.only)
+
+    def loader(self, checkpoint: Checkpoint) -> Loader:
+        config = None if self.config is None else load_config(self.config)
+        return Loader(
+            checkpoint, target=self.target, config=config, base=self.base, trust=self.trust
+        )
+
+
+def remembered(golden: Golden) -> LiveOptions:
+    """The options under which a golden was recorded."""
+    if golden.live is None:
+        return LiveOptions()
+    outputs = golden.live.outputs
+    return LiveOptions(
+        target=golden.live.target,
+        config=golden.beside(golden.live.config),
+        inputs=golden.beside(golden.live.inputs),
+        output_atol=None if outputs is None else outputs.tolerance[0],
+        output_rtol=None if outputs is None else outputs.tolerance[1],
+    )

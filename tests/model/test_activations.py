@@ -1,0 +1,234 @@
+"""What two implementations compute: what must agree, what is structure, and who parts first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.comparison.comparison import Comparison
+from harness.comparison.measuring import WhileRunning
+from harness.comparison.policy import Policy
+from harness.errors import UsageError
+from harness.model.activations import compare_activations, renamed
+from harness.model.options import LiveOptions
+from harness.model.outputs import outputs_of
+
+
+class Block(nn.Module):
+    """Normalises, then applies a layer and a module for the activation."""
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8, eps=eps)
+        self.layer = nn.Linear(8, 8)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = x + self.act(self.layer(self.norm(x)))
+        return made
+
+
+class Inlined(Block):
+    """The same, with its activation as a function, and its inputs under other names."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        made: Tensor = hidden + nn.functional.gelu(self.layer(self.norm(hidden)))
+        return made
+
+
+class Swapped(Block):
+    """Adds what came in behind the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        made: Tensor = y + self.act(self.layer(y))
+        return made
+
+
+class Model(nn.Module):
+    def __init__(self, *blocks: nn.Module, **named: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        for name, module in named.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        return {"last": x, "first": x[:1]}
+
+
+class Tuples(Model):
+    """Gives its outputs without names, and calls its blocks by keyword."""
+
+    def forward(self, x: Tensor) -> Any:
+        for block in self.blocks:
+            x = block(x=x)
+        return x, x[:1]
+
+
+def model(kind: type[Model], *blocks: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    made = kind(*blocks)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter)
+    return made
+
+
+INPUTS: Any = ((torch.linspace(-1, 1, 32).reshape(4, 8),), {})
+
+
+def compared(
+    one: nn.Module, other: nn.Module, policy: Policy | None = None, **options: Any
+) -> Comparison:
+    live, policy = LiveOptions(**options), policy or Policy()
+    expected = renamed(outputs_of(one, INPUTS), policy, {n for n, _ in other.named_modules()})
+    tolerances = live.output_policy(expected, policy)
+    measure = WhileRunning(expected=expected, policy=tolerances)
+    actual = outputs_of(other, INPUTS, see=measure.see)
+    return compare_activations(expected, actual, tolerances, measure, live.selection)
+
+
+def test_an_inlined_activation_is_structure_in_one_line_and_no_failure() -> None:
+    found = compared(model(Model, Block(), Block()), model(Model, Inlined(), Inlined()))
+    assert found.verdict == "identical"
+    (note,) = found.notes
+    assert note == (
+        "structure, not compared: activations 4 only in the golden, of the modules "
+        "2 (blocks.{0,1}.act)"
+    )
+    strict = compared(
+        model(Model, Block(), Block()), model(Model, Inlined(), Inlined()), activations="all"
+    )
+    assert strict.verdict == "different"
+
+
+def test_inputs_and_outputs_of_other_names_are_matched_by_position() -> None:
+    found = compared(model(Model, Block()), model(Tuples, Block()))
+    assert (found.verdict, found.notes) == ("identical", ())
+    found = compared(model(Model, Block()), model(Tuples, Swapped()))
+    assert [f.key for f in found.findings if f.key.startswith("(model)")] == [
+        "(model):out.0",
+        "(model):out.1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "module"),
+    [
+        ([Block(eps=1e-1), Block()], "blocks.0.norm"),
+        ([Block(), Inlined(eps=1e-1)], "blocks.1.norm"),
+        ([Block(), Swapped()], "blocks.1"),
+        ([Swapped(), Inlined()], "blocks.0"),
+    ],
+)
+def test_the_first_module_that_got_the_same_and_gave_another_is_named(
+    changed: list[nn.Module], module: str
+) -> None:
+    found = compared(model(Model, Block(), Block()), model(Model, *changed))
+    assert found.verdict == "different"
+    assert found.divergence is not None
+    assert found.divergence.diverging_module == module
+    assert not found.divergence.diverging
+
+
+def test_an_output_of_the_model_itself_that_is_gone_always_fails() -> None:
+    class Less(Model):
+        def forward(self, x: Tensor) -> Any:
+            return {"last": super().forward(x)["last"]}
+
+    for activations in ("common", "all", "final"):
+        found = compared(model(Model, Block()), model(Less, Block()), activations=activations)
+        assert [(f.kind, f.key) for f in found.findings] == [("missing", "(model):out.first")]
+
+
+def test_the_models_own_outputs_may_be_all_that_counts() -> None:
+    class Detour(Block):
+        """Its norm computes something else, and nothing comes of it."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm(x * 2)
+            made: Tensor = x + self.act(
+                self.layer(
+                    torch.nn.functional.layer_norm(x, (8,), self.norm.weight, self.norm.bias)
+                )
+            )
+            return made
+
+    models = model(Model, Block()), model(Model, Detour())
+    assert compared(*models).verdict == "different"
+    found = compared(*models, activations="final")
+    assert (found.verdict, found.num_identical) == ("identical", 2)
+
+
+def test_globs_select_activations_and_those_that_fit_none_are_errors() -> None:
+    models = model(Model, Block(), Block()), model(Model, Block(), Block(eps=1e-1))
+    found = compared(*models, only=("blocks.0*",))
+    assert found.verdict == "identical"
+    assert found.num_ignored > 0
+    with pytest.raises(UsageError, match=r"--only blocks\.7: fits no activation"):
+        compared(*models, only=("blocks.7",))
+    with pytest.raises(UsageError, match=r"--output-tolerance blocks\.7: fits no activation"):
+        compared(*models, output_tolerances=(("blocks.7", 1.0, None),))
+
+
+def test_tolerances_may_be_of_some_activations_or_a_share_of_each_ones_scale() -> None:
+    models = model(Model, Block()), model(Model, Block(eps=1.1e-5))
+    assert compared(*models, output_atol=0.0, output_rtol=0.0).verdict == "different"
+    loose = (("*", 1.0, None),)
+    assert compared(*models, output_atol=0.0, output_tolerances=loose).verdict == "close"
+    assert compared(*models, output_atol=0.0, output_rtol=0.0, output_rel=1e-3).verdict == "close"
+    assert compared(*models, output_rel=1e-9).verdict == "different"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(key_map=(("blocks.", "layers."),)),
+        Policy(key_map=(("blocks.0.", "layers.0."), ("blocks.1.", "layers.1."))),
+    ],
+)
+def test_maps_of_keys_reach_activations(policy: Policy) -> None:
+    class Renamed(Model):
+        def __init__(self, *blocks: nn.Module) -> None:
+            super().__init__()
+            del self.blocks
+            self.layers = nn.ModuleList(blocks)
+
+        def forward(self, x: Tensor) -> Any:
+            for block in self.layers:
+                x = block(x)
+            return {"last": x, "first": x[:1]}
+
+    models = model(Model, Block(), Block()), model(Renamed, Block(), Block(eps=1e-1))
+    found = compared(*models, policy=policy)
+    assert found.divergence is not None
+    assert found.divergence.diverging_module == "layers.1.norm"
+    assert found.notes == ()
+
+
+def test_a_wrapped_model_is_matched_by_the_prefix_that_is_taken_off() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.module = inner
+
+        def forward(self, x: Tensor) -> Any:
+            return self.module(x)
+
+    models = model(Model, Block()), Wrapper(model(Model, Block()))
+    found = compared(*models, policy=Policy(strip_prefix="module."))
+    assert found.verdict == "identical"
+    assert found.num_identical > 6
+
+
+def test_values_of_the_models_own_outputs_are_kept() -> None:
+    class Wide(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x.repeat(40, 40), x.repeat(2000, 100)
+
+    found = outputs_of(Wide(), INPUTS).tensors
+    assert [found[f"(model):out.{i}"].values is not None for i in (0, 1)] == [True, False]
