@@ -1,8 +1,7 @@
-"""The layers of the package: what may import what, and what starting up may cost."""
+"""What starting up may cost. What may import what is a contract in pyproject.toml."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -28,57 +27,6 @@ NOT_TO_PASS = {
     ),
     *("shutil", "tempfile", "difflib"),
 }
-LIVE = ("harness/nest/", "harness/model/", "harness/lightning_callback.py")
-
-# From the bottom up: what stands in one row or above may be imported.
-LAYERS = [
-    *("errors", "version", "streaming", "text", "checkpoint", "fingerprints", "golden"),
-    *("comparison", "report", "model", "nest", "subjects", "api", "lightning_callback"),
-    *("pytest_plugin", "cli", "__main__"),
-]
-
-
-def modules() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
-
-
-def name_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts).removesuffix(".__init__")
-
-
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
-            if node.module == "harness":
-                found |= {f"harness.{alias.name}" for alias in node.names}
-    return found
-
-
-def layer(module: str) -> int:
-    """The height of the folder that a module is in; that of the face is above all."""
-    _, _, name = module.partition(".")
-    return LAYERS.index(name.partition(".")[0]) if name else len(LAYERS)
-
-
-@pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_imports_go_downwards_only(path: Path) -> None:
-    module = name_of(path)
-    for imported in imports(path):
-        if imported.startswith("harness."):
-            assert layer(imported) <= layer(module), f"{module} imports {imported}, above it"
-
-
-@pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_only_the_live_side_imports_torch(path: Path) -> None:
-    if not str(path.relative_to(PACKAGE.parent)).startswith(LIVE):
-        heavy = {name.split(".")[0] for name in imports(path)} & HEAVY
-        assert not heavy, f"{name_of(path)} imports {heavy}"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from harness.checkpoint.config import config_of_yaml, hyperparameters_of
 from harness.checkpoint.formats.nemo import Nemo, is_tar, read_nemo
-from harness.checkpoint.formats.rankfiles import RankFile, files_of, rank_sets
 from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.formats.torchfile import TorchFile, read_torch_legacy, read_torch_zip
 from harness.checkpoint.formats.zero import read_zero, zero_files
@@ -24,6 +23,7 @@ from harness.checkpoint.layouts import inner_folder, layout_of, names_in
 from harness.checkpoint.limits import MAX_HEADER_NBYTES
 from harness.checkpoint.mistakes import no_checkpoint_in, not_a_checkpoint, similar_path
 from harness.checkpoint.parts import open_parts
+from harness.checkpoint.rankfiles import RankFile, files_of, rank_sets
 from harness.checkpoint.sections import Parts, find_section
 from harness.checkpoint.sources.access import open_source
 from harness.checkpoint.sources.inflated import InflatedSource
@@ -256,7 +256,7 @@ def _rank_shards(folder: AnyPath) -> Checkpoint:
 def _rank_files(
     path: AnyPath, sets: Mapping[str, list[RankFile]], section: str | None
 ) -> Checkpoint:
-    from harness.checkpoint.formats.rankfiles import check_ranks, choose_set, join_ranks
+    from harness.checkpoint.rankfiles import check_ranks, choose_set, join_ranks
 
     chosen = choose_set(path, sets)
     files = sets[chosen]

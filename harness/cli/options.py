@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.comparison.causes.cause import ACCEPTABLE, CASTS
+from harness.comparison.cause import ACCEPTABLE, CASTS
 from harness.comparison.policy import STAGES, Policy
 from harness.errors import UsageError
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from harness.comparison.causes.cause import Cause
+from harness.comparison.cause import Cause
 from harness.fingerprints.fingerprint import TensorFingerprint
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
-from harness.comparison.causes.cause import ACCEPTABLE, CASTS
+from harness.comparison.cause import ACCEPTABLE, CASTS
 from harness.errors import UsageError
 
 

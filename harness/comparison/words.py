@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.comparison.causes.cause import Cause
+from harness.comparison.cause import Cause
 from harness.comparison.findings import Divergence, Finding, FindingKind
 from harness.text.fitting import Style
 from harness.text.folding import fold, fold_names, in_order, printable

@@ -39,7 +39,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from harness.comparison.causes.cause import Cause
+from harness.comparison.cause import Cause
 from harness.comparison.comparison import Comparison
 from harness.comparison.difference import Difference
 from harness.comparison.findings import Divergence, Finding, describe

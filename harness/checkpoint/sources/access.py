@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from harness.checkpoint.sources.files import FileSource
-from harness.checkpoint.sources.paths import AnyPath, to_path
-from harness.checkpoint.sources.source import Stat, read
-from harness.errors import CheckpointError
+from harness.checkpoint.sources.paths import AnyPath
+from harness.checkpoint.sources.source import read
 
 if TYPE_CHECKING:
     from harness.checkpoint.sources.blocks import RemoteSource
@@ -53,17 +51,3 @@ def at_once(
     # Threads of its own: those that fetch are waited for.
     with ThreadPoolExecutor(THREADS, thread_name_prefix="harness-open") as own:
         yield from own.map(function, items)
-
-
-@lru_cache(maxsize=4096)
-def reopened(name: str, stat: Stat) -> FileSource | RemoteSource:
-    """Open what another process has open; raises CheckpointError where it is another file here."""
-    source = open_source(to_path(name))
-    if source.stat != stat:
-        raise CheckpointError(
-            f"{source.name}: was replaced, or is another file here: has {source.stat}, but rank 0 "
-            f"sees {stat}",
-            hint="all ranks must see the same files: wait until they are written and the shared "
-            "storage agrees, then run again",
-        )
-    return source

@@ -17,7 +17,14 @@ from weakref import WeakSet, ref
 from harness.checkpoint.sources import transport
 from harness.checkpoint.sources.remote import RemotePath
 from harness.checkpoint.sources.scratch import Scratch
-from harness.checkpoint.sources.source import Source, Stat, changed, check_range
+from harness.checkpoint.sources.source import (
+    Source,
+    Stat,
+    StoredSource,
+    changed,
+    check_range,
+    reopened,
+)
 from harness.checkpoint.sources.transport import THREADS
 from harness.errors import CheckpointError
 
@@ -30,7 +37,7 @@ _KEPT_NBYTES = 32 << 20
 _MAX_GAP = 1 << 16
 
 
-class RemoteSource(Source):
+class RemoteSource(StoredSource):
     """A file behind a URL. Memory: the blocks of one read, and 32 MiB for all sources together."""
 
     def __init__(self, path: RemotePath) -> None:
@@ -91,9 +98,8 @@ class RemoteSource(Source):
         return False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from harness.checkpoint.sources.access import reopened  # which opens URLs
-
-        return reopened, (self.path.url, self.stat)
+        # The connection stays here.
+        return reopened, (RemoteSource, RemotePath(self.path.url), self.stat)
 
     def close(self) -> None:
         _blocks.drop(self)

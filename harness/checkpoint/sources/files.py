@@ -13,7 +13,14 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.sources.source import Source, Stat, changed, check_range, is_closed
+from harness.checkpoint.sources.source import (
+    Stat,
+    StoredSource,
+    changed,
+    check_range,
+    is_closed,
+    reopened,
+)
 from harness.errors import CheckpointError
 
 MAX_OPEN_FILES = 128
@@ -75,13 +82,11 @@ class _Pool:
             self._open.pop(key, None)
 
 
-_pool = _Pool()
-
-
-class FileSource(Source):
+class FileSource(StoredSource):
     """A whole file, read with `pread`: no shared position, so threads need no lock."""
 
     _is_closed = True
+    _pool = _Pool()  # held by the class, since modules go first when Python ends
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -98,7 +103,7 @@ class FileSource(Source):
         self.stat = _stat(found)
         self._seen = _seen(found)
         self._is_closed = False
-        _pool.keep(id(self), descriptor)
+        self._pool.keep(id(self), descriptor)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         check_range(self, offset, len(buffer))
@@ -124,14 +129,12 @@ class FileSource(Source):
             raise changed(self.name, f"has {_stat(found)}, had {self.stat} when it was opened")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from harness.checkpoint.sources.access import reopened  # which opens files
-
-        return reopened, (str(self.path), self.stat)
+        return reopened, (FileSource, self.path, self.stat)
 
     def _opened(self) -> _Descriptor:
         if self._is_closed:
             raise is_closed(self.name)
-        known = _pool.get(id(self))
+        known = self._pool.get(id(self))
         if known is not None:
             return known
         try:
@@ -143,13 +146,13 @@ class FileSource(Source):
             raise changed(
                 self.name, f"was replaced: has {_stat(found)}, had {self.stat} when it was opened"
             )
-        _pool.keep(id(self), descriptor)
+        self._pool.keep(id(self), descriptor)
         return descriptor
 
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            _pool.drop(id(self))
+            self._pool.drop(id(self))
 
     __del__ = close
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 from harness.errors import CheckpointError
 
@@ -66,6 +67,30 @@ class Stat(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.nbytes} bytes, {self.tag}" if self.tag else f"{self.nbytes} bytes"
+
+
+class StoredSource(Source):
+    """A whole file; `stat` is what was seen of it when it was opened."""
+
+    stat: Stat
+
+
+_Path = TypeVar("_Path")
+_Stored = TypeVar("_Stored", bound=StoredSource)
+
+
+@lru_cache(maxsize=4096)
+def reopened(kind: Callable[[_Path], _Stored], path: _Path, stat: Stat) -> _Stored:
+    """Open what another process has open; raises CheckpointError where it is another file here."""
+    source = kind(path)
+    if source.stat != stat:
+        raise CheckpointError(
+            f"{source.name}: was replaced, or is another file here: has {source.stat}, but rank 0 "
+            f"sees {stat}",
+            hint="all ranks must see the same files: wait until they are written and the shared "
+            "storage agrees, then run again",
+        )
+    return source
 
 
 class RangeSource(Source):

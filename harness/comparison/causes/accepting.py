@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness.comparison.causes.cause import ACCEPTABLE, Acceptable
+from harness.comparison.cause import ACCEPTABLE, Acceptable
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import FINDING_KINDS, Finding
 from harness.comparison.policy import Policy

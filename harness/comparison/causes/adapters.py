@@ -22,7 +22,7 @@ from harness.checkpoint import open_checkpoint
 from harness.checkpoint.sources.access import open_source, read_file
 from harness.checkpoint.sources.paths import AnyPath, is_there
 from harness.checkpoint.tensors import Tensor
-from harness.comparison.causes.cause import Cause
+from harness.comparison.cause import Cause
 from harness.comparison.causes.linear import (
     ROUNDINGS,
     UPPER,

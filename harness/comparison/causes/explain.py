@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from harness.checkpoint.tensors import Checkpoint, Tensor
+from harness.comparison.cause import Cause
 from harness.comparison.causes.accepting import accepted
 from harness.comparison.causes.adapters import Adapter, sum_of
-from harness.comparison.causes.cause import Cause
 from harness.comparison.causes.evidence import (
     Evidence,
     OutOfTime,

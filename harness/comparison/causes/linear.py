@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from harness.checkpoint.dtypes import DType, numpy_dtype
-from harness.comparison.causes.cause import Cause
+from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import is_constant
 from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel

@@ -14,7 +14,7 @@ from itertools import permutations
 
 from harness.checkpoint.dtypes import DType
 from harness.checkpoint.tensors import Tensor
-from harness.comparison.causes.cause import Cause
+from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence
 from harness.comparison.causes.views import (
     Chained,

@@ -13,7 +13,7 @@ import numpy as np
 
 from harness.checkpoint.dtypes import DTYPES, DType, numpy_dtype
 from harness.checkpoint.tensors import Tensor
-from harness.comparison.causes.cause import CASTS, Acceptable, Cause, Proof
+from harness.comparison.cause import CASTS, Acceptable, Cause, Proof
 from harness.comparison.causes.evidence import Evidence, is_constant
 from harness.comparison.causes.views import View, digest_as
 from harness.fingerprints.fingerprint import TensorFingerprint

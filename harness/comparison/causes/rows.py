@@ -16,7 +16,7 @@ import numpy as np
 
 from harness.checkpoint.dtypes import DType
 from harness.checkpoint.tensors import Tensor
-from harness.comparison.causes.cause import Cause, Proof
+from harness.comparison.cause import Cause, Proof
 from harness.comparison.causes.evidence import Evidence, are_permutable
 from harness.comparison.causes.views import View, narrowed
 from harness.fingerprints.arithmetic import as_floats

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import permutations
 
 from harness.checkpoint.tensors import Tensor
-from harness.comparison.causes.cause import Cause
+from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence
 from harness.comparison.causes.views import narrowed, permuted, reshaped, split
 from harness.fingerprints.fingerprint import TensorFingerprint

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from harness.checkpoint.tensors import Tensor
-from harness.comparison.causes.cause import Cause
+from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence
 from harness.comparison.causes.linear import unit_roundoff, vector_of
 from harness.comparison.causes.views import View

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save
 
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.sources import access
 from harness.checkpoint.sources.paths import is_url, to_path
 from harness.checkpoint.sources.remote import RemotePath
+from harness.checkpoint.sources.source import reopened
 from harness.errors import CheckpointError
 from harness.model.state import as_checkpoint
 from tests.checkpoint.web import Web, serving
@@ -63,7 +63,7 @@ def test_a_file_replaced_by_one_of_its_size_is_refused_by_another_process(
         sent = pickle.dumps(checkpoint.tensors["w"])
         assert pickle.loads(sent).array().tolist() == [1] * 3
         put(2)
-        access.reopened.cache_clear()
+        reopened.cache_clear()
         with pytest.raises(CheckpointError, match=r"was replaced.* 88 bytes.*rank 0 sees 88 bytes"):
             pickle.loads(sent)
     for value in (2, 3):  # what was open of that name before is no hindrance

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness import api
-from harness.comparison.causes.cause import Cause
+from harness.comparison.cause import Cause
 from harness.errors import CheckpointError
 
 NAMES = [

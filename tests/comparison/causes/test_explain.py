@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness import api
-from harness.comparison.causes.cause import Cause
+from harness.comparison.cause import Cause
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import Finding
 from harness.comparison.policy import Policy

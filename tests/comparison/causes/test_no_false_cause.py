@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import api
-from harness.comparison.causes.cause import Cause
+from harness.comparison.cause import Cause
 
 State = dict[str, torch.Tensor]
 EXACT = ("moved", "reshaped", "transposed", "joined", "split", "stacked", "reordered", "widened")

@@ -105,14 +105,15 @@ def once(number: int) -> Callable[[], None]:
 @contextmanager
 def finding_other(path: str) -> Iterator[None]:
     """Another file stands in the place of any."""
-    from harness.checkpoint.sources import access
+    from harness.checkpoint.sources.files import FileSource
+    from harness.checkpoint.sources.source import reopened
 
-    honest = access.open_source
-    access.reopened.cache_clear()
+    honest = FileSource.__init__
+    reopened.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(access, "open_source", lambda _: honest(Path(path)))
+        patch.setattr(FileSource, "__init__", lambda self, _: honest(self, Path(path)))
         yield
-    access.reopened.cache_clear()
+    reopened.cache_clear()
 
 
 VERIFY = ("verify", "model.pt")
