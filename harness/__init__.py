@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from harness.golden.file import read_golden
     from harness.lightning_callback import GoldenCheckpoint
+    from harness.model.options import LiveOptions
 
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
         "UsageError",
     ),
     "harness.lightning_callback": ("GoldenCheckpoint",),
+    "harness.model.options": ("LiveOptions",),
     "harness.version": ("__version__",),
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "GoldenError",
     "GoldenMismatch",
     "HarnessError",
+    "LiveOptions",
     "ModelError",
     "Policy",
     "UsageError",

@@ -330,9 +330,8 @@ def _last_stage(golden: Golden) -> str:
 def _recording(golden: Golden, found: Comparison, reference: AnyPath | None) -> list[str]:
     """The command that records a golden which decides what this one leaves undecided."""
     undecided = [f.key for f in found.findings if f.kind == "undecided"]
-    tensors = [
-        golden.fingerprint.tensors[key] for key in undecided if key in found.expected.tensors
-    ]
+    weights = {} if found.stage == "outputs" else golden.fingerprint.tensors
+    tensors = [weights[key] for key in undecided if key in weights]
     if not any(tensor.sketch is not None and tensor.residues is None for tensor in tensors):
         return []
     from harness.golden.budget import size_that_decides

@@ -71,8 +71,8 @@ class Divergence:
     """The first place in a computation that is not as recorded, in execution order.
 
     `diverging_module` is the submodule whose own code computed it; `agreeing` (identical or close),
-    `undecided` and `diverging` are that submodule's inputs, by name. `num_undecided` of the
-    `num_before` activations before it are undecided.
+    `undecided`, `diverging` and `alone` (on one side only) are that submodule's inputs, by name. Of
+    the `num_before` activations before it, `num_close` are close and `num_undecided` undecided.
     """
 
     finding: Finding
@@ -81,6 +81,8 @@ class Divergence:
     diverging: tuple[str, ...]
     num_before: int
     undecided: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
+    num_close: int = 0
     num_undecided: int = 0
 
 

@@ -22,7 +22,7 @@ from harness.streaming.workers import ALL_CORES, Workers
 if TYPE_CHECKING:
     from harness.comparison.allclose import ChunkResult
     from harness.comparison.difference import Difference
-    from harness.comparison.policy import Policy, Tolerance
+    from harness.comparison.policy import Tolerance
 
 
 Triple: TypeAlias = "tuple[TensorFingerprint, TensorFingerprint, Tolerance]"
@@ -221,43 +221,6 @@ class BySketches:
                 difference_from_sketch(expected, actual, tolerance, self.block_nbytes, None),
                 stats=(expected.stats, actual.stats),
             )
-            for expected, actual, tolerance in triples
-        ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WhileRunning:
-    """Measures what a model computes while it does: `see` takes each activation with its values.
-
-    Memory: a `Difference` for each that differs.
-    """
-
-    expected: Fingerprint
-    policy: Policy
-    seen: dict[str, Difference] = field(default_factory=dict)
-
-    def see(self, actual: TensorFingerprint, values: Tensor) -> None:
-        """Measure an activation whose digest differs from that of the expected one of its key."""
-        from harness.comparison.bounds import difference_from_values
-
-        expected = self.expected.tensors.get(actual.key)
-        if expected is None or expected.shape != actual.shape or expected.digest == actual.digest:
-            return
-        self.seen[actual.key] = difference_from_values(
-            expected,
-            actual,
-            self.policy.tolerance(actual.key),
-            self.expected.block_nbytes,
-            values,
-            option="--output-atol",
-        )
-
-    def __call__(self, triples: Sequence[Triple]) -> list[Difference]:
-        by_sketches = BySketches(self.expected.block_nbytes)
-        return [
-            self.seen[actual.key]
-            if actual.key == expected.key and actual.key in self.seen
-            else by_sketches([(expected, actual, tolerance)])[0]
             for expected, actual, tolerance in triples
         ]
 

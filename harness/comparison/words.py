@@ -67,22 +67,26 @@ def divergence_lines(divergence: Divergence) -> Iterator[str]:
 
 
 def _inputs_of(divergence: Divergence) -> str:
-    agreeing, diverging = divergence.agreeing, divergence.diverging
-    total = len(agreeing) + len(diverging) + len(divergence.undecided)
-    before = f"the {divergence.num_before:,} activations computed before it"
+    """What is known of a module's inputs, and of all that was computed before it."""
+    several = divergence.num_before != 1
+    before = f"the {divergence.num_before:,} activation{'s' * several} computed before it"
+    odd = [f"{name} changed" for name in divergence.diverging]
+    odd += [f"{name} is undecided" for name in divergence.undecided]
+    odd += [f"{name} is on one side only" for name in divergence.alone]
+    total = len(divergence.agreeing) + len(odd)
+    same = "within the tolerance" if divergence.num_close else "unchanged"
+    close = f", {divergence.num_close:,} of them not identical" * bool(divergence.num_close)
     if divergence.num_undecided:
-        count, several = divergence.num_undecided, divergence.num_undecided > 1
-        text = f"{count:,} of {before} {'are' if several else 'is'} undecided"
-        names = [f"{name} changed" for name in diverging]
-        names += [f"{name} is undecided" for name in divergence.undecided]
-        inputs = f"of its {total} inputs {', '.join(names)}; " if names else ""
-        return f"{inputs}{text}: the change may begin there"
-    if diverging:
-        return f"of its {total} inputs {', '.join(diverging)} changed; unchanged: {before}"
+        inputs = f"of its {total} inputs {', '.join(odd)}; " if odd else ""
+        count = divergence.num_undecided
+        are = "are" if count > 1 else "is"
+        return f"{inputs}{count:,} of {before} {are} undecided: the change may begin there"
+    if odd:
+        return f"of its {total} inputs {', '.join(odd)}; {same}: {before}{close}"
     if total == 0:
-        return f"unchanged: {before}"
+        return f"none of its inputs is recorded; {same}: {before}{close}"
     inputs = "its input is" if total == 1 else f"all {total} of its inputs are"
-    return f"{inputs} unchanged, and so are {before}"
+    return f"{inputs} {same}, and so {'are' if several else 'is'} {before}{close}"
 
 
 def finding_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]:

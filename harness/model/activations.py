@@ -10,16 +10,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, get_args
 
+from harness.checkpoint.tensors import Tensor
+from harness.comparison.bounds import difference_from_values
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
-from harness.comparison.difference import Measure
+from harness.comparison.difference import Difference
 from harness.comparison.findings import Divergence
 from harness.comparison.policy import Policy, Tolerance, fits
 from harness.errors import UsageError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.model.mismatch import brief_keys
+
+if TYPE_CHECKING:
+    from harness.comparison.measuring import Triple
 
 ROOT = "(model)"
 Activations = Literal["common", "all", "final"]
@@ -45,10 +51,11 @@ class Selection:
                 hint=f"one of {', '.join(get_args(Activations))}",
             )
 
+    def ignores(self, key: str) -> bool:
+        return any(fits(glob, [key]) for glob in self.ignore)
+
     def takes(self, key: str) -> bool:
-        """Whether an activation is looked at."""
-        if any(fits(glob, [key]) for glob in self.ignore):
-            return False
+        """Whether an activation must agree, unless it is ignored."""
         if self.only:
             return any(fits(glob, [key]) for glob in self.only)
         return self.activations != "final" or is_final(key)
@@ -105,129 +112,173 @@ def _rekeyed(found: Fingerprint, names: Mapping[str, str]) -> Fingerprint:
         found,
         tensors={
             names[key]: replace(
-                tensor, key=names[key], alias_of=tensor.alias_of and names[tensor.alias_of]
+                tensor,
+                key=names[key],
+                alias_of=None if tensor.alias_of is None else names.get(tensor.alias_of),
             )
             for key, tensor in found.tensors.items()
         },
     )
 
 
-def _paired(expected: Fingerprint, actual: Fingerprint) -> Fingerprint:
-    """Name the inputs, or outputs, of a call as the actual side does, where no name is common."""
-    ours, theirs = _by_place(expected), _by_place(actual)
-    names = {key: key for key in expected.tensors}
-    for place, keys in ours.items():
-        there = theirs.get(place, [])
-        if len(keys) == len(there) and not set(keys) & set(there):
-            names.update(zip(keys, there, strict=True))
-    return _rekeyed(expected, names)
+def _place(key: str) -> str:
+    """The inputs, or the outputs, of one call: `encoder.norm@2:in`."""
+    module, _, name = key.partition(":")
+    return f"{module}:{name.partition('.')[0]}"
 
 
-def _by_place(found: Fingerprint) -> dict[tuple[str, str], list[str]]:
-    places: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for key in found.tensors:
-        module, _, name = key.partition(":")
-        places[module, name.partition(".")[0]].append(key)
-    return places
+@dataclass(frozen=True, kw_only=True)
+class WhileRunning:
+    """Measures what a model computes while it does: `see` takes each call with its values.
+
+    `names` are the expected keys of what was seen: inputs and outputs that are called otherwise on
+    both sides go by their order. Memory: a `Difference` for each that differs.
+    """
+
+    expected: Fingerprint
+    policy: OutputPolicy
+    seen: dict[str, Difference] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def _keys(self) -> dict[str, list[str]]:
+        keys: dict[str, list[str]] = defaultdict(list)
+        for key in self.expected.tensors:
+            keys[_place(key)].append(key)
+        return keys
+
+    def see(self, found: Mapping[str, TensorFingerprint], values: Mapping[str, Tensor]) -> None:
+        """Measure the inputs, or the outputs, of one call where their digests differ."""
+        ours = self._keys.get(_place(next(iter(found))), [])
+        names = {key: key for key in found if key in ours}
+        mine, theirs = ([k for k in side if k not in names] for side in (ours, found))
+        is_same_number = len(mine) == len(theirs)
+        for key in theirs:
+            shape = found[key].shape
+            alike = [k for k in mine if is_same_number or self.expected.tensors[k].shape == shape]
+            if alike:
+                names[key] = alike[0]
+                mine.remove(alike[0])
+        self.names.update(names)
+        for key, name in names.items():
+            expected, actual = self.expected.tensors[name], found[key]
+            if expected.shape == actual.shape and expected.digest != actual.digest:
+                self.seen[key] = difference_from_values(
+                    expected,
+                    actual,
+                    self.policy.tolerance(name),
+                    self.expected.block_nbytes,
+                    values[key],
+                    option="--output-atol",
+                )
+
+    def __call__(self, triples: Sequence[Triple]) -> list[Difference]:
+        return [self.seen[actual.key] for _, actual, _ in triples]
 
 
 def compare_activations(
-    expected: Fingerprint,
-    actual: Fingerprint,
-    policy: OutputPolicy,
-    measure: Measure,
-    selection: Selection,
+    measure: WhileRunning, actual: Fingerprint, selection: Selection
 ) -> Comparison:
-    """Compare two runs: findings are what must agree and does not, the rest is noted.
+    """Compare a run that `measure` has seen: findings are what must agree and does not.
 
-    `policy` holds the tolerances. Raises UsageError for globs that fit no activation.
+    The rest is noted. Raises UsageError for globs that fit no activation.
     """
-    expected = _paired(expected, actual)
-    _check_selection(selection, [*expected.tensors, *actual.tensors])
-    both = expected.tensors.keys() & actual.tensors.keys()
+    now = {name: key for key, name in measure.names.items()}
+    expected = _rekeyed(measure.expected, {k: now.get(k, k) for k in measure.expected.tensors})
+    keys = list(dict.fromkeys([*expected.tensors, *actual.tensors]))
+    _check_selection(selection, keys)
     strict = selection.activations == "all"
+    both = {
+        key
+        for key in keys
+        if (strict or is_final(key) or (key in expected.tensors and key in actual.tensors))
+        and not selection.ignores(key)
+    }
+    policy = measure.policy
 
-    def kept(side: Fingerprint) -> dict[str, TensorFingerprint]:
-        return {
-            key: tensor
-            for key, tensor in side.tensors.items()
-            if selection.takes(key) and (strict or key in both or is_final(key))
-        }
+    def kept(side: Fingerprint) -> Fingerprint:
+        return replace(side, tensors={k: t for k, t in side.tensors.items() if k in both})
 
-    compared = compare(
-        replace(expected, tensors=kept(expected)),
-        replace(actual, tensors=kept(actual)),
-        policy,
-        measure,
-        stage="outputs",
-    )
-    divergence = first_divergence(compared)
-    findings, notes = compared.findings, compared.notes
-    if not strict:
-        # An input alone may be passed over by the module that gets it.
-        findings = tuple(f for f in findings if not _is_input(f.key))
-        notes = (*notes, *_structure(expected, actual, selection))
-    num_ignored = len({*expected.tensors, *actual.tensors}) - len(
-        {*compared.expected.tensors, *compared.actual.tensors}
-    )
-    is_selected = bool(selection.only or selection.ignore)
-    found = replace(
+    compared = compare(kept(expected), kept(actual), policy, measure, stage="outputs")
+    selected = {key for key in both if selection.takes(key)}
+    findings = [f for f in compared.findings if f.key in selected]
+    passed_over = [] if strict else [f for f in findings if _is_input(f.key) and f.fails]
+    findings = [f for f in findings if f not in passed_over]
+    alone = [key for key in keys if key not in both and not selection.ignores(key)]
+    notes = compared.notes
+    if not strict and selection.activations != "final":
+        notes = (*notes, *_structure(expected, actual, [k for k in alone if selection.takes(k)]))
+    divergence = None
+    if any(finding.fails for finding in findings):
+        divergence = first_divergence(compared, alone)
+    elif passed_over:
+        inputs = brief_keys([finding.key for finding in passed_over])
+        notes = (*notes, f"inputs that differ, of modules whose outputs agree: {inputs}")
+    return replace(
         compared,
-        findings=findings,
+        findings=tuple(findings),
         notes=notes,
-        num_ignored=num_ignored if is_selected else 0,
+        divergence=divergence,
+        num_identical=len(selected - {f.key for f in (*findings, *passed_over)}),
+        num_ignored=len(keys) - len(alone) - len(selected),
         policy=Policy(atol=policy.atol, rtol=policy.rtol, exact=policy.exact),
     )
-    fails = any(finding.fails for finding in findings)
-    return replace(found, divergence=divergence if fails else None)
 
 
 def _is_input(key: str) -> bool:
-    return key.partition(":")[2].startswith("in.")
+    return not _is_output(key)
+
+
+def _is_output(key: str) -> bool:
+    return key.partition(":")[2].partition(".")[0] == "out"
 
 
 def _check_selection(selection: Selection, keys: Sequence[str]) -> None:
     for glob in selection.only:
         if not fits(glob, keys):
+            longer = f"*{glob.strip('*')}*"
             raise UsageError(
                 f"--only {glob}: fits no activation",
-                hint=f"they are named like {keys[-1]}: --only '*{glob.strip('*')}*' may fit"
-                if keys
-                else "the model computes nothing",
+                hint=f"--only '{longer}' would fit"
+                if fits(longer, keys)
+                else f"they are named like {', '.join(keys[-2:]) or 'nothing: it computes none'}",
             )
-    if keys and not any(map(selection.takes, keys)):
+    taken = [key for key in keys if selection.takes(key) and not selection.ignores(key)]
+    if keys and not (taken if selection.activations == "all" else any(map(_is_output, taken))):
         raise UsageError(
-            "--only and --ignore leave no activation to compare", hint="leave one of them out"
+            "--only and --ignore leave no output to compare",
+            hint="inputs alone are compared with --activations all"
+            if taken
+            else "leave one of them out",
         )
 
 
-def _structure(expected: Fingerprint, actual: Fingerprint, selection: Selection) -> list[str]:
-    """What only one of two implementations has, in one line."""
+def _structure(expected: Fingerprint, actual: Fingerprint, alone: Sequence[str]) -> list[str]:
+    """What only one of two implementations has, in one line; modules that it lacks as a whole."""
     said = []
-    for side, other, where in (
-        (expected, actual, "the golden"),
-        (actual, expected, "this model"),
-    ):
-        alone = [k for k in side.tensors if k not in other.tensors and not is_final(k)]
-        alone = [key for key in alone if selection.takes(key)]
-        modules = list(dict.fromkeys(module_of(key).partition("@")[0] for key in alone))
-        if alone:
-            said.append(f"{len(alone):,} only in {where}, of the modules {brief_keys(modules)}")
-    return [f"structure, not compared: activations {'; '.join(said)}"] if said else []
+    for side, other, where in ((expected, actual, "the golden"), (actual, expected, "this model")):
+        keys = [key for key in alone if key in side.tensors]
+        modules = {module_of(key) for key in other.tensors}
+        names = [module_of(key) if module_of(key) not in modules else key for key in keys]
+        if names:
+            said.append(f"only in {where}: {brief_keys(list(dict.fromkeys(names)))}")
+    return [f"structure, not compared: {'; '.join(said)}"] if said else []
 
 
-def first_divergence(comparison: Comparison) -> Divergence | None:
+def first_divergence(comparison: Comparison, alone: Collection[str] = ()) -> Divergence | None:
     """Find the first module, in the golden's execution order, that got the same and gave another.
 
-    Inputs that changed are the doing of the module around the one that got them.
+    Inputs that changed are the doing of the module around the one that got them. `alone` are the
+    activations that only one side has: of such inputs nothing is known.
     """
     failing = {f.key: f for f in comparison.findings if f.fails}
     if not failing:
         return None
     undecided = {f.key for f in comparison.findings if f.kind == "undecided"}
+    close = {f.key for f in comparison.findings if f.kind == "close"}
     order = list(comparison.expected.tensors)
     inputs: dict[str, list[str]] = defaultdict(list)
-    for key in order:
+    for key in (*order, *alone):
         if _is_input(key):
             inputs[module_of(key)].append(key)
     first = next((key for key in order if key in failing), next(iter(failing)))
@@ -237,6 +288,7 @@ def first_divergence(comparison: Comparison) -> Divergence | None:
     module = module_of(by_itself[0]) if by_itself else around
     shown = first if module == around or not by_itself else by_itself[0]
     before = order[: order.index(first)] if first in order else []
+    unknown = undecided.union(alone)
 
     def names(keys: Iterable[str]) -> tuple[str, ...]:
         return tuple(key.partition(":in.")[2] for key in keys)
@@ -244,10 +296,12 @@ def first_divergence(comparison: Comparison) -> Divergence | None:
     return Divergence(
         finding=failing[shown],
         diverging_module=module,
-        agreeing=names(k for k in inputs[module] if k not in failing and k not in undecided),
+        agreeing=names(k for k in inputs[module] if k not in failing and k not in unknown),
         undecided=names(k for k in inputs[module] if k in undecided),
+        alone=names(k for k in inputs[module] if k in alone),
         diverging=names(k for k in inputs[module] if k in failing),
         num_before=len(before),
+        num_close=sum(1 for key in before if key in close),
         num_undecided=sum(1 for key in before if key in undecided),
     )
 

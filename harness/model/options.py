@@ -88,7 +88,13 @@ class LiveOptions:
                     f"--output-tolerance {glob}: fits no activation",
                     hint=f"they are named like {[*recorded.tensors, 'nothing'][0]}",
                 )
-        return OutputPolicy(atol=atol, rtol=rtol, exact=policy.exact, by_key=by_key)
+        return OutputPolicy(
+            atol=atol,
+            rtol=rtol,
+            exact=policy.exact,
+            check_dtype=policy.check_dtype,
+            by_key=by_key,
+        )
 
     @property
     def selection(self) -> Selection:

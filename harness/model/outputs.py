@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -39,6 +39,8 @@ _INPUTS = ("golden_inputs", "example_input_array", "dummy_inputs")
 OUTPUT_TOLERANCE = 1e-4, 1e-4  # atol, rtol
 _MAX_KEPT_NUMEL = 256
 _MAX_FINAL_NBYTES = 4 << 20  # of an output of the model itself
+# Called with the inputs, or the outputs, of one call, and with their values.
+See: TypeAlias = "Callable[[Mapping[str, TensorFingerprint], Mapping[str, Tensor]], None]"
 
 
 class NoInputs(ModelError):  # noqa: N818 - reads as what is the case
@@ -79,12 +81,12 @@ def outputs_of(
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
     *,
     tolerance: tuple[float, float] = OUTPUT_TOLERANCE,
-    see: Callable[[TensorFingerprint, Tensor], None] | None = None,
+    see: See | None = None,
 ) -> Fingerprint:
     """Run the model once and fingerprint what every submodule got and gave.
 
-    `tolerance` (atol, rtol) is what residues are kept for. `see` is called with each fingerprint
-    and its values, which are gone afterwards.
+    `tolerance` (atol, rtol) is what residues are kept for. `see` is called with the inputs, or
+    the outputs, of each call and their values, which are gone afterwards.
     """
     recorder = _Recorder(tolerance, see)
     positional, keyword = arguments
@@ -122,7 +124,7 @@ class _Recorder:
     def __init__(
         self,
         tolerance: tuple[float, float],
-        see: Callable[[TensorFingerprint, Tensor], None] | None,
+        see: See | None,
     ) -> None:
         self._tolerance = tolerance
         self._see = see
@@ -137,8 +139,7 @@ class _Recorder:
             count = self._calls[path]
             label = (path or ROOT) + (f"@{count}" if count > 1 else "")
             self._running[threading.get_ident()].append(label)
-            for name, value in _named(module, positional, keyword).items():
-                self._record(f"{label}:in.{name}", value)
+            self._record(f"{label}:in", _named(module, positional, keyword))
 
         return hook
 
@@ -158,9 +159,8 @@ class _Recorder:
                     residues=self._tolerance,  # outputs agree to rounding only
                     workers=Workers(jobs=1),
                 ).tensors
-                for name, tensor in found.items():
-                    if self._see is not None:
-                        self._see(tensor, live.tensors[name])
+                if self._see is not None:
+                    self._see(found, live.tensors)
             for name, tensor in found.items():
                 # Most inputs are what another module has just put out: keep each only once.
                 first = self._first.setdefault(tensor.digest or b"", name)

@@ -23,13 +23,13 @@ from harness.comparison import buffers as buffers_of
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import FINDING_KINDS, Finding
-from harness.comparison.measuring import AgainstGolden, WhileRunning
+from harness.comparison.measuring import AgainstGolden
 from harness.comparison.policy import STAGES, Policy, fits
 from harness.errors import NotRecorded
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.scan import fingerprint
 from harness.golden.golden import LiveRecord, source_of
-from harness.model.activations import compare_activations, renamed
+from harness.model.activations import WhileRunning, compare_activations, renamed
 from harness.model.lightning import plain_hyperparameters
 from harness.model.loading import Loader, NotLoaded, Saved, compare_training_state
 from harness.model.mismatch import brief_keys, of_failed_load
@@ -348,15 +348,11 @@ def _compare_outputs(
         )
 
     def beside(ours: Fingerprint, model: nn.Module) -> Comparison:
-        ours = renamed(ours, policy, {name for name, _ in model.named_modules()})
-        tolerances = options.output_policy(ours, policy)
-        measure = WhileRunning(expected=ours, policy=tolerances)
+        measure = WhileRunning(expected=ours, policy=options.output_policy(ours, policy))
         theirs = computed(model, measure)
         keys = {*ours.tensors, *theirs.tensors}
         ignore = tuple(glob for glob in policy.ignore if fits(glob, keys))
-        return compare_activations(
-            ours, theirs, tolerances, measure, replace(options.selection, ignore=ignore)
-        )
+        return compare_activations(measure, theirs, replace(options.selection, ignore=ignore))
 
     if expected.live is None:
         compared = beside(computed(module), again)
@@ -366,7 +362,8 @@ def _compare_outputs(
             f"{expected.weights.name}: was recorded without outputs",
             hint="the same command with --update-golden records them",
         )
-    recorded = replace(recorded, name=expected.weights.name)
+    modules = {name for name, _ in module.named_modules()}
+    recorded = renamed(replace(recorded, name=expected.weights.name), policy, modules)
     compared = beside(recorded, module)
     if not is_same:
         return compared

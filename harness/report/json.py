@@ -6,8 +6,8 @@ The schema, to which later versions only add:
                    "stages": [{"stage", "verdict", "num_identical", "num_ignored", "findings",
                    "notes", "not_compared": {"sections", "entries"},
                    "first_departure": {"diverging_module", "key", "inputs_agreeing",
-                   "inputs_undecided", "inputs_diverging", "num_before", "num_undecided"}
-                   | null}],
+                   "inputs_undecided", "inputs_diverging", "inputs_on_one_side", "num_before",
+                   "num_close", "num_undecided"} | null}],
                    "error"?, "updated"?, "next_steps"}],
                    "error"?: the first, where it left nothing to compare}
     finding       {"kind", "key", "expected", "actual", "actual_key"?, "count"?, "causes"}, and for
@@ -117,7 +117,9 @@ def divergence_lines(divergence: Divergence) -> Json:
         "inputs_agreeing": list(divergence.agreeing),
         "inputs_undecided": list(divergence.undecided),
         "inputs_diverging": list(divergence.diverging),
+        "inputs_on_one_side": list(divergence.alone),
         "num_before": divergence.num_before,
+        "num_close": divergence.num_close,
         "num_undecided": divergence.num_undecided,
     }
 

@@ -120,7 +120,8 @@ class Tables:
         diverges, inputs = comparison.divergence, []
         if diverges is not None:
             names = (*diverges.agreeing, *diverges.undecided, *diverges.diverging)
-            inputs = [places[f"{diverges.diverging_module}:in.{name}"] for name in names]
+            keys = [f"{diverges.diverging_module}:in.{name}" for name in names]
+            inputs = [places[key] for key in keys if key in places]
         self.stages.append(
             {
                 "stage": comparison.stage,

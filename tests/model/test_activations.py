@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.comparison.comparison import Comparison
-from harness.comparison.measuring import WhileRunning
+from harness.comparison.comparison import Comparison, render
 from harness.comparison.policy import Policy
 from harness.errors import UsageError
-from harness.model.activations import compare_activations, renamed
+from harness.model.activations import WhileRunning, compare_activations, renamed
 from harness.model.options import LiveOptions
 from harness.model.outputs import outputs_of
+from tests.conftest import Harness
 
 
 class Block(nn.Module):
@@ -70,6 +71,27 @@ class Tuples(Model):
         return x, x[:1]
 
 
+class Wide(nn.Module):
+    """Too wide for its values to be kept; its second module adds `offset`."""
+
+    offset = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 800), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.second(self.first(x) + self.offset).sum()
+        return made
+
+    def golden_inputs(self) -> Tensor:
+        return torch.linspace(-1, 1, 32).reshape(4, 8)
+
+
+class Wider(Wide):
+    offset = 1e-3
+
+
 def model(kind: type[Model], *blocks: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     made = kind(*blocks)
@@ -89,17 +111,14 @@ def compared(
     tolerances = live.output_policy(expected, policy)
     measure = WhileRunning(expected=expected, policy=tolerances)
     actual = outputs_of(other, INPUTS, see=measure.see)
-    return compare_activations(expected, actual, tolerances, measure, live.selection)
+    return compare_activations(measure, actual, live.selection)
 
 
 def test_an_inlined_activation_is_structure_in_one_line_and_no_failure() -> None:
     found = compared(model(Model, Block(), Block()), model(Model, Inlined(), Inlined()))
     assert found.verdict == "identical"
     (note,) = found.notes
-    assert note == (
-        "structure, not compared: activations 4 only in the golden, of the modules "
-        "2 (blocks.{0,1}.act)"
-    )
+    assert note == "structure, not compared: only in the golden: 2 (blocks.{0,1}.act)"
     strict = compared(
         model(Model, Block(), Block()), model(Model, Inlined(), Inlined()), activations="all"
     )
@@ -164,6 +183,73 @@ def test_the_models_own_outputs_may_be_all_that_counts() -> None:
     assert (found.verdict, found.num_identical) == ("identical", 2)
 
 
+@pytest.mark.parametrize("asked", [{"activations": "final"}, {"only": ("(model):out*",)}])
+def test_where_little_must_agree_the_module_is_named_all_the_same(asked: Any) -> None:
+    found = compared(model(Model, Block(), Block()), model(Model, Block(), Inlined(1e-1)), **asked)
+    assert [finding.key for finding in found.findings] == ["(model):out.last", "(model):out.first"]
+    assert (found.num_identical, found.num_ignored) == (0, 15)
+    assert found.divergence is not None
+    assert found.divergence.diverging_module == "blocks.1.norm"
+
+
+def test_an_input_that_one_side_alone_has_is_not_said_to_agree() -> None:
+    class Masked(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x if mask is None else x * mask)
+
+    class Masks(Model):
+        def forward(self, x: Tensor) -> Any:
+            for block in self.blocks:
+                x = block(x, mask=x > 0)
+            return {"last": x, "first": x[:1]}
+
+    found = compared(model(Model, Masked()), model(Masks, Masked()))
+    assert found.divergence is not None
+    assert (found.divergence.agreeing, found.divergence.alone) == (("x",), ("mask",))
+    assert "of its 2 inputs mask is on one side only; unchanged: the 2 activations" in render(found)
+    assert "only in this model: 1 (blocks.0:in.mask)" in render(found)
+
+
+def test_activations_of_other_names_are_measured_by_their_values() -> None:
+    one, other = model(Model, Block()), model(Tuples, Block(eps=1.1e-5))
+    found = compared(one, other, output_atol=1e-4)
+    assert found.verdict == "close"
+    assert {f.key for f in found.findings} > {"(model):out.0", "(model):out.1"}
+    assert all(f.difference is not None and f.difference.is_exact for f in found.findings)
+
+
+def test_an_input_that_differs_where_the_output_agrees_is_noted_and_passes() -> None:
+    class Ignored(Block):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    class Scales(Model):
+        scale = 1.0
+
+        def forward(self, x: Tensor) -> Any:
+            for block in self.blocks:
+                x = block(x, torch.full((2,), self.scale))
+            return {"last": x, "first": x[:1]}
+
+    one, other = model(Scales, Ignored()), model(Scales, Ignored())
+    other.scale = 2.0
+    found = compared(one, other)
+    assert found.verdict == "identical"
+    assert found.notes == (
+        "inputs that differ, of modules whose outputs agree: 1 (blocks.0:in.scale)",
+    )
+
+
+def test_other_inputs_of_the_model_are_said() -> None:
+    one, other = outputs_of(model(Model, Block()), INPUTS), model(Model, Block())
+    policy = LiveOptions().output_policy(one, Policy())
+    measure = WhileRunning(expected=one, policy=policy)
+    actual = outputs_of(other, ((INPUTS[0][0] + 1,), {}), see=measure.see)
+    found = compare_activations(measure, actual, LiveOptions().selection)
+    assert found.divergence is not None
+    assert (found.divergence.diverging_module, found.divergence.diverging) == ("(model)", ("x",))
+
+
 def test_globs_select_activations_and_those_that_fit_none_are_errors() -> None:
     models = model(Model, Block(), Block()), model(Model, Block(), Block(eps=1e-1))
     found = compared(*models, only=("blocks.0*",))
@@ -171,6 +257,10 @@ def test_globs_select_activations_and_those_that_fit_none_are_errors() -> None:
     assert found.num_ignored > 0
     with pytest.raises(UsageError, match=r"--only blocks\.7: fits no activation"):
         compared(*models, only=("blocks.7",))
+    with pytest.raises(UsageError, match="leave no output to compare"):
+        compared(*models, only=("blocks.0:in.*",))
+    inputs = compared(*models, only=("blocks.0:in.*",), activations="all")
+    assert (inputs.verdict, inputs.num_identical) == ("identical", 1)
     with pytest.raises(UsageError, match=r"--output-tolerance blocks\.7: fits no activation"):
         compared(*models, output_tolerances=(("blocks.7", 1.0, None),))
 
@@ -226,9 +316,23 @@ def test_a_wrapped_model_is_matched_by_the_prefix_that_is_taken_off() -> None:
 
 
 def test_values_of_the_models_own_outputs_are_kept() -> None:
-    class Wide(nn.Module):
+    class Repeats(nn.Module):
         def forward(self, x: Tensor) -> Any:
             return x.repeat(40, 40), x.repeat(2000, 100)
 
-    found = outputs_of(Wide(), INPUTS).tensors
+    found = outputs_of(Repeats(), INPUTS).tensors
     assert [found[f"(model):out.{i}"].values is not None for i in (0, 1)] == [True, False]
+
+
+def test_an_undecided_activation_of_a_module_without_weights_ends_in_a_report(
+    harness: Harness, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    torch.save(Wide().state_dict(), tmp_path / "wide.pt")
+    golden = tmp_path / "golden.safetensors"
+    target = ("--model", f"{__name__}:Wide")
+    harness("record", tmp_path / "wide.pt", "-g", golden, "--outputs", *target)
+    other = ("--model", f"{__name__}:Wider", "--output-rel", "1e-1")
+    run = harness("verify", tmp_path / "wide.pt", "-g", golden, "--outputs", *other)
+    assert run.code == 3
+    assert "record with --output-atol" in run.out

@@ -13,10 +13,10 @@ from torch import nn
 from harness import api
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison, render
-from harness.comparison.measuring import BySketches, WhileRunning
+from harness.comparison.measuring import BySketches
 from harness.comparison.policy import Policy
 from harness.golden.golden import Golden
-from harness.model.activations import first_divergence
+from harness.model.activations import OutputPolicy, WhileRunning, first_divergence
 from harness.model.options import LiveOptions
 from harness.model.outputs import outputs_of
 from tests.model.variants import Plain
@@ -48,7 +48,7 @@ INPUTS = ((torch.randn(64, 64, generator=torch.Generator().manual_seed(0)),), {}
 def compared(size: float, atol: float = 1e-4, *, by_sketches: bool = False) -> Comparison:
     recorded = outputs_of(bumped(0.0), INPUTS)
     policy = Policy(atol=atol, rtol=0.0 if by_sketches else 1e-4)
-    measure = WhileRunning(expected=recorded, policy=Policy(atol=atol, rtol=1e-4))
+    measure = WhileRunning(expected=recorded, policy=OutputPolicy(atol=atol, rtol=1e-4))
     found = outputs_of(bumped(size), INPUTS, see=measure.see)
     how = BySketches(recorded.block_nbytes) if by_sketches else measure
     comparison = compare(recorded, found, policy, how, stage="outputs")
