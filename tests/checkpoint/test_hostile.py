@@ -23,7 +23,7 @@ from tests.checkpoint.builders import (
 )
 
 MEASURE = Path(__file__).with_name("measure.py")
-STRUCTURE_MIB = 32
+STRUCTURE_MIB = 8
 # Strange, but no harm in it: these open.
 HARMLESS = {
     "tuples_that_hold_each_other_twice_as_a_key",
@@ -62,7 +62,7 @@ def assert_harmless(result: dict[str, Any], *, opens: bool, most_nbytes: int) ->
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Every bomb, opened and read in a process of its own, with a quarter of the usual limit."""
+    """Every bomb, opened and read in a process of its own, with a sixteenth of the usual limit."""
     folder = tmp_path_factory.mktemp("bombs")
     results = {}
     names = list(BOMBS)

