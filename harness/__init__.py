@@ -5,7 +5,14 @@ The public names below load on first use: `import harness` costs nothing and nev
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+
+if not hasattr(os, "preadv"):
+    raise ImportError(
+        "checkpoint-harness runs on Linux and macOS; this system has no os.preadv "
+        "(on Windows, use WSL)"
+    )
 
 if TYPE_CHECKING:
     from harness.api import diff, fingerprint, record, roundtrip, update, verify, verify_stages

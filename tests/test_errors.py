@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from traceback import format_exception
 
 import harness
@@ -14,3 +16,10 @@ def test_a_traceback_ends_with_the_next_step() -> None:
         assert one.hint == "record it"
         assert "".join(format_exception(one)).endswith("no golden there\nnext: record it\n")
     assert not hasattr(harness.UsageError("give a checkpoint, a golden, or both"), "__notes__")
+
+
+def test_a_system_without_what_reading_takes_is_named() -> None:
+    program = "import os; del os.preadv; import harness"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "ImportError: checkpoint-harness runs on Linux and macOS" in run.stderr
