@@ -167,7 +167,7 @@ _POLICY = [
         multiple=True,
         callback=_words,
         metavar="CAUSE[,CAUSE]",
-        help="Let pass what is proved to be renamed, reshaped, transposed, joined, order, rounded.",
+        help="Let pass, where proved: renamed, reshaped, transposed, joined, order, rows, rounded.",
     ),
     click.option(
         "--check-config", is_flag=True, help="A changed configuration is a failure, not a note."

@@ -32,13 +32,14 @@ Proof = Literal["digest", "hash", "values", "stats", "sketch"]
 """What proves it: equal BLAKE3 digests, equal 128-bit hashes, all values, exact statistics, or the
 bound of the sketch, which fails with chance 1e-12 per block."""
 
-Acceptable = Literal["renamed", "reshaped", "transposed", "joined", "order", "rounded"]
+Acceptable = Literal["renamed", "reshaped", "transposed", "joined", "order", "rows", "rounded"]
 ACCEPTABLE: Mapping[Acceptable, str] = {
     "renamed": "equal weights under another key",
     "reshaped": "the same bytes in another shape",
     "transposed": "the same values with permuted dimensions",
     "joined": "tensors joined, stacked or split, all values the same",
     "order": "the same values in another order",
+    "rows": "rows or columns added, all of the golden's kept",
     "rounded": "the golden's values rounded to a narrower dtype, or widened",
 }
 """The words of `--accept`, and what each lets pass."""

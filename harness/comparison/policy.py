@@ -44,8 +44,8 @@ class Policy:
     ones); of several tolerances that fit, the last wins. `key_map` renames the golden's keys, or
     prefixes that end in a dot; `strip_prefix` is taken off the checkpoint's keys. Where `atol` or
     `rtol` is None, it is what the golden recorded. `accept` names proved causes that pass: renamed,
-    reshaped, transposed, joined, order, rounded; `cast` is a dtype to which values may be rounded.
-    Tensors that fit a glob of `must_change` have to differ, and may.
+    reshaped, transposed, joined, order, rows, rounded; `cast` is a dtype to which values may be
+    rounded. Tensors that fit a glob of `must_change` have to differ, and may.
     """
 
     atol: float | None = None

@@ -180,6 +180,12 @@ class Residues:
         digests = np.concatenate([part.digests for part in known])
         return cls(grid=known[0].grid, packed=packed, digests=digests)
 
+    def elements(self, first: int, numel: int) -> NDArray[np.uint8]:
+        """The residue of each of some elements, one a byte."""
+        start, odd = (first - self.first) // 2, (first - self.first) % 2
+        packed = np.asarray(self.packed[start : start - (-(odd + numel) // 2)])
+        return _unpacked(packed, odd + numel)[odd:]
+
     def part(self, first: int, numel: int) -> Residues:
         """Those of elements from a block's `first` on."""
         start, begin = first - self.first, (first - self.first) // BLOCK_NUMEL

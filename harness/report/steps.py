@@ -65,7 +65,7 @@ def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]
             return
     words = words_to_accept(comparison)
     if words and comparison.stage == "file" and all(f.kind != "prefix" for f in failing):
-        yield f"accept what is {', '.join(words)}", {"accept": (*policy.accept, *words)}
+        yield f"accept {', '.join(words)}", {"accept": (*policy.accept, *words)}
     if failing and {finding.kind for finding in failing} == {"missing", "unexpected"}:
         moved = None if policy.key_map else _moved(failing, comparison)
         if moved is not None:

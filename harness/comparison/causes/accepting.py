@@ -50,13 +50,9 @@ def _passes(finding: Finding, policy: Policy) -> bool:
 
 
 def words_to_accept(comparison: Comparison) -> tuple[Acceptable, ...]:
-    """The words that let all that fails pass; () where some of it has no such cause."""
+    """The words that let pass what fails and has such a cause."""
     needed: set[Acceptable] = set()
     for finding in comparison.findings:
-        if not finding.fails and finding.kind != "undecided":
-            continue
-        cause = next((cause for cause in finding.causes if cause.accept), None)
-        if cause is None:
-            return ()
-        needed |= set(cause.accept)
+        if finding.fails or finding.kind == "undecided":
+            needed |= set(next((c.accept for c in finding.causes if c.accept), ()))
     return tuple(word for word in ACCEPTABLE if word in needed)

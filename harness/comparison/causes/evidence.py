@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 
 from harness.checkpoint.tensors import Checkpoint, Tensor
-from harness.comparison.causes.views import View, digest_as
+from harness.comparison.causes.views import View, are_same, digest_as
 from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
-from harness.fingerprints.sketch import projection
+from harness.fingerprints.sketch import Sketch, projection
 from harness.fingerprints.stats import Stats
 from harness.streaming.workers import ALL_CORES, Workers
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+_HEAD_NBYTES = 256
 
 
 class OutOfTime(Exception):  # noqa: N818 - it ends a search, and is no error
@@ -44,7 +47,8 @@ class Evidence:
     block_nbytes: int
     deadline: float
     workers: Workers = ALL_CORES
-    _known: dict[bytes, list[str]] = field(default_factory=dict)
+    proved: set[str] = field(default_factory=set)
+    _heads: dict[object, dict[bytes, list[str]]] = field(default_factory=dict)
 
     def check_time(self) -> None:
         """Raise OutOfTime behind the deadline."""
@@ -59,6 +63,24 @@ class Evidence:
             if tensor.digest is not None:
                 found.setdefault(tensor.digest, []).append(key)
         return found
+
+    def same_in(
+        self, tensors: Mapping[str, Tensor], view: View, like: TensorFingerprint
+    ) -> list[str]:
+        """The keys of tensors that have a view's bytes, compared byte by byte; `like` is the view.
+
+        Where a digest is known it need not be asked: those of what is identical are not.
+        """
+        name = (id(tensors), like.dtype.name, like.shape)
+        if name not in self._heads:
+            heads: dict[bytes, list[str]] = {}
+            self._heads[name] = heads
+            for key, tensor in tensors.items():
+                if tensor.dtype == like.dtype and tensor.shape == like.shape:
+                    heads.setdefault(_head_of(tensor), []).append(key)
+        self.check_time()
+        keys = self._heads[name].get(_head_of(view), [])
+        return [key for key in keys if are_same(tensors[key], view)]
 
     def are_bytes_of(self, view: View, expected: TensorFingerprint) -> bool:
         """Whether the view's bytes are those of an expected tensor: proved by its digest.
@@ -84,14 +106,25 @@ class Evidence:
         numel = block_numel(expected.dtype, self.block_nbytes)
         data = np.empty(min(expected.nbytes, numel * expected.dtype.itemsize), "|u1")
         view.read_into(0, data.data)
-        values = as_floats(data, expected.dtype).astype("<f8")
-        with np.errstate(all="ignore"):
-            values[~np.isfinite(values)] = 0.0
-            by = projection(numel).numbers[: values.size]
-            away = np.linalg.norm(values @ by - expected.sketch.projections[0])
-            # Rounding of the sketch is a millionth of this.
-            size = np.linalg.norm(values) + expected.sketch.norms[0]
-        return bool(away <= 1e-6 * size) or not np.isfinite(away)
+        return begins_as(as_floats(data, expected.dtype), expected.sketch, numel)
+
+
+def begins_as(values: Array, sketch: Sketch, block: int, index: int = 0) -> bool:
+    """Whether a block's values have the golden's sketch, up to its rounding."""
+    wide = values.astype("<f8")
+    with np.errstate(all="ignore"):
+        wide[~np.isfinite(wide)] = 0.0
+        by = projection(block).numbers[: wide.size]
+        away = np.linalg.norm(wide @ by - sketch.projections[index])
+        # Rounding of the sketch is a millionth of this.
+        size = np.linalg.norm(wide) + sketch.norms[index]
+    return bool(away <= 1e-6 * size) or not np.isfinite(away)
+
+
+def _head_of(view: View) -> bytes:
+    head = bytearray(min(view.nbytes, _HEAD_NBYTES))
+    view.read_into(0, memoryview(head))
+    return bytes(head)
 
 
 def are_permutable(one: Stats | None, other: Stats | None) -> bool:

@@ -23,17 +23,12 @@ from harness.comparison.causes.evidence import (
     detailed,
     is_constant,
 )
-from harness.comparison.causes.linear import (
-    Correlation,
-    constant,
-    correlation,
-    linear,
-    unrelated,
-)
+from harness.comparison.causes.linear import constant, linear
 from harness.comparison.causes.regrouped import regrouped
 from harness.comparison.causes.rounding import rounded, rounded_elsewhere
 from harness.comparison.causes.rows import reordered, rows_changed
 from harness.comparison.causes.same_bytes import rows_kept, seen_otherwise
+from harness.comparison.causes.unrelated import Correlation, correlation, sampled, unrelated
 from harness.comparison.causes.weight_norm import folded, other_form
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import FINDING_KINDS, Finding
@@ -314,32 +309,34 @@ class _Search:
         for place, finding in enumerate(self.findings):
             if finding.causes or finding.kind not in ("different", "undecided"):
                 continue
-            expected, actual, _ = self._sides(finding)
-            if expected is not None and actual is not None:
-                related = correlation(expected, actual, self.evidence.block_nbytes)
-                if related is not None:
-                    found[place] = related
+            related = self._correlation(finding)
+            if related is not None and not related.is_related:
+                found[place] = related
         groups: dict[str, list[int]] = {}
         for place in found:
             name = "".join(c for c in self.findings[place].key if not c.isdigit())
             groups.setdefault(name, []).append(place)
-        unclear: list[int] = []
         clear: list[int] = []
+        unclear: list[int] = []
         for places in groups.values():
             known = unrelated([found[place] for place in places])
             (unclear if known is None else clear).extend(places)
-        if clear:
-            self._say_unrelated(clear, found)
         # Tensors too small to tell alone are told together.
-        if unclear and unrelated([found[place] for place in unclear]) is not None:
-            self._say_unrelated(unclear, found)
+        for some in (clear, unclear):
+            cause = unrelated([found[place] for place in some])
+            for place in some:
+                own = cause or (unrelated([found[place]]) if some is clear else None)
+                if own is not None:
+                    self.findings[place] = replace(self.findings[place], causes=(own,))
 
-    def _say_unrelated(self, places: list[int], found: Mapping[int, Correlation]) -> None:
-        cause = unrelated([found[place] for place in places])
-        for place in places:
-            own = cause or unrelated([found[place]])
-            if own is not None:
-                self.findings[place] = replace(self.findings[place], causes=(own,))
+    def _correlation(self, finding: Finding) -> Correlation | None:
+        expected, actual, tensor = self._sides(finding)
+        if expected is None or actual is None:
+            return None
+        reference = self.evidence.references.get(expected.key)
+        if reference is not None and tensor is not None and reference.shape == tensor.shape:
+            return sampled(reference, tensor, (reference.dtype, tensor.dtype))
+        return correlation(expected, actual, self.evidence.block_nbytes)
 
 
 def _names_all(finding: Finding) -> bool:
@@ -370,6 +367,9 @@ def _copied(evidence: Evidence, finding: Finding, actual: TensorFingerprint) -> 
     if actual.numel < 2 or is_constant(actual.stats) or actual.digest is None:
         return None
     keys = [key for key in evidence.by_digest.get(actual.digest, ()) if key != finding.key]
+    tensor = evidence.tensors.get(actual.key)
+    if not keys and tensor is not None:
+        keys = evidence.same_in(evidence.references, tensor, actual)
     if not keys:
         return None
     other, ours = evidence.actual.get(keys[0]), evidence.expected.get(finding.key)
@@ -391,6 +391,9 @@ def _kept_elsewhere(evidence: Evidence, expected: TensorFingerprint) -> list[Cau
     if expected.numel < 2 or expected.digest is None or is_constant(expected.stats):
         return []
     keys = [k for k, t in evidence.actual.items() if t.digest == expected.digest]
+    reference = evidence.references.get(expected.key)
+    if not keys and reference is not None:
+        keys = evidence.same_in(evidence.tensors, reference, expected)
     if not keys:
         return []
     text = f"{' and '.join(keys[:3])} holds it, too"

@@ -5,14 +5,13 @@ that holds for every element to within the rounding of its dtype, or for every b
 bound of the sketch (chance 1e-12 a block), or None.
 
 For a = c·e + b·1, z_a - c z_e - b z_1 is the sketch of a - (c·e + b·1), so that the bounds by which
-close is decided bound how far the hypothesis is from the truth. The correlation of two tensors is
-estimated from 16 products a block with a standard error of 1/sqrt(16 blocks).
+close is decided bound how far the hypothesis is from the truth.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,10 +33,6 @@ _MIN_NUMEL = 8
 UPPER = 2.0358
 # A block's rounding errors, as a share of its norm, make a bound of at most so many of them.
 ROUNDINGS = 12.0
-# What is printed as ± is two standard errors; what may be correlated by more is not unrelated.
-_SIGMAS, _MAX_CORRELATION = 2.0, 0.6
-# One tensor of a group may be off so far by chance; one that is related is not.
-_MAX_ALONE = 0.7
 
 
 def unit_roundoff(dtype: DType) -> float:
@@ -243,74 +238,3 @@ def _linear_cause(factor: float, offset: float, bound: float, *, is_exact: bool)
         offset=offset or None,
         bound=bound,
     )
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """How two tensors correlate, and its standard error if they do not; `weight` counts samples."""
-
-    value: float
-    error: float
-
-    @property
-    def weight(self) -> float:
-        return 1 / self.error**2
-
-
-@np.errstate(all="ignore")
-def correlation(
-    expected: TensorFingerprint, actual: TensorFingerprint, block_nbytes: int
-) -> Correlation | None:
-    """Correlate two tensors of one shape, each without its mean."""
-    if expected.shape != actual.shape or expected.numel < 2 * _MIN_NUMEL:
-        return None
-    if is_constant(expected.stats) or is_constant(actual.stats):
-        return None
-    ours, theirs = vector_of(expected, block_nbytes), vector_of(actual, block_nbytes)
-    if ours is None or theirs is None or not are_comparable(ours, theirs):
-        return None
-    means = [_mean_of(tensor, vector) for tensor, vector in ((expected, ours), (actual, theirs))]
-    e, a = ours.rows - means[0] * ours.ones, theirs.rows - means[1] * theirs.ones
-    per_row = 1 if ours.is_exact else NUM_PROJECTIONS
-    # The norms are known exactly, also without the mean.
-    sizes = [
-        math.sqrt(max(0.0, float(np.square(v.norms).sum()) - v.numel * m * m))
-        for v, m in zip((ours, theirs), means, strict=True)
-    ]
-    if not sizes[0] or not sizes[1]:
-        return None
-    value = float(np.sum(e * a)) / per_row / sizes[0] / sizes[1]
-    if not math.isfinite(value):
-        return None
-    # Blocks of other sizes count by their share: the sum of squares of the shares.
-    shares = ours.norms * theirs.norms
-    of_sketch_ = 0.0 if ours.is_exact else _concentration(shares) / NUM_PROJECTIONS
-    return Correlation(value, math.sqrt(of_sketch_ + 1 / expected.numel))
-
-
-def _concentration(shares: Array) -> float:
-    total = float(shares.sum())
-    return float(np.square(shares / total).sum()) if total else 1.0
-
-
-def _mean_of(tensor: TensorFingerprint, vector: Vector) -> float:
-    if tensor.stats is not None:
-        return tensor.stats.mean
-    return float(vector.rows.mean()) if vector.is_exact else 0.0
-
-
-def unrelated(found: Sequence[Correlation]) -> Cause | None:
-    """Say of one tensor, or of several together, that they have nothing of the golden's values."""
-    if not found or any(abs(one.value) > _MAX_ALONE for one in found):
-        return None
-    weight = sum(one.weight for one in found)
-    value = sum(one.value * one.weight for one in found) / weight
-    error = _SIGMAS / math.sqrt(weight)
-    if abs(value) > 1.5 * error or abs(value) + error > _MAX_CORRELATION:
-        return None
-    said = f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
-    text = (
-        f"unrelated values (correlation {said} ± {max(0.01, error):.2f}): never loaded, "
-        "or initialised again"
-    )
-    return Cause(kind="unrelated", text=text, proof="sketch", correlation=value, bound=error)

@@ -15,7 +15,7 @@ from harness.checkpoint.dtypes import DTYPES, DType, numpy_dtype
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import CASTS, Acceptable, Cause, Proof
 from harness.comparison.causes.evidence import Evidence, is_constant
-from harness.comparison.causes.views import View, digest_as
+from harness.comparison.causes.views import View, are_same, digest_as
 from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.fingerprints.hashes import UNIT_NUMEL, hash_unit, join_units
 from harness.streaming.chunks import buffers
@@ -109,7 +109,7 @@ def _proof_of(
         return None
     if tensor.dtype != dtype:
         narrow = Cast(tensor, tensor.dtype, dtype)
-        if not _same(Cast(narrow, dtype, tensor.dtype), tensor):
+        if not are_same(Cast(narrow, dtype, tensor.dtype), tensor):
             return None
     return "hash" if hash_as(evidence, tensor, tensor.dtype, dtype) == kept else None
 
@@ -155,7 +155,7 @@ def _widened(evidence: Evidence, expected: TensorFingerprint, tensor: Tensor) ->
     if not evidence.are_bytes_of(narrow, expected):
         return None
     back = Cast(narrow, expected.dtype, tensor.dtype)
-    if not _same(back, tensor):
+    if not are_same(back, tensor):
         return Cause(
             kind="rounded",
             text=f"with more digits: rounded to {expected.dtype} it is the golden",
@@ -170,18 +170,6 @@ def _widened(evidence: Evidence, expected: TensorFingerprint, tensor: Tensor) ->
         accept=("rounded",),
         dtype=tensor.dtype.name,
     )
-
-
-def _same(one: View, other: View) -> bool:
-    """Whether two views of as many bytes have the same, read as far as they agree."""
-    for start in range(0, one.nbytes, 1 << 20):
-        count = min(1 << 20, one.nbytes - start)
-        ours, theirs = bytearray(count), bytearray(count)
-        one.read_into(start, memoryview(ours))
-        other.read_into(start, memoryview(theirs))
-        if ours != theirs:
-            return False
-    return True
 
 
 def rounded_elsewhere(

@@ -1,14 +1,17 @@
 """Hypotheses about rows: which changed, which were added or removed, and in what order they are.
 
-In: the expected fingerprint, with values, residues or a reference to read, and the actual tensor.
-Out: a `Cause`. With the values of both sides each row has a 64-bit hash; from the golden alone its
-residues, four bits of each element, show every row of which none differs.
+In: the expected fingerprint, with values, residues, a sketch or a reference to read, and the actual
+tensor. Out: a `Cause`. Each row has a 64-bit hash: of its bits where both sides' values are known,
+of its residues from the golden alone, four bits of each element, which leave open what is within
+the tolerance; an order of rows is proved by the digest. A sketch shows in which blocks something
+differs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,72 +20,112 @@ import numpy as np
 from harness.checkpoint.dtypes import DType
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause, Proof
-from harness.comparison.causes.evidence import Evidence, are_permutable
-from harness.comparison.causes.views import View, narrowed
+from harness.comparison.causes.evidence import Evidence, are_permutable, begins_as
+from harness.comparison.causes.views import Picked, View, digest_as
 from harness.fingerprints.arithmetic import as_floats
-from harness.fingerprints.fingerprint import TensorFingerprint
+from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.hashes import unordered_sums
-from harness.fingerprints.residues import BLOCK_NUMEL, encode
+from harness.fingerprints.residues import Grid, encode
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _MAX_NAMED = 4
 _MAX_SORTED_NBYTES = 64 << 20
-_READ_NBYTES = 4 << 20
+_READ_NBYTES, _READ_NUMEL = 4 << 20, 1 << 19
 _WORDS = {1: "|u1", 2: "<u2", 4: "<u4", 8: "<u8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Words:
+    """A number for each element, equal where the elements are: its bits, or its residue."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Array | None]
+
+    @classmethod
+    def of_bits(cls, view: View, dtype: DType, shape: tuple[int, ...]) -> _Words:
+        def read(first: int, numel: int) -> Array | None:
+            data = np.empty(numel * dtype.itemsize, "|u1")
+            view.read_into(first * dtype.itemsize, data.data)
+            return data.view(_WORDS[dtype.itemsize]) if dtype.itemsize in _WORDS else None
+
+        return cls(shape=shape, read=read)
+
+    @classmethod
+    def of_residues(cls, actual: Tensor, grid: Grid) -> _Words:
+        def read(first: int, numel: int) -> Array | None:
+            data = np.empty(numel * actual.dtype.itemsize, "|u1")
+            actual.read_into(first * actual.dtype.itemsize, data.data)
+            found = encode(as_floats(data, actual.dtype).copy(), grid)
+            return None if found is None else found.elements(0, numel)
+
+        return cls(shape=actual.shape, read=read)
 
 
 def rows_changed(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -> Cause | None:
     """Find which rows, or columns, are the golden's, and where they are now."""
-    if expected.dtype != actual.dtype or len(expected.shape) != len(actual.shape):
+    shape = expected.shape
+    if expected.dtype != actual.dtype or len(shape) != len(actual.shape):
         return None
-    if len(expected.shape) < 2 or not expected.numel or not actual.numel:
+    if len(shape) < 2 or not expected.numel or not actual.numel:
         return None
-    differing = [
-        a for a, (n, m) in enumerate(zip(expected.shape, actual.shape, strict=True)) if n != m
-    ]
+    differing = [a for a, (n, m) in enumerate(zip(shape, actual.shape, strict=True)) if n != m]
     known: View | None = evidence.references.get(expected.key)
     if known is None and expected.values is not None:
         known = expected
+    residues = expected.residues
     if known is not None:
-        for axis in (0, 1):
-            if set(differing) <= {axis}:
-                ours = _hashes(evidence, known, expected.dtype, expected.shape, axis)
-                theirs = _hashes(evidence, actual, actual.dtype, actual.shape, axis)
-                cause = _of_hashes(ours, theirs, axis)
-                if cause is not None:
-                    return cause
-        return None
-    if set(differing) <= {0} and expected.residues is not None:
-        return _of_residues(evidence, expected, actual)
+        ours = _Words.of_bits(known, expected.dtype, shape)
+        theirs = _Words.of_bits(actual, actual.dtype, actual.shape)
+    elif residues is not None:
+        ours = _Words(shape=shape, read=residues.elements)
+        theirs = _Words.of_residues(actual, residues.grid)
+    else:
+        return _of_sketch(evidence, expected, actual) if set(differing) <= {0} else None
+    for axis in (0, 1):
+        # A residue is four bits: so few would agree by chance.
+        if set(differing) <= {axis} and (known or expected.numel >= 16 * shape[axis]):
+            hashes = _hashes(evidence, ours, axis), _hashes(evidence, theirs, axis)
+            if hashes[0] is None or hashes[1] is None:
+                return None
+            cause = _of_hashes(hashes[0], hashes[1], axis)
+            if cause is not None and (known or _is_proved(evidence, cause, expected, actual)):
+                return cause if known else replace(cause, proof="hash")
     return None
 
 
-def _hashes(
-    evidence: Evidence, view: View, dtype: DType, shape: tuple[int, ...], axis: int
-) -> Array:
+def _is_proved(
+    evidence: Evidence, cause: Cause, expected: TensorFingerprint, actual: Tensor
+) -> bool:
+    """Whether rows of equal residues, each at its new place, are the golden's bytes."""
+    if cause.order is None or cause.axis is None:
+        return True
+    view = Picked(actual, cause.axis, cause.order)
+    evidence.check_time()
+    return digest_as(view, expected.dtype, expected.shape, evidence.workers) == expected.digest
+
+
+def _hashes(evidence: Evidence, words: _Words, axis: int) -> Array | None:
     """A 64-bit hash of each index of one dim: its words times odd numbers, modulo 2^64."""
-    word = _WORDS.get(dtype.itemsize)
-    if word is None:
-        return np.arange(0)
-    outer, width = shape[0], math.prod(shape[1:])
-    step = max(1, _READ_NBYTES // max(1, width * dtype.itemsize))
-    across = shape[axis] if axis else outer
+    outer, width = words.shape[0], math.prod(words.shape[1:])
+    step = max(1, _READ_NUMEL // max(1, width))
+    across = words.shape[axis] if axis else outer
     found = np.zeros(across, "<u8")
     weights = _weights(0, width)
     for first in range(0, outer, step):
         evidence.check_time()
         count = min(step, outer - first)
-        data = np.empty(count * width * dtype.itemsize, "|u1")
-        view.read_into(first * width * dtype.itemsize, data.data)
-        words = data.view(word).reshape(count, width).astype("<u8") + np.uint64(1)
+        read = words.read(first * width, count * width)
+        if read is None:
+            return None
+        data = read.reshape(count, width).astype("<u8") + np.uint64(1)
         if axis == 0:
-            found[first : first + count] = (words * weights).sum(axis=1)
+            found[first : first + count] = (data * weights).sum(axis=1)
         else:
             # Rows and what lies behind the dim are one; columns have the same weights.
             inner = width // across
             of_place = _weights(first * inner, count * inner).reshape(count, 1, inner)
-            found += (words.reshape(count, across, inner) * of_place).sum(axis=(0, 2))
+            found += (data.reshape(count, across, inner) * of_place).sum(axis=(0, 2))
     return found
 
 
@@ -102,14 +145,27 @@ def _of_hashes(ours: Array, theirs: Array, axis: int) -> Cause | None:
             return _in_another_order(ours, theirs, changed, axis)
         return _changed_alone(changed, len(ours), axis, added=0, proof="values")
     if len(ours) < len(theirs):
+        more = len(theirs) - len(ours)
         changed = np.flatnonzero(ours != theirs[: len(ours)])
-        return _changed_alone(
-            changed, len(ours), axis, added=len(theirs) - len(ours), proof="values"
+        cause = _changed_alone(changed, len(ours), axis, added=more, proof="values")
+        kept = None if cause is not None else _subsequence(theirs, ours)
+        if kept is None:
+            return cause
+        new = sorted(set(range(len(theirs))) - set(kept))
+        text = f"the golden's {name}s in their order, {more:,} added: {_named(new, name)}"
+        return Cause(
+            kind="rows",
+            text=text,
+            proof="values",
+            accept=("rows",),
+            axis=axis,
+            rows=_ranges(new, len(theirs)),
+            order=tuple(kept),
+            num_added=more,
         )
     # Rows were removed: what is left is the golden's, in its order.
-    places = {int(value): place for place, value in reversed([*enumerate(ours.tolist())])}
-    kept = [places.get(int(value), -1) for value in theirs.tolist()]
-    if min(kept) < 0 or kept != sorted(kept):
+    kept = _subsequence(ours, theirs)
+    if kept is None:
         return None
     gone = sorted(set(range(len(ours))) - set(kept))
     if kept == [*range(len(kept))]:
@@ -118,6 +174,18 @@ def _of_hashes(ours: Array, theirs: Array, axis: int) -> Cause | None:
         text = f"{_named(gone, name)} removed, the others are the golden's"
     rows = ((0, len(kept)),) if kept == [*range(len(kept))] else None
     return Cause(kind="rows", text=text, proof="values", axis=axis, rows=rows, num_added=-len(gone))
+
+
+def _subsequence(all_of: Array, some: Array) -> list[int] | None:
+    """Where some hashes are among others, in the same order; the first places that do."""
+    places: list[int] = []
+    rest = iter(enumerate(all_of.tolist()))
+    for value in some.tolist():
+        place = next((place for place, other in rest if other == value), None)
+        if place is None:
+            return None
+        places.append(place)
+    return places
 
 
 def _in_another_order(ours: Array, theirs: Array, changed: Array, axis: int) -> Cause | None:
@@ -180,35 +248,42 @@ def _ranges(changed: Sequence[int], count: int) -> tuple[tuple[int, int], ...]:
     return tuple((one + 1, other) for one, other in pairwise(ends) if one + 1 < other)
 
 
-def _of_residues(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -> Cause | None:
-    """Which rows have an element whose residue is another one than the golden's."""
-    count, now = expected.shape[0], actual.shape[0]
-    if now < count or expected.residues is None:
+def _of_sketch(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -> Cause | None:
+    """Which blocks of the sketch differ, as rows: where something is, and where nothing."""
+    count, more = expected.shape[0], actual.shape[0] - expected.shape[0]
+    sketch, width = expected.sketch, expected.numel // expected.shape[0]
+    if more < 0 or sketch is None or expected.dtype.kind != "float":
         return None
-    view = narrowed(actual, 0, 0, count)
-    width = expected.numel // count
-    itemsize, step = expected.dtype.itemsize, BLOCK_NUMEL * 32
-    differs = np.zeros(count, bool)
-    packed = np.asarray(expected.residues.packed)
-    for first in range(0, expected.numel, step):
+    block = block_numel(expected.dtype, evidence.block_nbytes)
+    rows: list[int] = []
+    for first in range(0, expected.numel, block):
         evidence.check_time()
-        numel = min(step, expected.numel - first)
-        data = np.empty(numel * itemsize, "|u1")
-        view.read_into(first * itemsize, data.data)
-        ours = encode(as_floats(data, expected.dtype).copy(), expected.residues.grid)
-        if ours is None:
+        data = np.empty(min(block, expected.numel - first) * expected.dtype.itemsize, "|u1")
+        actual.read_into(first * expected.dtype.itemsize, data.data)
+        if not begins_as(as_floats(data, expected.dtype), sketch, block, first // block):
+            last = min(expected.numel, first + block) - 1
+            rows += range(rows[-1] + 1 if rows else first // width, last // width + 1)
+            rows = [row for row in dict.fromkeys(rows) if row >= 0]
+        if len(rows) > count // 4:
             return None
-        away = np.flatnonzero(
-            np.asarray(ours.packed) != packed[first // 2 : -(-(first + numel) // 2)]
-        )
-        # A byte has two elements: which of them differs matters where a row ends between them.
-        there, here = packed[first // 2 + away], np.asarray(ours.packed)[away]
-        for half, mask in ((0, 0x0F), (1, 0xF0)):
-            places = first + 2 * away[(there & mask) != (here & mask)] + half
-            differs[places[places < expected.numel] // width] = True
-        if differs.sum() > count // 4:
-            return None
-    return _changed_alone(np.flatnonzero(differs), count, 0, added=now - count, proof="hash")
+    changed = sorted(rows)
+    if not changed or (len(changed) == 1 and not more):
+        return _changed_alone(np.array(changed, int), count, 0, added=more, proof="sketch")
+    spans = ", ".join(f"{a} to {b - 1}" for a, b in _ranges(_complement(changed, count), count))
+    added = f", {more:,} added" if more else ""
+    return Cause(
+        kind="rows",
+        text=f"differs within rows {spans}; the other {count - len(changed):,} are the golden's"
+        + added,
+        proof="sketch",
+        axis=0,
+        rows=_ranges(changed, count),
+        num_added=more or None,
+    )
+
+
+def _complement(places: Sequence[int], count: int) -> list[int]:
+    return sorted(set(range(count)) - set(places))
 
 
 def reordered(

@@ -7,6 +7,7 @@ prove.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
@@ -18,7 +19,7 @@ from harness.comparison.causes.views import narrowed, permuted, reshaped, split
 from harness.fingerprints.fingerprint import TensorFingerprint
 
 _MAX_PERMUTED_NDIM = 4
-_MAX_HEAD_DIM = 512
+_HEADS = re.compile(r"\d+ heads?")
 _RESHAPED = Cause(kind="reshaped", text="", proof="digest", accept=("reshaped",))
 _TRANSPOSED = Cause(kind="transposed", text="", proof="digest", accept=("transposed",))
 _ROTATED = Cause(kind="rows", text="", proof="digest", accept=("order",), axis=0)
@@ -29,10 +30,17 @@ def seen_otherwise(evidence: Evidence, expected: TensorFingerprint, actual: Tens
     """Find the other shape, order of dims or order of rows in which the bytes are the golden's."""
     if expected.dtype != actual.dtype or expected.numel != actual.numel or expected.numel < 2:
         return None
-    for view, cause in _ways(expected, actual):
+    ways = sorted(_ways(expected, actual), key=lambda way: _name(way[1]) not in evidence.proved)
+    for view, cause in ways:
         if evidence.are_bytes_of(view, expected):
+            evidence.proved.add(_name(cause))
             return cause
     return None
+
+
+def _name(cause: Cause) -> str:
+    """What was done, of tensors of any size: what explained one is tried first for the next."""
+    return _HEADS.sub("heads", cause.text)
 
 
 def _ways(expected: TensorFingerprint, actual: Tensor) -> Iterator[tuple[Tensor, Cause]]:
@@ -100,7 +108,7 @@ def _is_squeezed(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def _rotary(actual: Tensor) -> Iterator[tuple[Tensor, Cause]]:
     """Rows of query and key heads: halves side by side, or rotated pairs interleaved."""
     num_rows = actual.shape[0]
-    for head_dim in range(4, min(num_rows, _MAX_HEAD_DIM) + 1, 2):
+    for head_dim in range(4, num_rows + 1, 2):
         if num_rows % head_dim:
             continue
         heads, half = num_rows // head_dim, head_dim // 2
@@ -134,7 +142,13 @@ def rows_kept(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -
             text = f"{name} 0 to {size - 1} are the golden's{where}, {now - size:,} added"
             rows = ((start, start + size),)
             return Cause(
-                kind="rows", text=text, proof="digest", axis=axis, rows=rows, num_added=now - size
+                kind="rows",
+                text=text,
+                proof="digest",
+                accept=("rows",),
+                axis=axis,
+                rows=rows,
+                num_added=now - size,
             )
     return None
 

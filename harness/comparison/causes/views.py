@@ -45,6 +45,18 @@ def digest_as(
     return digest_of(dtype, shape, parallel(of_chunk, [*chunks(view.nbytes)], jobs=workers.jobs))
 
 
+def are_same(one: View, other: View) -> bool:
+    """Whether two views of as many bytes have the same, read as far as they agree."""
+    for start in range(0, one.nbytes, 1 << 20):
+        count = min(1 << 20, one.nbytes - start)
+        ours, theirs = bytearray(count), bytearray(count)
+        one.read_into(start, memoryview(ours))
+        other.read_into(start, memoryview(theirs))
+        if ours != theirs:
+            return False
+    return True
+
+
 def strides_of(tensor: Tensor) -> tuple[int, ...]:
     """The strides in elements, also of a contiguous tensor."""
     if tensor.strides is not None:
@@ -148,3 +160,32 @@ class Joined:
             place += its_width
         begin = start - first * width
         buffer[:] = rows.reshape(-1)[begin : begin + len(buffer)].data
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Some indices of a dim, the first or the second, in an order."""
+
+    tensor: Tensor
+    axis: int
+    order: Sequence[int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes // self.tensor.shape[self.axis] * len(self.order)
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        shape = list(self.tensor.shape)
+        there = self.tensor.nbytes // shape[0]
+        width = there // shape[1] * len(self.order) if self.axis else there
+        first, last = start // width, -(-(start + len(buffer)) // width)
+        data = np.empty((last - first, there), "|u1")
+        if self.axis:
+            self.tensor.read_into(first * there, data.reshape(-1).data)
+            each = data.reshape(last - first, shape[1], -1)
+            data = each[:, np.asarray(self.order)].reshape(last - first, width)
+        else:
+            for row, place in zip(data, self.order[first:last], strict=True):
+                self.tensor.read_into(place * there, row.data)
+        begin = start - first * width
+        buffer[:] = data.reshape(-1)[begin : begin + len(buffer)].data

@@ -356,3 +356,55 @@ def test_weight_norm_is_recognised_in_all_its_forms(tmp_path: Path, width: int, 
         assert [f.causes[0].kind for f in found.findings] == ["weight_norm"] * 3
     wrong = {k: t * 1.001 for k, t in plain.items()}
     assert not any(f.causes for f in compare(tmp_path, wrong, old, how).findings)
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: torch.cat([t[:10], shuffled(t[:2]), t[10:]]), "2 added: rows 10, 11"),
+        (lambda t: torch.cat([t[:3], t[4:]]), "row 3 removed, the others are the golden's"),
+        (lambda t: t.roll(1, 0), "its rows in another order: 192 of 192 moved, row 0 is now row 1"),
+        (lambda t: t.flip(1), "its columns in another order: 96 of 96 moved, column 0 is now"),
+        (lambda t: t.index_fill(1, torch.tensor([5]), 0.5), "column 5 differs, the other 95"),
+    ],
+)
+def test_rows_are_found_where_they_are_now(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], text: str, how: str
+) -> None:
+    before = state(torch.float32)
+    cause = cause_of(compare(tmp_path, before, at(EMBED, change)(before), how), EMBED)
+    assert (cause.kind, text in cause.text) == ("rows", True), cause.text
+
+
+def test_without_residues_the_rows_of_blocks_that_differ_are_named(tmp_path: Path) -> None:
+    before = {EMBED: shuffled(torch.empty(1000, 96))}
+    torch.save(before, tmp_path / "before.pt")
+    after = before[EMBED].index_fill(0, torch.tensor([417]), 0.5)
+    torch.save({EMBED: torch.cat([after, after[:8]])}, tmp_path / "after.pt")
+    golden = api.record(tmp_path / "before.pt", tmp_path / "g.safetensors", max_size=20_000)
+    assert golden.fingerprint.tensors[EMBED].residues is None
+    cause = cause_of(api.verify(tmp_path / "after.pt", golden), EMBED)
+    [(first, stop), (begin, end)] = cause.rows or ()
+    assert (first, end, stop <= 417 < begin < stop + 250) == (0, 1000, True)
+    assert cause.text.endswith("are the golden's, 8 added")
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("shape", [(256, 1), (128, 96)])
+def test_great_elements_make_no_values_unrelated(
+    tmp_path: Path, shape: tuple[int, int], how: str
+) -> None:
+    before = {"scale": shuffled(torch.empty(shape))}
+    after = before["scale"].clone()
+    after[::7, 0] += 5000
+    found = compare(tmp_path, before, {"scale": after}, how)
+    assert all(cause.kind != "unrelated" for f in found.findings for cause in f.causes)
+
+
+def test_a_copy_of_what_is_identical_is_said_with_both_files(tmp_path: Path) -> None:
+    before = state(torch.float32)
+    found = compare(
+        tmp_path, before, before | {Q: before["layers.0.k.weight"].clone()}, "both files"
+    )
+    assert cause_of(found, Q).text == "holds what layers.0.k.weight holds in the golden"
