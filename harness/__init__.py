@@ -15,10 +15,24 @@ if not hasattr(os, "preadv"):
     )
 
 if TYPE_CHECKING:
-    from harness.api import diff, fingerprint, record, roundtrip, update, verify, verify_stages
-    from harness.checkpoint import open_checkpoint
+    from harness.api import (
+        KeptValues,
+        diff,
+        fingerprint,
+        read_golden,
+        record,
+        roundtrip,
+        update,
+        verify,
+        verify_stages,
+    )
+    from harness.checkpoint import Checkpoint, open_checkpoint
+    from harness.checkpoint.sources.paths import Location
+    from harness.comparison.cause import Cause
     from harness.comparison.comparison import Comparison
-    from harness.comparison.policy import Policy
+    from harness.comparison.difference import Difference, Verdict
+    from harness.comparison.findings import Divergence, Finding, FindingKind
+    from harness.comparison.policy import Policy, Stage, Tolerance
     from harness.errors import (
         CheckpointError,
         GoldenError,
@@ -27,42 +41,70 @@ if TYPE_CHECKING:
         ModelError,
         UsageError,
     )
-    from harness.golden.file import read_golden
+    from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
+    from harness.golden.golden import Golden, LiveRecord, Update
     from harness.lightning_callback import GoldenCheckpoint
     from harness.model.options import LiveOptions
-
+    from harness.streaming.workers import Group, Progress
+    from harness.subjects import Subject
+    from harness.version import __version__
 
 _HOMES = {
     "harness.api": (
-        *("diff", "fingerprint", "open_checkpoint", "read_golden", "record"),
+        *("KeptValues", "diff", "fingerprint", "read_golden", "record"),
         *("roundtrip", "update", "verify", "verify_stages"),
     ),
+    "harness.checkpoint": ("Checkpoint", "open_checkpoint"),
+    "harness.checkpoint.sources.paths": ("Location",),
+    "harness.comparison.cause": ("Cause",),
     "harness.comparison.comparison": ("Comparison",),
-    "harness.comparison.policy": ("Policy",),
+    "harness.comparison.difference": ("Difference", "Verdict"),
+    "harness.comparison.findings": ("Divergence", "Finding", "FindingKind"),
+    "harness.comparison.policy": ("Policy", "Stage", "Tolerance"),
     "harness.errors": (
-        "CheckpointError",
-        "GoldenError",
-        "GoldenMismatch",
-        "HarnessError",
-        "ModelError",
-        "UsageError",
+        *("CheckpointError", "GoldenError", "GoldenMismatch"),
+        *("HarnessError", "ModelError", "UsageError"),
     ),
+    "harness.fingerprints.fingerprint": ("Fingerprint", "TensorFingerprint"),
+    "harness.golden.golden": ("Golden", "LiveRecord", "Update"),
     "harness.lightning_callback": ("GoldenCheckpoint",),
     "harness.model.options": ("LiveOptions",),
+    "harness.streaming.workers": ("Group", "Progress"),
+    "harness.subjects": ("Subject",),
     "harness.version": ("__version__",),
 }
 
 __all__ = [
+    "Cause",
+    "Checkpoint",
     "CheckpointError",
     "Comparison",
+    "Difference",
+    "Divergence",
+    "Finding",
+    "FindingKind",
+    "Fingerprint",
+    "Golden",
     "GoldenCheckpoint",
     "GoldenError",
     "GoldenMismatch",
+    "Group",
     "HarnessError",
+    "KeptValues",
     "LiveOptions",
+    "LiveRecord",
+    "Location",
     "ModelError",
     "Policy",
+    "Progress",
+    "Stage",
+    "Subject",
+    "TensorFingerprint",
+    "Tolerance",
+    "Update",
     "UsageError",
+    "Verdict",
+    "__version__",
     "diff",
     "fingerprint",
     "open_checkpoint",
@@ -82,3 +124,7 @@ def __getattr__(name: str) -> object:
         if name in names:
             return getattr(import_module(home), name)
     raise AttributeError(f"module 'harness' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,29 +9,29 @@ read or written. `jobs`, `progress` and `group` say who reads: see `Workers`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.sources.paths import AnyPath, Location, path_of, to_local, to_path
-from harness.checkpoint.tensors import Checkpoint
+from harness.checkpoint.sources.paths import Location, path_of, to_local, to_path
 from harness.comparison import buffers as buffers_of
+from harness.comparison.causes.explain import with_causes
 from harness.comparison.compare import compare, with_damages
 from harness.comparison.comparison import Comparison
 from harness.comparison.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
 from harness.comparison.policy import Policy, Stage, check_stage
 from harness.errors import UsageError
-from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, structure
+from harness.fingerprints.fingerprint import Fingerprint, structure
 from harness.fingerprints.integrity import damages
 from harness.fingerprints.residues import DEFAULT_TOLERANCE
 from harness.fingerprints.scan import fingerprint as fingerprint_checkpoint
-from harness.fingerprints.scan import with_settings
+from harness.fingerprints.scan import with_digests, with_settings
 from harness.golden.budget import KeptValues as KeptValues
 from harness.golden.budget import choose, held_by
 from harness.golden.file import is_golden, read_golden, replace_golden, write_golden
-from harness.golden.golden import Golden, LiveRecord, Update, source_of
+from harness.golden.golden import Golden, source_of
 from harness.golden.places import (
     GOLDEN_FOLDER,
     check_reference,
@@ -43,9 +43,10 @@ from harness.golden.places import (
 )
 from harness.streaming.workers import Group, Progress, Workers
 from harness.subjects import (
-    KEPT,
     LOADED,
     Subject,
+    checked,
+    live_record,
     of_live_ones_too,
     only_of_files,
     opened,
@@ -153,9 +154,8 @@ def record(
             fingerprint=found,
             source="" if path is None else source_of(path, target),
             section=section,
-            live=_of_module(checkpoint, found)
-            or _record_live(path, checkpoint, target, stage, live, found),
         )
+        recorded = replace(recorded, live=live_record(recorded, path, checkpoint, stage, live))
     write_golden(recorded, overwrite=overwrite)
     return recorded
 
@@ -171,41 +171,6 @@ def _as_options(stage: Stage, live: LiveOptions | None) -> list[str]:
     )
     given = [word for flag, value in named if value is not None for word in (flag, str(value))]
     return [f"--{stage}", *given]
-
-
-def _of_module(checkpoint: Checkpoint, weights: Fingerprint) -> LiveRecord | None:
-    """What a live module has that no file holds: its non-persistent buffers."""
-    if not checkpoint.buffers:
-        return None
-    buffers = fingerprint_checkpoint(
-        replace(checkpoint, name="buffers", tensors=checkpoint.buffers, unread=()),
-        block_nbytes=weights.block_nbytes,
-        residues=weights.tolerance,
-    )
-    return LiveRecord(target=None, stages=("file",), buffers=buffers)
-
-
-def _record_live(
-    path: AnyPath | None,
-    checkpoint: Checkpoint,
-    golden: AnyPath,
-    stage: Stage,
-    live: LiveOptions | None,
-    weights: Fingerprint,
-) -> LiveRecord | None:
-    if stage == "file" or path is None:
-        return None
-    from harness.model.options import LiveOptions
-    from harness.model.stages import record_live
-
-    return record_live(
-        to_local(path, LOADED),
-        checkpoint,
-        live or LiveOptions(),
-        stage,
-        to_local(golden, KEPT),
-        weights,
-    )
 
 
 @of_live_ones_too
@@ -265,7 +230,15 @@ def verify(
         compared = replace(compared, notes=(*compared.notes, *sides.notes))
         compared = buffers_of.named(compared, buffers, actual)
         compared = with_damages(compared, lambda keys: damages(actual, keys, workers))
-        return _with_causes(compared, actual, beside, started, workers, measure.details, adapter)
+        return with_causes(
+            compared,
+            actual,
+            beside,
+            started=started,
+            known=measure.details,
+            adapter=adapter,
+            workers=workers,
+        )
 
 
 def _read(subject: Subject | None, golden: Location | Golden | None) -> Golden:
@@ -273,6 +246,7 @@ def _read(subject: Subject | None, golden: Location | Golden | None) -> Golden:
     return golden if isinstance(golden, Golden) else read_golden(choose_golden(subject, golden))
 
 
+@checked
 def verify_stages(
     path: Location | None,
     golden: Location | Golden | None = None,
@@ -316,6 +290,7 @@ def verify_stages(
     yield from live_stages(source, expected, policy, live or remembered(golden), last)
 
 
+@checked
 def roundtrip(
     path: Location, *, policy: Policy | None = None, live: LiveOptions | None = None
 ) -> Iterator[Comparison]:
@@ -391,28 +366,16 @@ def update(
                 with_settings(found, actual), tensors=tensors, tolerance=old.tolerance
             ),
             source=source_after(subject, golden),
-            live=_of_module(actual, found) or _update_live(path, actual, golden, last, live),
         )
+        updated = replace(updated, live=live_record(updated, path, actual, last, live))
     if updated.live is not None and updated.live.tells_as(golden.live):
         updated = replace(updated, live=golden.live)  # whose sketches may have other last bits
-    if updated.fingerprint.root != old.root or updated.live is not golden.live:
-        entry = Update(root=old.root.hex(), reason=reason)
-        updated = replace(updated, history=(*golden.history, entry))
-    elif reason and golden.history:
-        updated = replace(updated, history=_explained(golden.history, reason))
+    updated = updated.following(golden, reason)
     replace_golden(golden, updated)
     return updated
 
 
-def _explained(history: tuple[Update, ...], reason: str) -> tuple[Update, ...]:
-    """The history with a reason that came later added to its last entry."""
-    *earlier, last = history
-    if reason in last.reason.split("; "):
-        return history
-    said = "; ".join(part for part in (last.reason, reason) if part)
-    return (*earlier, replace(last, reason=said))
-
-
+@checked
 def diff(
     expected: Location,
     actual: Location,
@@ -436,40 +399,31 @@ def diff(
     policy, started = policy or Policy(), time.monotonic()
     workers = Workers(jobs=jobs, progress=progress, group=group)
     one, other = to_path(expected), to_path(actual)
-    if is_golden(one):
-        recorded = read_golden(one)
-        if not is_golden(other):
-            part_b = section if section_b is None else section_b
-            return verify(
-                other,
-                recorded,
-                section=part_b,
-                policy=policy,
-                adapter=adapter,
-                jobs=jobs,
-                progress=progress,
-                group=group,
-            )
-        compared = compare(
-            recorded.fingerprint,
-            read_golden(other).fingerprint,
-            policy,
-            BySketches(recorded.fingerprint.block_nbytes),
-        )
-        return _with_causes(compared, None, None, started, workers, adapter=adapter)
     if is_golden(other):
         recorded = read_golden(other)
-        with opened_for(recorded, one, section) as checkpoint:
-            found = fingerprint_checkpoint(
-                checkpoint,
-                keep_values=held_by(recorded.fingerprint).keeps,
-                block_nbytes=recorded.fingerprint.block_nbytes,
-                workers=workers,
-            )
-        compared = compare(
-            found, recorded.fingerprint, policy, BySketches(recorded.fingerprint.block_nbytes)
+        if is_golden(one):
+            found = read_golden(one).fingerprint
+        else:
+            with opened_for(recorded, one, section) as checkpoint:
+                found = fingerprint_checkpoint(
+                    checkpoint,
+                    keep_values=held_by(recorded.fingerprint).keeps,
+                    block_nbytes=recorded.fingerprint.block_nbytes,
+                    workers=workers,
+                )
+        compared = compare(found, recorded.fingerprint, policy, BySketches(found.block_nbytes))
+        return with_causes(compared, started=started, adapter=adapter, workers=workers)
+    if is_golden(one):
+        return verify(
+            other,
+            read_golden(one),
+            section=section if section_b is None else section_b,
+            policy=policy,
+            adapter=adapter,
+            jobs=jobs,
+            progress=progress,
+            group=group,
         )
-        return _with_causes(compared, None, None, started, workers, adapter=adapter)
     with (
         opened(one, section) as left,
         opened_part(other, section if section_b is None else section_b, section_b) as right,
@@ -478,77 +432,16 @@ def diff(
         theirs = with_settings(structure(right), right, ours)
         # Renames are told by digest: only keys that stand on one side alone need one.
         alone = set(left.tensors) ^ set(right.tensors)
-        ours = _with_digests(ours, part(left, alone), workers)
-        theirs = _with_digests(theirs, part(right, alone), workers)
+        ours = with_digests(ours, part(left, alone), workers)
+        theirs = with_digests(theirs, part(right, alone), workers)
         measure = AgainstCheckpoint(expected=left, actual=right, stats=stats, workers=workers)
         compared = compare(ours, theirs, policy, measure)
         compared = with_damages(compared, lambda k: damages(left, k, workers), "expected")
         compared = with_damages(compared, lambda k: damages(right, k, workers))
-        return _with_causes(compared, right, left, started, workers, adapter=adapter)
-
-
-def _with_causes(
-    comparison: Comparison,
-    actual: Checkpoint | None,
-    reference: Checkpoint | None,
-    started: float,
-    workers: Workers,
-    known: Mapping[str, TensorFingerprint] | None = None,
-    adapter: Location | None = None,
-) -> Comparison:
-    """Add what happened, in about the time that the comparison took; nothing where all is well."""
-    if not comparison.findings and not comparison.policy.must_change:
-        return comparison
-    from harness.comparison.causes.adapters import opened_adapter
-    from harness.comparison.causes.explain import explained
-
-    seconds = time.monotonic() - started
-    with ExitStack() as stack:
-        return explained(
-            comparison,
-            actual,
-            reference,
-            known=known,
-            adapter=None
-            if adapter is None
-            else stack.enter_context(opened_adapter(to_path(adapter))),
-            seconds=seconds,
-            workers=workers,
-        )
+        return with_causes(compared, right, left, started=started, adapter=adapter, workers=workers)
 
 
 def _last_stage(golden: Golden, stage: Stage | None) -> str:
     """How far an update goes: as far as the golden remembers, further where it is asked to."""
     known = golden.live.stages if golden.live is not None else ("file",)
     return stage if stage is not None and stage not in known else known[-1]
-
-
-def _update_live(
-    path: AnyPath | None, actual: Checkpoint, golden: Golden, last: str, live: LiveOptions | None
-) -> LiveRecord | None:
-    """Record anew what the golden remembers of the model: other weights compute other outputs."""
-    if last == "file" or path is None:
-        return None
-    from harness.model.options import remembered
-    from harness.model.stages import record_live
-
-    return record_live(
-        to_local(path, LOADED),
-        actual,
-        live or remembered(golden),
-        last,
-        to_local(golden.path, KEPT),
-        golden.fingerprint,
-    )
-
-
-def _with_digests(outlined: Fingerprint, alone: Checkpoint, workers: Workers) -> Fingerprint:
-    found = fingerprint_checkpoint(alone, details=nothing, workers=workers)
-    digests = found.tensors
-    return replace(
-        outlined,
-        tensors={
-            key: replace(tensor, digest=digests[key].digest) if key in digests else tensor
-            for key, tensor in outlined.tensors.items()
-        },
-    )

@@ -17,6 +17,8 @@ traceback shows below the message.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class HarnessError(Exception):
     """Base of all errors that the harness raises on purpose."""
@@ -73,6 +75,15 @@ class TeamError(HarnessError):
 
 
 class GoldenMismatch(HarnessError, AssertionError):  # noqa: N818 - reads as what happened
-    """A comparison found differences, or could not decide; `str()` is the text report."""
+    """A comparison found differences, or could not decide; `str()` is the text report.
+
+    `comparison` is the `Comparison`; None on a rank that has only heard of it.
+    """
 
     kind = "mismatch"
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, comparison: Any | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.comparison = comparison

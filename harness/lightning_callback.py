@@ -288,7 +288,7 @@ class GoldenCheckpoint(pl.Callback):
             for comparison in () if error else self._comparisons(held, filepath):
                 headlines.append(headline(comparison))
                 if not comparison.ok:
-                    raise GoldenMismatch(render(comparison), hint=_NEXT)
+                    raise GoldenMismatch(render(comparison), hint=_NEXT, comparison=comparison)
         except Exception as problem:
             error = problem
         return VerifiedSave(

@@ -11,25 +11,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import wraps
-from pathlib import Path
+from inspect import BoundArguments
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.sources.paths import Location, path_of, to_local
+from harness.checkpoint.sources.paths import AnyPath, Location, path_of, to_local
 from harness.checkpoint.tensors import Checkpoint
-from harness.comparison.policy import check_stage
+from harness.comparison.policy import STAGES, Policy, check_stage, check_type
 from harness.errors import NoSection, UsageError
-from harness.golden.golden import Golden
+from harness.fingerprints.scan import fingerprint
+from harness.golden.golden import Golden, LiveRecord
 from harness.golden.places import GOLDEN_FOLDER, check_not_golden
 from harness.text.shell import quoted
 
 if TYPE_CHECKING:
-    from harness.checkpoint.sources.remote import RemotePath
     from harness.model.live import Live
+    from harness.model.options import LiveOptions
 
 
-Subject: TypeAlias = "str | Path | RemotePath | Checkpoint | Live"
+Subject: TypeAlias = "Location | Checkpoint | Live"
 """What can be fingerprinted: a path or URL, an open checkpoint, a module, a state dict."""
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -134,6 +136,78 @@ def opened_part(
         yield checkpoint
 
 
+def live_record(
+    golden: Golden,
+    path: AnyPath | None,
+    checkpoint: Checkpoint,
+    stage: str,
+    live: LiveOptions | None,
+) -> LiveRecord | None:
+    """What a golden of this checkpoint says of its model, None where it says nothing.
+
+    Of an open module: the buffers that no file holds. Of a file: what the model of `live`, by
+    default the one that the golden remembers, makes of it up to a stage.
+    """
+    weights = golden.fingerprint
+    if checkpoint.buffers:
+        buffers = fingerprint(
+            replace(checkpoint, name="buffers", tensors=checkpoint.buffers, unread=()),
+            block_nbytes=weights.block_nbytes,
+            residues=weights.tolerance,
+        )
+        return LiveRecord(target=None, stages=("file",), buffers=buffers)
+    if stage == "file" or path is None:
+        return None
+    from harness.model.options import remembered
+    from harness.model.stages import record_live
+
+    place = to_local(golden.path, KEPT)
+    options = live or remembered(golden)
+    return record_live(to_local(path, LOADED), checkpoint, options, stage, place, weights)
+
+
+# What the arguments of verbs are; paths are told by `to_path`.
+_ARGUMENTS: dict[str, tuple[type, str]] = {
+    "section": (str, "a text"),
+    "section_b": (str, "a text"),
+    "reason": (str, "a text"),
+    "values": (str, "a text"),
+    "stage": (str, f"one of {', '.join(STAGES)}"),
+    "policy": (Policy, "a Policy"),
+    "jobs": (int, "a number of threads"),
+    "max_size": (int, "a number of bytes"),
+    "overwrite": (bool, "True or False"),
+    "stats": (bool, "True or False"),
+}
+
+
+def checked(verb: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Let a verb refuse arguments of other types, before it does anything; raises UsageError."""
+    signature = inspect.signature(verb)
+
+    @wraps(verb)
+    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        _checked(signature, *args, **kwargs)
+        return verb(*args, **kwargs)
+
+    return call
+
+
+def _checked(signature: inspect.Signature, *args: object, **kwargs: object) -> BoundArguments:
+    given = signature.bind(*args, **kwargs)
+    for name, value in given.arguments.items():
+        default = signature.parameters[name].default
+        if name in _ARGUMENTS and value is not default:
+            check_type(name, value, *_ARGUMENTS[name])
+        takes_none = "None" in signature.parameters[name].annotation
+        if name == "subject" and value is None and not takes_none:
+            raise UsageError(
+                "None is no checkpoint",
+                hint="give a path, an open checkpoint, a torch.nn.Module, or its state_dict()",
+            )
+    return given
+
+
 def of_live_ones_too(verb: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     """Let a verb that takes open checkpoints as its `subject` take modules and state dicts, too.
 
@@ -143,7 +217,7 @@ def of_live_ones_too(verb: Callable[_Given, _Result]) -> Callable[_Given, _Resul
 
     @wraps(verb)
     def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        given = signature.bind(*args, **kwargs)
+        given = _checked(signature, *args, **kwargs)
         subject = given.arguments.get("subject")
         if subject is None or isinstance(subject, Checkpoint) or path_of(subject) is not None:
             return verb(*args, **kwargs)

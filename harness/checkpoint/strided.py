@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from harness.checkpoint.dtypes import Array
 from harness.checkpoint.sources.source import Source
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Index = tuple[int, ...]
 
 _MAX_NBYTES = 4 << 20  # of one read

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from harness.checkpoint.dtypes import DType, decode
+from harness.checkpoint.dtypes import Array, DType, decode
 from harness.checkpoint.strided import StridedView
 from harness.errors import CheckpointError
+from harness.text.folding import shortened
 
 if TYPE_CHECKING:
     from harness.checkpoint.sources.source import Source
-
-    Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -210,6 +209,11 @@ class Checkpoint:
     def config(self) -> Mapping[str, Any] | None:
         """The model's configuration as the file carries it, as plain data; read on first use."""
         return self.read_config()
+
+    def __repr__(self) -> str:
+        part = f", section {shortened(self.section, 40)}" if self.section else ""
+        name = f"{shortened(self.name, 60)} ({self.container}{part})"
+        return f"<Checkpoint {name}: {len(self.tensors):,} tensors>"
 
     def close(self) -> None:
         for source in self.sources:

@@ -557,9 +557,17 @@ def _show(
             )
             found = with_settings(found, opened)
     if as_json:
-        data = fingerprint_as_json(found)
-        if recorded is not None:
-            data["history"] = [{"root": u.root, "reason": u.reason} for u in recorded.history]
-        echo_json(data)
+        echo_json(fingerprint_as_json(found, recorded))
     else:
         click.echo(render_table(found, golden=recorded, stats=stats))
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of reports, of show --json, and of a golden's header.
+
+    Example: harness schema > harness.schema.json
+    """
+    from harness.report.json import schema
+
+    echo_json(schema())

@@ -156,7 +156,8 @@ def failure(error: HarnessError | click.ClickException) -> dict[str, Any]:
 
     if isinstance(error, click.ClickException):
         error = UsageError(without_secrets(error.format_message()), hint="harness --help")
-    return {"exit_code": 2, "error": error_as_json(error)}
+    found: dict[str, Any] = error_as_json(error)
+    return found
 
 
 def without_secrets(text: str) -> str:

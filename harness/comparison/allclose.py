@@ -20,13 +20,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from harness.checkpoint.dtypes import DType, decode, numpy_dtype
+from harness.checkpoint.dtypes import Array, DType, decode, numpy_dtype
 from harness.comparison.policy import Tolerance
 from harness.fingerprints.arithmetic import as_floats, sums_of_squares
 from harness.fingerprints.residues import roundings
 from harness.streaming.chunks import Chunk, buffers
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Flags = Array | bool
 """Some elements of a pass: flags, or True for all of them and False for none."""
 Least = Mapping[bool, float]

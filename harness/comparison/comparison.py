@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from harness.comparison.findings import FINDING_KINDS, Divergence, Finding, FindingKind
 from harness.comparison.policy import Policy
 from harness.comparison.words import HEADINGS, Section, divergence_lines, finding_lines
 from harness.errors import GoldenMismatch
 from harness.fingerprints.fingerprint import Fingerprint
-from harness.text.fitting import PLAIN, Style
+from harness.text.fitting import PLAIN, Style, fit
+from harness.text.folding import escaped, in_section, printable
 
 if TYPE_CHECKING:
     from harness.comparison.difference import Verdict
-
-
-from typing import TYPE_CHECKING, Any
-
-from harness.comparison.findings import FINDING_KINDS, Divergence, Finding, FindingKind
-from harness.text.fitting import fit
-from harness.text.folding import escaped, in_section, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +69,54 @@ class Comparison:
         """The number of tensors with findings of a kind."""
         return sum(finding.count for finding in self.findings if finding.kind == kind)
 
+    def __bool__(self) -> bool:
+        """Whether it passes, so that `assert harness.diff(a, b)` is a test."""
+        return self.ok
+
+    def __str__(self) -> str:
+        """The report as text."""
+        return render(self)
+
+    def __repr__(self) -> str:
+        return f"<Comparison {self.verdict}: {self.stage}: {counts_of(self)}>"
+
+    def _repr_html_(self) -> str:
+        from harness.comparison.plain import as_html
+
+        return as_html(self, headline(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the JSON report says of this stage: `harness schema` has its types."""
+        from harness.comparison.plain import plain, stage_data
+
+        found: dict[str, Any] = plain(stage_data(self))
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat dict per tensor, identical ones too, each with the same names.
+
+        Ready for `pandas.DataFrame(comparison.rows())`. `kind` is that of the worst finding, or
+        identical or ignored; what was not measured is None or NaN.
+        """
+        from harness.comparison.plain import rows
+
+        return rows(self)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write a report, in the format of the suffix: .html, .md, .xml (JUnit) or .json.
+
+        Raises UsageError for another suffix, for a file that is there and is no report, and where
+        it cannot be written.
+        """
+        # By its name: reports are made of comparisons, and not the other way round.
+        import_module("harness.report.files").write_comparison(self, path)
+
     def raise_for_mismatch(self) -> Comparison:
         """Raise GoldenMismatch, with the report as its message, unless the verdict passes."""
         if not self.ok:
-            raise GoldenMismatch(render(self), hint="update the golden if the change is meant")
+            raise GoldenMismatch(
+                render(self), hint="update the golden if the change is meant", comparison=self
+            )
         return self
 
 

@@ -13,11 +13,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from harness.checkpoint.dtypes import DType, decode
+from harness.checkpoint.dtypes import Array, DType, decode
 from harness.comparison.allclose import (
     MAX_STRIP,
     ChunkResult,
@@ -33,7 +33,6 @@ from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.fingerprints.stats import Stats
 from harness.streaming.chunks import chunks
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Verdict = Literal["identical", "close", "different", "undecided"]
 
 
@@ -78,6 +77,11 @@ class Difference:
     num_nonfinite: tuple[int, int] = (0, 0)
     stats: tuple[Stats | None, Stats | None] = (None, None)
     chance: float = 0.0
+
+    def __repr__(self) -> str:
+        low, high = self.max_abs
+        ends = f"{low:.3g}" if low == high else f"{low:.2g} to {high:.2g}"
+        return f"<Difference {self.verdict}: {self.why[:110]}; max {ends}>"
 
 
 def round_outward(ends: tuple[float, float]) -> tuple[float, float]:

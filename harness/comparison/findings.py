@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from harness.comparison.cause import Cause
 from harness.fingerprints.fingerprint import TensorFingerprint
+from harness.text.folding import printable, shortened
 
 if TYPE_CHECKING:
     from harness.comparison.difference import Difference
@@ -60,6 +61,19 @@ class Finding:
     difference: Difference | None = None
     causes: tuple[Cause, ...] = ()
     is_note: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Finding {self.kind}: {shortened(self.key, 60)}: {printable(self.gist[:80])[:90]}>"
+
+    @property
+    def gist(self) -> str:
+        """What happened, where that is known, or how far both sides are from each other."""
+        if self.causes and self.kind != "renamed":
+            return self.causes[0].text
+        if self.difference is not None:
+            return self.difference.why
+        sides = (self.expected, self.actual_key or self.actual)
+        return " → ".join(side for side in sides if side is not None)
 
     @property
     def fails(self) -> bool:

@@ -6,10 +6,12 @@ their order. Refused (UsageError): tolerances that are none.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from numbers import Real
+from types import NoneType
+from typing import Literal, TypeAlias, get_args
 
 from harness.comparison.cause import ACCEPTABLE, CASTS
 from harness.errors import UsageError
@@ -24,6 +26,7 @@ class Tolerance:
     exact: bool = False
 
 
+_Kind: TypeAlias = type | tuple[type, ...]
 Stage = Literal["file", "load", "reload", "outputs"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 # In float32 more is infinite, of which allclose makes NaN where a 0 is expected.
@@ -36,6 +39,33 @@ def check_stage(name: str) -> None:
         raise UsageError(f"stage={name!r}: there is none", hint=f"one of {', '.join(STAGES)}")
 
 
+def check_type(name: str, value: object, kind: _Kind, what: str) -> None:
+    """Raise UsageError for an argument that is no `what`; True is no number."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UsageError(f"{name} takes {what}, not {value!r:.200}")
+
+
+def _texts(name: str, given: object, what: str) -> tuple[str, ...]:
+    """A collection of texts as a tuple; a text alone, whose letters would be globs, is an error."""
+    if isinstance(given, str):
+        raise UsageError(f"{name} takes a tuple of {what}, not {given!r}", hint=f"({given!r},)")
+    check_type(name, given, (tuple, list, set, frozenset), f"a tuple of {what}")
+    assert isinstance(given, Collection)
+    for one in given:
+        check_type(name, one, str, f"a tuple of {what}")
+    return tuple(given if isinstance(given, (tuple, list)) else sorted(given))
+
+
+def _flat(entries: object) -> object:
+    """The items of a mapping: what stands on the right beside what stands on the left."""
+    if not isinstance(entries, Mapping):
+        return entries
+    return [
+        (left, *right) if isinstance(right, (tuple, list)) else (left, right)
+        for left, right in entries.items()
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """What counts as the same.
@@ -46,6 +76,8 @@ class Policy:
     `rtol` is None, it is what the golden recorded. `accept` names proved causes that pass: renamed,
     reshaped, transposed, joined, order, rows, rounded; `cast` is a dtype to which values may be
     rounded. Tensors that fit a glob of `must_change` have to differ, and may.
+
+    Lists, and the mappings {OLD: NEW} and {GLOB: (ATOL, RTOL)}, become tuples. Raises UsageError.
     """
 
     atol: float | None = None
@@ -62,6 +94,19 @@ class Policy:
     must_change: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        kinds: tuple[tuple[str, _Kind, str], ...] = (
+            ("atol", (Real, NoneType), "a number"),
+            ("rtol", (Real, NoneType), "a number"),
+            ("exact", bool, "True or False"),
+            ("check_dtype", bool, "True or False"),
+            ("check_config", bool, "True or False"),
+            ("strip_prefix", str, "a text"),
+            ("cast", (str, NoneType), "the name of a dtype"),
+        )
+        for name, kind, what in kinds:
+            check_type(name, getattr(self, name), kind, what)
+        for name, what in (("ignore", "globs"), ("must_change", "globs"), ("accept", "causes")):
+            object.__setattr__(self, name, _texts(name, getattr(self, name), what))
         if self.cast is not None and self.cast not in CASTS:
             raise UsageError(
                 f"cast {self.cast!r}: nothing is known of such a rounding",
@@ -73,21 +118,29 @@ class Policy:
                     f"accept {word!r}: there is no such cause",
                     hint=f"one of {', '.join(ACCEPTABLE)}",
                 )
-        if isinstance(self.ignore, str):  # whose letters would be globs, "*" among them
-            raise UsageError(
-                f"ignore takes a tuple of globs, not {self.ignore!r}", hint=f"({self.ignore!r},)"
-            )
-        for name, given, entry, example in (
-            ("key_map", self.key_map, "(OLD, NEW)", (("encoder.", "model.encoder."),)),
-            ("tolerances", self.tolerances, "(GLOB, ATOL, RTOL)", (("encoder.*", 1e-4, 1e-5),)),
-        ):
-            # The keys of a mapping, or the letters of a text, could pass for pairs.
-            if not isinstance(given, (tuple, list)) or any(
-                not isinstance(one, (tuple, list)) or len(one) != len(example[0]) for one in given
+        tuples: tuple[tuple[str, tuple[_Kind, ...], str, object], ...] = (
+            ("key_map", (str, str), "(OLD, NEW)", (("encoder.", "model.encoder."),)),
+            (
+                "tolerances",
+                (str, Real, (Real, NoneType)),
+                "(GLOB, ATOL, RTOL)",
+                (("encoder.*", 1e-4, 1e-5),),
+            ),
+        )
+        for name, parts, entry, example in tuples:
+            given = _flat(getattr(self, name))
+            # The letters of a text could pass for pairs.
+            if not isinstance(given, (tuple, list)) or not all(
+                isinstance(one, (tuple, list))
+                and len(one) == len(parts)
+                and all(isinstance(*pair) for pair in zip(one, parts, strict=True))
+                for one in given
             ):
                 raise UsageError(
-                    f"{name} takes a tuple of {entry}, not {given!r}", hint=f"{name}={example!r}"
+                    f"{name} takes a tuple of {entry}, not {getattr(self, name)!r:.200}",
+                    hint=f"{name}={example!r}",
                 )
+            object.__setattr__(self, name, tuple(map(tuple, given)))
         for glob, atol, rtol in [("", self.atol, self.rtol), *self.tolerances]:
             if not all(0 <= given <= _GREATEST for given in (atol, rtol) if given is not None):
                 where = f" for {glob}" if glob else ""

@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 import numkong
 import numpy as np
 
-from harness.checkpoint.dtypes import DType, numpy_dtype
+from harness.checkpoint.dtypes import Array, DType, numpy_dtype
 from harness.streaming.chunks import buffers
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 # numpy lets other threads on only over 500 dot products or more. OpenBLAS would spread much longer
 # ones over its own threads, which changes the last bits.

@@ -18,6 +18,7 @@ from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, Sketch
 from harness.fingerprints.stats import Stats
 from harness.streaming.chunks import chunks
 from harness.text.disclosure import may_keep
+from harness.text.folding import shortened
 
 MAX_KEPT_NUMEL = 4096
 
@@ -36,6 +37,11 @@ class TensorFingerprint:
     sketch: Sketch | None = None
     residues: Residues | None = None
     hashes: Hashes | None = None
+
+    def __repr__(self) -> str:
+        digest = "" if self.digest is None else f", digest {self.digest.hex()[:16]}"
+        form = f"{self.dtype} {list(self.shape)}"
+        return f"<TensorFingerprint {shortened(self.key, 60)}: {form[:80]}{digest}>"
 
     @property
     def numel(self) -> int:
@@ -95,6 +101,12 @@ class Fingerprint:
         """Whether there are residues beside sketches, or would be."""
         sketched = [t for t in self.tensors.values() if t.sketch is not None]
         return not sketched or any(tensor.residues is not None for tensor in sketched)
+
+    def __repr__(self) -> str:
+        has_root = all(tensor.digest is not None for tensor in self.tensors.values())
+        root = f"root {self.root.hex()[:16]}" if has_root else "not read"
+        name = f"{shortened(self.name, 60)} ({self.container})"
+        return f"<Fingerprint {name}: {len(self.tensors):,} tensors, {root}>"
 
     @cached_property
     def root(self) -> bytes:

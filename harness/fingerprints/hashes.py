@@ -21,12 +21,9 @@ from typing import Any
 import numkong
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
-from harness.checkpoint.dtypes import DTYPES, DType, numpy_dtype
+from harness.checkpoint.dtypes import DTYPES, Array, DType, numpy_dtype
 from harness.streaming.chunks import buffers
-
-_Array = NDArray[Any]
 
 HASH_NBYTES = 16
 UNORDERED_NBYTES = 8
@@ -50,8 +47,8 @@ _WORDS = {2: "<u2", 4: "<u4", 8: "<u8"}
 class Hashes:
     """`rounded` is U8 (n, 16), in the order of `NARROWER`; `unordered` U8 (8,)."""
 
-    rounded: _Array
-    unordered: _Array
+    rounded: Array
+    unordered: Array
 
     def of_rounding(self, stored: DType, dtype: DType) -> bytes | None:
         """The hash of the values of a `stored` tensor cast to a narrower dtype."""
@@ -66,7 +63,7 @@ class ChunkHashes:
     """What a chunk adds: a hash of each unit and narrower dtype, and sums."""
 
     rounded: tuple[tuple[bytes, ...], ...]
-    sums: _Array
+    sums: Array
 
 
 def can_be_hashed(dtype: DType) -> bool:
@@ -74,7 +71,7 @@ def can_be_hashed(dtype: DType) -> bool:
     return dtype.kind == "float" and dtype.itemsize in _WORDS
 
 
-def hash_chunk(data: _Array, dtype: DType, *, may_be_nan: bool = True) -> ChunkHashes:
+def hash_chunk(data: Array, dtype: DType, *, may_be_nan: bool = True) -> ChunkHashes:
     """Hash the logical bytes of a chunk, which begins where a unit does."""
     values = data.view(numpy_dtype(dtype))
     narrower = [DTYPES[name] for name in NARROWER.get(dtype.name, ())]
@@ -107,12 +104,12 @@ def join_hashes(parts: Sequence[ChunkHashes]) -> Hashes:
     )
 
 
-def hash_unit(values: _Array, dtype: DType) -> bytes:
+def hash_unit(values: Array, dtype: DType) -> bytes:
     """Hash up to `UNIT_NUMEL` values as those of a dtype that is no wider than theirs."""
     return xxhash.xxh3_128(_cast(values, dtype, may_be_nan=True).data).digest()
 
 
-def _cast(values: _Array, dtype: DType, *, may_be_nan: bool) -> _Array:
+def _cast(values: Array, dtype: DType, *, may_be_nan: bool) -> Array:
     """The bits of values as those of a dtype, in scratch."""
     wanted = numpy_dtype(dtype)
     if values.dtype == np.float64 and wanted.itemsize < 4:  # as torch: by way of float32
@@ -138,7 +135,7 @@ def join_units(hashes: Sequence[bytes]) -> bytes:
     return xxhash.xxh3_128(b"".join(hashes)).digest()
 
 
-def unordered_sums(data: _Array, dtype: DType) -> _Array:
+def unordered_sums(data: Array, dtype: DType) -> Array:
     """The two sums of a chunk, uint32."""
     values = data.view(numpy_dtype(dtype))
     total = np.zeros(2, "<u8")
@@ -147,8 +144,8 @@ def unordered_sums(data: _Array, dtype: DType) -> _Array:
     return (total & 0xFFFFFFFF).astype("<u4")
 
 
-def _sums(values: _Array) -> _Array:
-    x: _Array = values.view(_WORDS[values.itemsize])
+def _sums(values: Array) -> Array:
+    x: Array = values.view(_WORDS[values.itemsize])
     y = buffers.get("times", x.size, x.dtype.str)
     np.multiply(x, _FACTORS[x.itemsize], out=y)
     a, b = x.view("|u1"), y.view("|u1")

@@ -11,17 +11,15 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from zlib_ng import zlib_ng
 
+from harness.checkpoint.dtypes import Array
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
 from harness.errors import CheckpointError
 from harness.streaming.chunks import Chunk, buffers, chunks, map_chunks
 from harness.streaming.workers import ALL_CORES, Workers
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Damage(NamedTuple):

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
-from harness.checkpoint.dtypes import DType, numpy_dtype
+from harness.checkpoint.dtypes import Array, DType, numpy_dtype
 from harness.checkpoint.formats.nemo import CONFIG
 from harness.checkpoint.sources.source import Source, read
 from harness.checkpoint.tensors import Checkpoint, Checksum, Tensor
@@ -53,8 +52,6 @@ from harness.fingerprints.stats import (
 )
 from harness.streaming.chunks import Chunk, buffers, chunks, map_chunks
 from harness.streaming.workers import ALL_CORES, Workers
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 # Elements of a part, 2 MiB as float32. On two threads float32 took 0.174 ns a byte, bfloat16 0.29;
 # with an eighth of it 0.28 and 0.62, for projections want many rows, and threads waited for each
@@ -138,6 +135,16 @@ def fingerprint(
         block_nbytes=block_nbytes,
         tolerance=residues or DEFAULT_TOLERANCE,
     )
+
+
+def with_digests(outlined: Fingerprint, part: Checkpoint, workers: Workers) -> Fingerprint:
+    """Add the digests of the tensors in a part of the checkpoint, which are read."""
+    known = fingerprint(part, details=lambda tensor: False, workers=workers).tensors
+    tensors = {
+        key: replace(tensor, digest=known[key].digest) if key in known else tensor
+        for key, tensor in outlined.tensors.items()
+    }
+    return replace(outlined, tensors=tensors)
 
 
 def with_settings(

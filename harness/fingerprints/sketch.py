@@ -17,13 +17,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
+from harness.checkpoint.dtypes import Array
 from harness.fingerprints.arithmetic import Matrix, moments_of_runs
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 NUM_PROJECTIONS = 16
 SEED = 20240607

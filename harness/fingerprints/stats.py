@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from harness.checkpoint.dtypes import Array
 from harness.fingerprints.arithmetic import Runs, moments_of_runs, total_squares
 from harness.streaming.chunks import buffers
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

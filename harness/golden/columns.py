@@ -19,7 +19,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from harness.checkpoint.dtypes import DTYPES, DType
+from harness.checkpoint.dtypes import DTYPES, Array, DType
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, block_numel, digest_of
 from harness.fingerprints.hashes import HASH_NBYTES, NARROWER, UNORDERED_NBYTES, Hashes
 from harness.fingerprints.residues import DIGEST_NBYTES, Grid, Residues, num_residue_blocks
@@ -29,7 +29,6 @@ from harness.golden.golden import PartName
 from harness.golden.header import Part, Row
 from harness.streaming.chunks import chunks
 
-_Array = NDArray[Any]
 _stats_of = attrgetter(*(field.name for field in fields(Stats)))
 _NUM_STATS = len(fields(Stats))
 
@@ -75,7 +74,7 @@ class Field:
 
     name: str
     columns: tuple[Column, ...]
-    to_rows: Callable[[Any], tuple[_Array, ...]]
+    to_rows: Callable[[Any], tuple[Array, ...]]
     from_rows: Callable[..., Any]
 
 
@@ -86,7 +85,7 @@ def _residues(form: Form, packed: NDArray[np.uint8], digests: NDArray[np.uint8])
     return Residues(grid=grid, packed=packed, digests=digests)
 
 
-def _stats(form: Form, row: _Array) -> Stats:
+def _stats(form: Form, row: Array) -> Stats:
     low, high, mean, std, l2, *counts = row[0].tolist()
     zero, nan, posinf, neginf = map(int, counts)
     return Stats(
@@ -168,7 +167,7 @@ FIELDS = (
 )
 
 
-def pieces_of(parts: Mapping[PartName, Fingerprint]) -> dict[str, list[_Array]]:
+def pieces_of(parts: Mapping[PartName, Fingerprint]) -> dict[str, list[Array]]:
     """The arrays that make each column, one after the other: part by part in order of their names.
 
     Nothing is copied; the first piece of each is empty.
@@ -181,7 +180,7 @@ def pieces_of(parts: Mapping[PartName, Fingerprint]) -> dict[str, list[_Array]]:
     ]
     if any(tensor.digest is None for tensor in tensors):
         raise ValueError("a golden needs a digest of every tensor")
-    found: dict[str, list[_Array]] = {}
+    found: dict[str, list[Array]] = {}
     for field in FIELDS:
         kept = (value for t in tensors if (value := getattr(t, field.name)) is not None)
         rows = [field.to_rows(value) for value in kept]
@@ -207,7 +206,7 @@ def rows_of(part: Fingerprint) -> tuple[Row, ...]:
     )
 
 
-def seal_of(header: str, columns: Mapping[str, _Array]) -> bytes:
+def seal_of(header: str, columns: Mapping[str, Array]) -> bytes:
     """What tells whether any bit of a golden has changed: BLAKE3 of the header and the columns."""
     hasher = blake3(header.encode())
     for name in sorted(columns):
@@ -218,7 +217,7 @@ def seal_of(header: str, columns: Mapping[str, _Array]) -> bytes:
 def tensors_of(
     parts: Mapping[PartName, Part],
     rows: Mapping[PartName, tuple[Row, ...]],
-    columns: Mapping[str, _Array],
+    columns: Mapping[str, Array],
 ) -> dict[PartName, dict[str, TensorFingerprint]]:
     """The fingerprints in the columns, by part and key; raises ValueError."""
     if parts.keys() != rows.keys():
@@ -232,7 +231,7 @@ def tensors_of(
 class _Reader:
     """Takes the rows of the columns in order, as the tables of tensors need them."""
 
-    def __init__(self, columns: Mapping[str, _Array]) -> None:
+    def __init__(self, columns: Mapping[str, Array]) -> None:
         self._columns = columns
         self._taken: dict[str, int] = {}
         for column in (column for field in FIELDS for column in field.columns):
@@ -287,7 +286,7 @@ class _Reader:
             raise ValueError(f"the values of {row.key!r} do not make its digest")
         return tensor
 
-    def _take(self, column: Column, row: Row, form: Form) -> _Array:
+    def _take(self, column: Column, row: Row, form: Form) -> Array:
         array, first = self._columns[column.name], self._taken[column.name]
         count = column.num_rows(form)
         if count > len(array) - first:

@@ -10,6 +10,7 @@ from typing import Literal
 from harness.checkpoint.sources.paths import AnyPath, is_there, is_url, to_path
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.golden.project import project_of, roots_of
+from harness.text.folding import shortened
 
 SUFFIX = ".safetensors"
 # Begins a source that is below one of the project's roots, outside of the project.
@@ -44,6 +45,9 @@ class LiveRecord:
     buffers: Fingerprint | None = None
     outputs: Fingerprint | None = None
 
+    def __repr__(self) -> str:
+        return f"<LiveRecord {shortened(self.target or 'as registered', 80)}: {self.stages[-1]}>"
+
     def tells_as(self, other: LiveRecord | None) -> bool:
         """Whether both are of the same code, and of the same bits of what it made."""
 
@@ -72,6 +76,14 @@ class Golden:
     history: tuple[Update, ...] = ()
     live: LiveRecord | None = None
 
+    def __repr__(self) -> str:
+        found, live = self.fingerprint, self.live
+        more = "" if live is None else f", {live.stages[-1]}"
+        return (
+            f"<Golden {shortened(str(self.path), 80)}: {len(found.tensors):,} tensors"
+            f"{more}, root {found.root.hex()[:16]}>"
+        )
+
     def beside(self, source: str | None) -> Path | None:
         """A file that the golden names, as a path from here."""
         if source is None or not isinstance(self.path, Path):
@@ -90,6 +102,20 @@ class Golden:
         if self.live is not None and self.live.outputs is not None:
             found["outputs"] = self.live.outputs
         return found
+
+    def following(self, golden: Golden, reason: str) -> Golden:
+        """The same with the history of the golden that it replaces, and why it does.
+
+        A reason that comes later, when nothing else is new, is added to the last one.
+        """
+        *earlier, last = golden.history or (None,)
+        if self.fingerprint.root != golden.fingerprint.root or self.live is not golden.live:
+            entry = Update(root=golden.fingerprint.root.hex(), reason=reason)
+            return replace(self, history=(*golden.history, entry))
+        if last is None or not reason or reason in last.reason.split("; "):
+            return replace(self, history=golden.history)
+        said = "; ".join(part for part in (last.reason, reason) if part)
+        return replace(self, history=(*earlier, replace(last, reason=said)))
 
     @property
     def checkpoint(self) -> AnyPath | None:

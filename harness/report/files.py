@@ -7,11 +7,13 @@ that touches files.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 
+from harness.comparison.comparison import Comparison
 from harness.errors import UsageError
-from harness.report.outcome import Result
+from harness.report.outcome import Outcome, Result
 from harness.text.shell import quoted
 
 _NAME = "report.html"
@@ -25,29 +27,32 @@ _GENERATOR = b'<meta name="generator" content="checkpoint-harness '
 _HEAD_NBYTES = 2048
 
 
-def check_report(path: Path) -> None:
-    """Raise UsageError for a path that no report can be written to, before any work is done."""
+def check_report(path: Path, option: str = "--report ") -> None:
+    """Raise UsageError for a path that no report can be written to, before any work is done.
+
+    `option` is what stands before the path where it was given.
+    """
     if path.is_dir():
         raise UsageError(
-            f"--report {path}: is a folder", hint=f"--report {quoted(str(path / _NAME))}"
+            f"{option}{path}: is a folder", hint=f"{option}{quoted(str(path / _NAME))}"
         )
     if path.suffix.lower() not in _RENDERERS:
         is_stream = path.name == "-" or (path.exists() and not path.is_file())
         named = _NAME if is_stream else path.with_suffix(".html")
         raise UsageError(
-            f"--report {path}: a report is one of {', '.join(_RENDERERS)}, by its suffix",
-            hint=f"--report {quoted(str(named))}",
+            f"{option}{path}: a report is one of {', '.join(_RENDERERS)}, by its suffix",
+            hint=f"{option}{quoted(str(named))}",
         )
     if not path.parent.is_dir():
         raise UsageError(
-            f"--report {path}: there is no folder {path.parent}",
+            f"{option}{path}: there is no folder {path.parent}",
             hint=f"mkdir -p {quoted(str(path.parent))}",
         )
     if path.is_file() and not _may_be_replaced(path):
         other = path.with_name(f"report{path.suffix}")
         raise UsageError(
-            f"--report {path}: is there, and is no report",
-            hint=f"give it another name: --report {quoted(str(other))}"
+            f"{option}{path}: is there, and is no report",
+            hint=f"give it another name: {option}{quoted(str(other))}"
             if path.name != other.name
             else f"if it is not needed: rm {quoted(str(path))}",
         )
@@ -63,10 +68,19 @@ def _may_be_replaced(path: Path) -> bool:
     return not start or start.startswith(_STARTS) or _GENERATOR in start
 
 
-def write_report(result: Result, path: Path) -> None:
+def write_report(result: Result, path: Path, option: str = "--report ") -> None:
     """Write the report; raises UsageError where the file cannot be written."""
     text: str = import_module(f"harness.report.{_RENDERERS[path.suffix.lower()]}").render(result)
-    _write(f"--report {path}", path, text, mode="w")
+    _write(f"{option}{path}", path, text, mode="w")
+
+
+def write_comparison(comparison: Comparison, location: str | os.PathLike[str]) -> None:
+    """Write the report of one comparison; raises UsageError as `check_report` does, too."""
+    path = Path(location)
+    check_report(path, option="")
+    names = (side.name for side in (comparison.expected, comparison.actual))
+    outcome = Outcome(expected=next(names), actual=next(names), stages=(comparison,))
+    write_report(Result(command="verify", outcomes=(outcome,)), path, option="")
 
 
 def append_step_summary(result: Result, path: Path) -> None:

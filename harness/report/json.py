@@ -1,55 +1,87 @@
-"""Comparisons, checkpoints and errors as plain data for JSON.
+"""Reports, fingerprints and errors as JSON, by type.
 
-The schema, to which later versions only add:
-
-    verify, diff  {"exit_code", "goldens": [{"golden", "checkpoint", "root": {"expected", "actual"},
-                   "stages": [{"stage", "verdict", "num_identical", "num_ignored", "findings",
-                   "notes", "not_compared": {"sections", "entries"},
-                   "first_departure": {"diverging_module", "key", "inputs_agreeing",
-                   "inputs_undecided", "inputs_diverging", "inputs_on_one_side", "num_before",
-                   "num_close", "num_undecided"} | null}],
-                   "error"?, "updated"?, "next_steps"}],
-                   "error"?: the first, where it left nothing to compare}
-    finding       {"kind", "key", "expected", "actual", "actual_key"?, "count"?, "causes"}, and for
-                  close, different and undecided also
-                  {"why", "is_exact", "atol", "rtol", "numel", "max_abs", "min_atol", "rms",
-                   "num_differing", "num_beyond", "where", "strip", "elements", "chance",
-                   "num_nonfinite": {"expected", "actual"}, "stats": {"expected", "actual"}}
-    cause         {"kind": rounded, widened, moved, reshaped, transposed, joined, split, stacked,
-                   rows, reordered, constant, scaled, shifted, sum, unrelated, weight_norm or
-                   counter, "text", "proof", and its facts: "dtype", "of", "axes", "axis", …}; the
-                   best first
-    element       {"index", "expected", "actual"}
-    stats         {"min", "max", "mean", "std", "l2", "num_zero", "num_nan", "num_posinf",
-                   "num_neginf"} | null
-    show          {"root", "container", "section", "other_sections": [{"section", "num_tensors"}],
-                   "not_read", "config", "members": {name: size and digest}, "tensors": [{"key",
-                   "dtype", "shape", "digest", "alias_of", "value"?, "stats"}], "history"?}
-    error         {"kind", "message", "hint"}; alone, {"exit_code": 2, "error"}, where a command
-                  was not understood or is none of the above
-
-Intervals are [lower, upper]. Numbers that JSON lacks are the strings "NaN", "Infinity" and
-"-Infinity"; complex ones are [real, imaginary].
+In: results, fingerprints, errors. Out: plain data for `json.dumps`. `schema()` is the JSON Schema
+of `Report` (verify, diff, roundtrip) and `Listing` (show --json), to which later versions only add,
+and of the two texts in a golden. How numbers are written is in `harness.comparison.plain`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict
 from typing import Any
 
-from harness.comparison.cause import Cause
-from harness.comparison.comparison import Comparison
-from harness.comparison.difference import Difference
-from harness.comparison.findings import Divergence, Finding, describe
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from harness.comparison.findings import describe
+from harness.comparison.plain import Side, StageData, StatsData, plain, stage_data, stats_data
 from harness.errors import HarnessError
 from harness.fingerprints.fingerprint import Fingerprint
-from harness.fingerprints.stats import Stats
+from harness.golden.golden import Golden, Update
+from harness.golden.header import Contents, Header
 from harness.report.outcome import Outcome, Result
 from harness.text.disclosure import disclosed
 
-Json = Any
+
+class ErrorData(msgspec.Struct, frozen=True, kw_only=True):
+    """What could not be done, and the next step."""
+
+    kind: str
+    message: str
+    hint: str | None
+
+
+class OutcomeData(msgspec.Struct, frozen=True, kw_only=True):
+    """What one golden, or one pair of checkpoints, came to."""
+
+    golden: str | None
+    checkpoint: str | None
+    root: dict[Side, str] | UnsetType = UNSET
+    stages: tuple[StageData, ...]
+    error: ErrorData | UnsetType = UNSET
+    updated: bool | UnsetType = UNSET
+    next_steps: tuple[str, ...]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What verify, diff and roundtrip print: `error` where nothing could be compared."""
+
+    exit_code: int
+    goldens: tuple[OutcomeData, ...] | UnsetType = UNSET
+    error: ErrorData | UnsetType = UNSET
+
+
+class TensorData(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+    alias_of: str | None
+    value: str | UnsetType = UNSET
+    stats: StatsData | None
+
+
+class SectionData(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a file that was not looked at."""
+
+    section: str
+    num_tensors: int | None
+
+
+class Listing(msgspec.Struct, frozen=True, kw_only=True):
+    """What show prints; `history` of a golden alone."""
+
+    root: str
+    container: str
+    section: str
+    other_sections: tuple[SectionData, ...]
+    not_read: tuple[str, ...]
+    config: Any
+    members: dict[str, str]
+    tensors: tuple[TensorData, ...]
+    history: tuple[Update, ...] | UnsetType = UNSET
 
 
 def render(result: Result) -> str:
@@ -57,164 +89,90 @@ def render(result: Result) -> str:
     return json.dumps(result_as_json(result), indent=2) + "\n"
 
 
-def result_as_json(result: Result) -> Json:
+def schema() -> Any:
+    """The JSON Schema of a report, of what `show --json` prints, and of a golden's two texts."""
+    documents, components = msgspec.json.schema_components(
+        (Report, Listing, Header, Contents), ref_template="#/$defs/{name}"
+    )
+    found = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "harness: a report, a listing of tensors, or the header or contents of a golden",
+        "anyOf": list(documents),
+        "$defs": components,
+    }
+    return msgspec.json.decode(msgspec.json.encode(found))  # whose defaults are Structs
+
+
+def result_as_json(result: Result) -> Any:
     """What `--format json` prints."""
-    found: dict[str, Json] = {
-        "exit_code": result.exit_code,
-        "goldens": [_outcome(outcome) for outcome in result.outcomes],
-    }
-    if not any(outcome.stages for outcome in result.outcomes):
-        errors = [outcome.error for outcome in result.outcomes if outcome.error is not None]
-        if errors:
-            found["error"] = error_as_json(errors[0])
-    return found
+    errors = [outcome.error for outcome in result.outcomes if outcome.error is not None]
+    stages = [stage for outcome in result.outcomes for stage in outcome.stages]
+    return plain(
+        Report(
+            exit_code=result.exit_code,
+            goldens=tuple(map(_outcome, result.outcomes)),
+            error=_error(errors[0]) if errors and not stages else UNSET,
+        )
+    )
 
 
-def _outcome(outcome: Outcome) -> Json:
-    found: dict[str, Json] = {"golden": outcome.expected, "checkpoint": outcome.actual}
+def _outcome(outcome: Outcome) -> OutcomeData:
+    return OutcomeData(
+        golden=outcome.expected,
+        checkpoint=outcome.actual,
+        root=_roots(outcome),
+        stages=tuple(map(stage_data, outcome.stages)),
+        error=UNSET if outcome.error is None else _error(outcome.error),
+        updated=UNSET if outcome.updated is None else outcome.updated,
+        next_steps=outcome.next_steps,
+    )
+
+
+def _roots(outcome: Outcome) -> dict[Side, str] | UnsetType:
+    """Those of the file, where all of it was read."""
     for stage in outcome.stages[:1]:
+        sides = (stage.expected, stage.actual)
         if stage.stage == "file" and all(
-            t.digest is not None
-            for side in (stage.expected, stage.actual)
-            for t in side.tensors.values()
+            tensor.digest is not None for side in sides for tensor in side.tensors.values()
         ):
-            found["root"] = {
-                "expected": stage.expected.root.hex(),
-                "actual": stage.actual.root.hex(),
-            }
-    found["stages"] = [comparison_as_json(stage) for stage in outcome.stages]
-    if outcome.error is not None:
-        found["error"] = error_as_json(outcome.error)
-    if outcome.updated is not None:
-        found["updated"] = outcome.updated
-    found["next_steps"] = list(outcome.next_steps)
-    return found
+            return {"expected": stage.expected.root.hex(), "actual": stage.actual.root.hex()}
+    return UNSET
 
 
-def comparison_as_json(comparison: Comparison) -> Json:
-    """One stage of one golden."""
-    return {
-        "stage": comparison.stage,
-        "verdict": comparison.verdict,
-        "num_identical": comparison.num_identical,
-        "num_ignored": comparison.num_ignored,
-        "findings": [_finding(finding) for finding in comparison.findings],
-        "notes": list(comparison.notes),
-        "not_compared": {
-            "sections": [name for name, _ in comparison.actual.others],
-            "entries": sorted({*comparison.expected.unread, *comparison.actual.unread}),
-        },
-        "first_departure": None
-        if comparison.divergence is None
-        else divergence_lines(comparison.divergence),
-    }
+def _error(error: HarnessError) -> ErrorData:
+    return ErrorData(kind=error.kind, message=str(error), hint=error.hint)
 
 
-def divergence_lines(divergence: Divergence) -> Json:
-    return {
-        "diverging_module": divergence.diverging_module,
-        "key": divergence.finding.key,
-        "inputs_agreeing": list(divergence.agreeing),
-        "inputs_undecided": list(divergence.undecided),
-        "inputs_diverging": list(divergence.diverging),
-        "inputs_on_one_side": list(divergence.alone),
-        "num_before": divergence.num_before,
-        "num_close": divergence.num_close,
-        "num_undecided": divergence.num_undecided,
-    }
-
-
-def _finding(finding: Finding) -> Json:
-    found: dict[str, Json] = {
-        "kind": finding.kind,
-        "key": finding.key,
-        "expected": finding.expected,
-        "actual": finding.actual,
-    }
-    if finding.actual_key is not None:
-        found["actual_key"] = finding.actual_key
-    if finding.kind == "prefix":
-        found["count"] = finding.count
-    found["causes"] = [cause_as_json(cause) for cause in finding.causes]
-    if finding.difference is not None:
-        found |= _difference(finding.difference)
-    return found
-
-
-def cause_as_json(cause: Cause) -> dict[str, Json]:
-    """What happened: kind, words, proof and facts."""
-    facts = {k: number(v) if isinstance(v, float) else v for k, v in cause.facts.items()}
-    return {"kind": cause.kind, "text": cause.text, "proof": cause.proof, **facts}
-
-
-def _difference(difference: Difference) -> dict[str, Json]:
-    return {
-        "why": difference.why,
-        "is_exact": difference.is_exact,
-        "atol": difference.tolerance.atol,
-        "rtol": difference.tolerance.rtol,
-        "numel": difference.numel,
-        "max_abs": [number(end) for end in difference.max_abs],
-        "min_atol": [number(end) for end in difference.min_atol],
-        "rms": number(difference.rms),
-        "num_differing": difference.num_differing,
-        "num_beyond": difference.num_beyond,
-        "where": difference.where,
-        "strip": [number(value) for value in difference.strip],
-        "elements": [
-            {
-                "index": list(element.index),
-                "expected": number(element.expected),
-                "actual": number(element.actual),
-            }
-            for element in difference.elements
-        ],
-        "num_nonfinite": dict(zip(("expected", "actual"), difference.num_nonfinite, strict=True)),
-        "stats": dict(zip(("expected", "actual"), map(_stats, difference.stats), strict=True)),
-        "chance": difference.chance,
-    }
-
-
-def _stats(stats: Stats | None) -> Json:
-    return None if stats is None else {k: number(v) for k, v in asdict(stats).items()}
-
-
-def number(value: float | complex | int | bool) -> Json:
-    """A number as JSON can hold it."""
-    if isinstance(value, complex):
-        return [number(value.real), number(value.imag)]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def fingerprint_as_json(fingerprint: Fingerprint) -> Json:
+def fingerprint_as_json(fingerprint: Fingerprint, golden: Golden | None = None) -> Any:
     """What `show --json` prints."""
-    return {
-        "root": fingerprint.root.hex(),
-        "container": fingerprint.container,
-        "section": fingerprint.section,
-        "other_sections": [
-            {"section": name, "num_tensors": count} for name, count in fingerprint.others
-        ],
-        "not_read": list(fingerprint.unread),
-        "config": disclosed(fingerprint.config),
-        "members": dict(sorted(fingerprint.members.items())),
-        "tensors": [
-            {
-                "key": tensor.key,
-                "dtype": tensor.dtype.name,
-                "shape": list(tensor.shape),
-                "digest": (tensor.digest or b"").hex(),
-                "alias_of": tensor.alias_of,
-                **({"value": describe(tensor)} if tensor.dtype.is_value else {}),
-                "stats": _stats(tensor.stats),
-            }
-            for tensor in fingerprint.tensors.values()
-        ],
-    }
+    return plain(
+        Listing(
+            root=fingerprint.root.hex(),
+            container=fingerprint.container,
+            section=fingerprint.section,
+            other_sections=tuple(
+                SectionData(section=name, num_tensors=count) for name, count in fingerprint.others
+            ),
+            not_read=fingerprint.unread,
+            config=disclosed(fingerprint.config),
+            members=dict(sorted(fingerprint.members.items())),
+            tensors=tuple(
+                TensorData(
+                    key=tensor.key,
+                    dtype=tensor.dtype.name,
+                    shape=tensor.shape,
+                    digest=(tensor.digest or b"").hex(),
+                    alias_of=tensor.alias_of,
+                    value=describe(tensor) if tensor.dtype.is_value else UNSET,
+                    stats=stats_data(tensor.stats),
+                )
+                for tensor in fingerprint.tensors.values()
+            ),
+            history=UNSET if golden is None else golden.history,
+        )
+    )
 
 
-def error_as_json(error: HarnessError) -> Json:
-    """The error object alone."""
-    return {"kind": error.kind, "message": str(error), "hint": error.hint}
+def error_as_json(error: HarnessError) -> Any:
+    """A document of an error alone."""
+    return plain(Report(exit_code=2, error=_error(error)))

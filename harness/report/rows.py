@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -20,10 +20,10 @@ import numpy as np
 from harness.comparison.comparison import Comparison
 from harness.comparison.difference import Difference, Element, round_outward, sufficient_atol
 from harness.comparison.findings import FINDING_KINDS, Finding, describe
+from harness.comparison.plain import Pairing, number, pairings
 from harness.comparison.policy import Tolerance
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.stats import Stats
-from harness.report.json import number
 from harness.text.folding import escaped, printable
 
 Json = Any
@@ -114,9 +114,9 @@ class Tables:
         """Add a stage; returns its number."""
         numbers: list[int] = []
         places: dict[str, int] = {}
-        for (_, key), row in self._rows(comparison):
-            places.setdefault(key, len(numbers))
-            numbers.append(self.rows.setdefault(row, len(self.rows)))
+        for pairing in pairings(comparison):
+            places.setdefault(pairing.key, len(numbers))
+            numbers.append(self.rows.setdefault(self._row(pairing), len(self.rows)))
         diverges, inputs = comparison.divergence, []
         if diverges is not None:
             names = (*diverges.agreeing, *diverges.undecided, *diverges.diverging)
@@ -154,43 +154,12 @@ class Tables:
             extras[place] = known[place]
         return {**found, "extras": extras}
 
-    def _rows(self, comparison: Comparison) -> Iterator[tuple[tuple[str, str], tuple[Row, Extra]]]:
-        """The rows by side and key: the golden's, then what only the actual side has."""
-        expected, actual, policy = comparison.expected, comparison.actual, comparison.policy
-        of_key: dict[tuple[str, str], list[Finding]] = {}
-        for finding in comparison.findings:
-            key = finding.key
-            excess = finding.kind == "unexpected" or key not in expected.tensors
-            of_key.setdefault(("actual" if excess else "expected", key), []).append(finding)
-        for key, tensor in expected.tensors.items():
-            findings = of_key.pop(("expected", key), [])
-            name = policy.renamed(key)
-            ignored = policy.ignores(key) or policy.ignores(name)
-            other = actual.tensors.get(name) if ignored else _counterpart(tensor, actual, findings)
-            kind = "ignored" if ignored else "identical"
-            yield ("expected", key), self._row(key, kind, tensor, other, findings)
-        names = {policy.renamed(key) for key in expected.tensors}
-        for key, tensor in actual.tensors.items():
-            name = key.removeprefix(policy.strip_prefix)
-            findings = of_key.pop(("actual", key), [])
-            if findings or (name not in names and policy.ignores(name)):
-                yield ("actual", key), self._row(key, "ignored", None, tensor, findings)
-        for (_, key), findings in of_key.items():  # what is no tensor: prefixes, hyperparameters
-            yield ("neither", key), self._row(key, "", None, None, findings)
-
-    def _row(
-        self,
-        key: str,
-        kind: str,
-        expected: TensorFingerprint | None,
-        actual: TensorFingerprint | None,
-        findings: Sequence[Finding],
-    ) -> tuple[Row, Extra]:
-        worst = min(findings, key=_severity, default=None)
+    def _row(self, pairing: Pairing) -> tuple[Row, Extra]:
+        expected, actual, findings = pairing.expected, pairing.actual, pairing.findings
         tensor = expected or actual
         row = Row(
-            key=printable(key) or '""',
-            kind=kind if worst is None else worst.kind,
+            key=printable(pairing.key) or '""',
+            kind=pairing.kind,
             expected=self._type(expected),
             actual=self._type(actual),
             nbytes=0 if tensor is None else tensor.nbytes,
@@ -237,22 +206,6 @@ def _side(side: Fingerprint) -> Json:
         "container": side.container,
         "section": printable(side.section),
     }
-
-
-def _counterpart(
-    tensor: TensorFingerprint, actual: Fingerprint, findings: Sequence[Finding]
-) -> TensorFingerprint | None:
-    """What the actual side has for a golden's tensor: one of the same type, if nothing is said."""
-    for finding in findings:
-        if finding.kind == "missing":
-            return None
-        if finding.difference is not None or finding.kind in ("dtype", "shape", "value"):
-            return actual.tensors[finding.actual_key or finding.key]
-    return tensor
-
-
-def _severity(finding: Finding) -> int:
-    return FINDING_KINDS.index(finding.kind)
 
 
 def _rank(row: Row) -> tuple[int, float]:

@@ -31,6 +31,12 @@ def printable(key: str) -> str:
     return json.dumps(key, ensure_ascii=not key.isprintable())
 
 
+def shortened(text: str, width: int) -> str:
+    """The end of a key or a path, which says most of it, on at most `width` columns."""
+    shown = printable(text[-2 * width :])
+    return shown if len(shown) <= width else f"…{shown[1 - width :]}"
+
+
 def escaped(text: str) -> str:
     """Any text as it may stand on one line of a terminal: names in it may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

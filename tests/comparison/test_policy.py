@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,7 +47,7 @@ def test_a_glob_in_the_place_of_a_tuple_of_them_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"ab": "cd"}, ("ab",), (7,), (("a",),), "ab", (("a", 1e-5),) * 2]
+    "wrong", [{"ab": 7}, {7: "ab"}, ("ab",), (7,), (("a",),), "ab", (("a", 1e-5),) * 2]
 )
 def test_a_map_or_tolerances_of_another_form_are_an_error(wrong: Any) -> None:
     with pytest.raises(UsageError, match=r"tolerances takes a tuple of \(GLOB, ATOL, RTOL\), not"):
@@ -57,6 +58,45 @@ def test_a_map_or_tolerances_of_another_form_are_an_error(wrong: Any) -> None:
         ) as caught:
             Policy(key_map=wrong)
         assert caught.value.hint == "key_map=(('encoder.', 'model.encoder.'),)"
+
+
+def test_mappings_and_lists_are_taken_as_tuples() -> None:
+    given: Any = {
+        "key_map": {"a.": "b.", "c": "d"},
+        "tolerances": {"x*": (1e-3, 0)},
+        "ignore": ["y", "z*"],
+    }
+    policy = Policy(**given)
+    assert policy == Policy(
+        key_map=(("a.", "b."), ("c", "d")), tolerances=(("x*", 1e-3, 0),), ignore=("y", "z*")
+    )
+    assert hash(policy)
+    assert Policy(key_map=[["a", "b"]]).renamed("a") == "b"  # type: ignore[arg-type, list-item]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"atol": "1e-5"}, "atol takes a number, not '1e-5'"),
+        ({"rtol": [1]}, r"rtol takes a number, not \[1\]"),
+        ({"accept": "rounded"}, "accept takes a tuple of causes, not 'rounded'"),
+        ({"must_change": [b"x"]}, "must_change takes a tuple of globs, not b'x'"),
+        ({"cast": 16}, "cast takes the name of a dtype, not 16"),
+        ({"atol": True}, "atol takes a number, not True"),
+        ({"exact": "no"}, "exact takes True or False, not 'no'"),
+        ({"strip_prefix": ("a.",)}, "strip_prefix takes a text, not "),
+        ({"ignore": 5}, "ignore takes a tuple of globs, not 5"),
+        ({"ignore": (5,)}, "ignore takes a tuple of globs, not 5"),
+        ({"key_map": {"a": 5}}, "key_map takes a tuple of .*, not .'a': 5"),
+    ],
+)
+def test_what_is_of_another_type_is_named(given: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Policy(**given)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert Policy(atol=np.float64(1e-3), rtol=np.float32(0)).tolerance("x").atol == 1e-3
 
 
 def test_globs_of_another_stage_are_no_typing_errors() -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from harness.checkpoint.sources.remote import RemotePath
 
 AnyPath: TypeAlias = "Path | RemotePath"
-Location: TypeAlias = "str | Path | RemotePath"
+Location: TypeAlias = "str | os.PathLike[str] | RemotePath"
 
 # In a folder of torch.distributed.checkpoint: its index, and the suffix of what that places.
 METADATA = ".metadata"
@@ -51,14 +51,14 @@ def to_path(location: Location) -> AnyPath:
 
 
 def _no_url(location: Location) -> AnyPath:
-    if isinstance(location, (str, Path)):
+    if isinstance(location, (str, os.PathLike)):
         try:
             possible = b"\0" not in os.fsencode(location)
         except UnicodeEncodeError:
             possible = False
         if not possible:
             raise UsageError(f"{location}: a name that no file can have", hint="check the path")
-        return Path(location)
+        return Path(os.fsdecode(location))
     from harness.checkpoint.sources.remote import RemotePath
 
     if not isinstance(location, RemotePath):
@@ -101,7 +101,7 @@ def is_there(path: AnyPath) -> bool:
 
 def path_of(subject: object) -> AnyPath | None:
     """The path or URL that a subject is, None for what is open or in memory."""
-    if isinstance(subject, (str, Path)):
+    if isinstance(subject, (str, os.PathLike)):
         return to_path(subject)
     from harness.checkpoint.sources.remote import RemotePath
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from harness.checkpoint import open_checkpoint
+from harness.checkpoint.dtypes import Array
 from harness.checkpoint.sources.access import open_source, read_file
 from harness.checkpoint.sources.paths import AnyPath, is_there
 from harness.checkpoint.tensors import Tensor
@@ -38,8 +39,6 @@ from harness.errors import CheckpointError
 from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import Sketch, sketch_values
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 _DOWN = re.compile(
     r"^(?P<stem>.+?)\.(?:lora_A|lora_down)(?P<name>(?:\.(?!weight$)[^.]+)?(?:\.weight)?)$"

@@ -10,10 +10,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from harness.checkpoint.dtypes import Array
 from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.comparison.causes.views import View, are_same, digest_as
 from harness.fingerprints.arithmetic import as_floats
@@ -21,9 +21,6 @@ from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import Sketch, projection
 from harness.fingerprints.stats import Stats
 from harness.streaming.workers import ALL_CORES, Workers
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
 
 _HEAD_NBYTES = 256
 

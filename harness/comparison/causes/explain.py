@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+from harness.checkpoint.sources.paths import Location, to_path
 from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.comparison.cause import Cause
 from harness.comparison.causes.accepting import accepted
-from harness.comparison.causes.adapters import Adapter, sum_of
+from harness.comparison.causes.adapters import Adapter, opened_adapter, sum_of
 from harness.comparison.causes.evidence import (
     Evidence,
     OutOfTime,
@@ -80,6 +82,34 @@ def explained(
         notes=(*comparison.notes, *([note] if note else [])),
     )
     return accepted(_with_known(found))
+
+
+def with_causes(
+    comparison: Comparison,
+    actual: Checkpoint | None = None,
+    reference: Checkpoint | None = None,
+    *,
+    started: float,
+    known: Mapping[str, TensorFingerprint] | None = None,
+    adapter: Location | None = None,
+    workers: Workers = ALL_CORES,
+) -> Comparison:
+    """As `explained`, in about the time since `started`, with the adapter in a file.
+
+    Nothing is read where all is well.
+    """
+    if not comparison.findings and not comparison.policy.must_change:
+        return comparison
+    with nullcontext() if adapter is None else opened_adapter(to_path(adapter)) as opened:
+        return explained(
+            comparison,
+            actual,
+            reference,
+            known=known,
+            adapter=opened,
+            seconds=time.monotonic() - started,
+            workers=workers,
+        )
 
 
 def _with_known(comparison: Comparison) -> Comparison:

@@ -14,18 +14,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from harness.checkpoint.dtypes import DType, numpy_dtype
+from harness.checkpoint.dtypes import Array, DType, numpy_dtype
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import is_constant
 from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import NUM_PROJECTIONS, Sketch, projection
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 # Fewer elements fit too many hypotheses.
 _MIN_NUMEL = 8

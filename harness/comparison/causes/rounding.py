@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from harness.checkpoint.dtypes import DTYPES, DType, numpy_dtype
+from harness.checkpoint.dtypes import DTYPES, Array, DType, numpy_dtype
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import CASTS, Acceptable, Cause, Proof
 from harness.comparison.causes.evidence import Evidence, is_constant
@@ -20,8 +19,6 @@ from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.fingerprints.hashes import UNIT_NUMEL, hash_unit, join_units
 from harness.streaming.chunks import buffers
 from harness.streaming.threads import parallel
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 

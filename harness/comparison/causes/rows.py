@@ -13,11 +13,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from harness.checkpoint.dtypes import DType
+from harness.checkpoint.dtypes import Array, DType
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause, Proof
 from harness.comparison.causes.evidence import Evidence, are_permutable, begins_as
@@ -26,8 +25,6 @@ from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.hashes import unordered_sums
 from harness.fingerprints.residues import Grid, encode
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 _MAX_NAMED = 4
 _MAX_SORTED_NBYTES = 64 << 20

@@ -14,11 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from harness.checkpoint.dtypes import DType
+from harness.checkpoint.dtypes import Array, DType
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import is_constant
 from harness.comparison.causes.linear import are_comparable, vector_of
@@ -27,8 +26,6 @@ from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.fingerprints.sketch import NUM_PROJECTIONS
 from harness.fingerprints.stats import Stats
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 _MIN_NUMEL = 16
 # What is printed as ± is two standard errors. Three are how far chance goes; four and a half how

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -20,8 +20,6 @@ from harness.fingerprints.fingerprint import digest_of
 from harness.streaming.chunks import Chunk, buffers, chunks
 from harness.streaming.threads import parallel
 from harness.streaming.workers import ALL_CORES, Workers
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class View(Protocol):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.checkpoint.dtypes import Array
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence
@@ -21,8 +22,6 @@ from harness.comparison.causes.views import View
 from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import sketch_values
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 # How the norm g and the direction v are called beside the plain weight: torch's old and new form.
 _FORMS = (

@@ -1,0 +1,107 @@
+"""The package as people import it: what its signatures name is there, and nothing loads early."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import harness
+from harness import Policy, UsageError
+
+# What is Python's own, or of what the annotations are made.
+PLAIN = {
+    *("str", "int", "float", "bool", "bytes", "object", "None", "tuple", "list", "dict", "Any"),
+    *(
+        "Mapping",
+        "Sequence",
+        "Collection",
+        "Iterator",
+        "Callable",
+        "Path",
+        "os",
+        "PathLike",
+        "Self",
+    ),
+}
+
+
+def test_dir_lists_the_public_names_and_each_is_there() -> None:
+    assert {*dir(harness)} >= {*harness.__all__}
+    for name in harness.__all__:
+        assert getattr(harness, name) is not None
+
+
+def signatures() -> dict[str, inspect.Signature]:
+    """The verbs, and the public methods and properties of what they give."""
+    found = {
+        name: inspect.signature(getattr(harness, name))
+        for name in harness.__all__
+        if inspect.isfunction(getattr(harness, name))
+    }
+    for kind in (harness.Comparison, harness.Finding, harness.Difference, harness.Policy):
+        for member, method in vars(kind).items():
+            method = getattr(method, "fget", method)
+            if not member.startswith("_") and inspect.isfunction(method):
+                found[f"{kind.__name__}.{member}"] = inspect.signature(method)
+    return found
+
+
+def test_the_types_in_public_signatures_can_be_imported() -> None:
+    found = signatures()
+    assert {"verify", "verify_stages", "open_checkpoint", "Comparison.rows"} <= {*found}
+    for name, signature in found.items():
+        given = [p.annotation for p in signature.parameters.values() if p.name != "self"]
+        named = set(re.findall(r"[A-Za-z_]\w*", " ".join([*given, signature.return_annotation])))
+        assert named - PLAIN <= {*harness.__all__}, name
+
+
+def test_paths_of_other_libraries_are_paths(tmp_path: Path) -> None:
+    class Place:
+        def __init__(self, path: Path) -> None:
+            self.path = path
+
+        def __fspath__(self) -> str:
+            return str(self.path)
+
+    torch.save({"w": torch.ones(3)}, tmp_path / "m.pt")
+    place: os.PathLike[str] = Place(tmp_path / "m.pt")
+    golden: os.PathLike[str] = Place(tmp_path / "g.safetensors")
+    harness.record(place, golden)
+    assert harness.verify(place, golden)
+    assert harness.diff(place, place)
+    assert len(harness.open_checkpoint(place).tensors) == 1
+    assert harness.read_golden(golden).source
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: harness.fingerprint(None), "None is no checkpoint"),
+        (lambda: harness.record(None, "g.safetensors"), "None is no checkpoint"),
+        (lambda: harness.fingerprint(5), "cannot fingerprint an int"),
+        (lambda: harness.fingerprint(b"x.pt"), "cannot fingerprint a bytes"),
+        (lambda: harness.diff(None, "x.pt"), "a NoneType is no path"),
+        (lambda: harness.verify("x.pt", 5), "a int is no path"),
+        (lambda: harness.verify("x.pt", policy={"atol": 1}), "policy takes a Policy, not"),
+        (lambda: harness.verify("x.pt", jobs="2"), "jobs takes a number of threads, not '2'"),
+        (lambda: harness.record("x.pt", section=5), "section takes a text, not 5"),
+        (lambda: harness.record("x.pt", overwrite="no"), "overwrite takes True or False"),
+        (lambda: harness.record("x.pt", stage=5), "stage takes one of file, load"),
+        (lambda: harness.update("x.pt", reason=5), "reason takes a text, not 5"),
+        (lambda: harness.diff("x.pt", "y.pt", policy="exact"), "policy takes a Policy"),
+        (lambda: harness.roundtrip("x.pt", policy="exact"), "policy takes a Policy"),
+        (lambda: harness.verify_stages("x.pt", policy=1), "policy takes a Policy"),
+        (lambda: Policy(atol="1e-5"), "atol takes a number"),
+        (lambda: harness.fingerprint(np.ones(3)), "cannot fingerprint a"),
+    ],
+)
+def test_what_is_of_another_type_is_named_at_once(call: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        call()
