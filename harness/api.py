@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.sources.paths import Location, path_of, to_local, to_path
+from harness.checkpoint.sources.paths import Location, is_there, path_of, to_local, to_path
 from harness.comparison import buffers as buffers_of
 from harness.comparison.causes.explain import with_causes
 from harness.comparison.compare import compare, with_damages
@@ -72,6 +73,7 @@ __all__ = [
     "update",
     "verify",
     "verify_stages",
+    "write_inputs",
 ]
 
 
@@ -303,6 +305,30 @@ def roundtrip(
         weights = fingerprint_checkpoint(checkpoint, details=nothing)
     expected = Expected(weights=weights)
     yield from live_stages(source, expected, policy or Policy(), live or LiveOptions(), "outputs")
+
+
+def write_inputs(
+    model: Location, file: Path, *, live: LiveOptions | None = None, overwrite: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Write a model's example inputs as safetensors; returns their names and shapes.
+
+    `model` is a checkpoint, or `package.module:Name` of what is built without arguments. Raises
+    ModelError for a model without inputs, UsageError for a file that is there.
+    """
+    from harness.model.config import load_config
+    from harness.model.inputs import write_inputs as write
+    from harness.model.loading import built
+    from harness.model.options import LiveOptions
+
+    live = live or LiveOptions()
+    if ":" in str(model) and not is_there(to_path(model)):
+        module = built(str(model), None if live.config is None else load_config(live.config))
+    else:
+        source = to_local(model, LOADED)
+        with opened(source, None) as checkpoint:
+            module = live.loader(checkpoint).load(source, seed=1, section=checkpoint.section)
+    written = write(module, Path(file), overwrite=overwrite)
+    return {name: tuple(tensor.shape) for name, tensor in written.items()}
 
 
 @of_live_ones_too

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from harness.cli.inputs import inputs
 from harness.cli.options import (
     PATH,
     Command,
@@ -519,6 +520,9 @@ def show(asked: Invocation, /, file: AnyPath, textconv: bool, **options: Any) ->
         if not textconv:
             raise
         click.echo(escaped(f"cannot be read: {error}"))  # else `git diff` ends for all files
+
+
+cli.add_command(inputs)
 
 
 def _show(

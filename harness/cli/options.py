@@ -254,7 +254,7 @@ _STAGE_FLAGS = [
     _stage("reload", "Also save and load again."),
     _stage("outputs", "Also compare what it computes."),
 ]
-_LIVE = [
+_CODE = [
     click.option("--model", "target", metavar="MODULE:NAME", help="The model's class or factory."),
     click.option(
         "--config",
@@ -263,18 +263,20 @@ _LIVE = [
         help="Replaces the model's configuration.",
     ),
     click.option(
-        "--inputs",
-        type=_Location("--inputs"),
-        metavar="FILE",
-        help="safetensors of forward's keyword arguments.",
-    ),
-    click.option(
         "--trust-checkpoint", is_flag=True, help="Let Lightning unpickle: runs what the file says."
     ),
 ]
 _RUN = [click.option("--keep", is_flag=True, help="Keep the saved file beside the checkpoint.")]
 _OF_OUTPUTS = "of outputs (default: as recorded, else 1e-4)."
-_LIVE += [
+_LIVE = [
+    *_CODE[:-1],
+    click.option(
+        "--inputs",
+        type=_Location("--inputs"),
+        metavar="FILE",
+        help="safetensors of forward's keyword arguments.",
+    ),
+    _CODE[-1],
     click.option("--output-atol", type=float, help=f"As --atol, {_OF_OUTPUTS}"),
     click.option("--output-rtol", type=float, help=f"As --rtol, {_OF_OUTPUTS}"),
 ]
@@ -351,6 +353,11 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags that say how far to go."""
     return _add(_STAGE_FLAGS, command)
+
+
+def code_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which class or factory is loaded."""
+    return _add(_CODE, command)
 
 
 def live_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from harness.comparison.measuring import Triple
 
 ROOT = "(model)"
+_MAX_STRUCTURE = 12  # patterns of names
 Activations = Literal["common", "all", "final"]
 
 
@@ -254,14 +255,21 @@ def _check_selection(selection: Selection, keys: Sequence[str]) -> None:
 
 
 def _structure(expected: Fingerprint, actual: Fingerprint, alone: Sequence[str]) -> list[str]:
-    """What only one of two implementations has, in one line; modules that it lacks as a whole."""
+    """What only one of two implementations has, in one line; modules that are lacking as such."""
     said = []
     for side, other, where in ((expected, actual, "the golden"), (actual, expected, "this model")):
         keys = [key for key in alone if key in side.tensors]
-        modules = {module_of(key) for key in other.tensors}
-        names = [module_of(key) if module_of(key) not in modules else key for key in keys]
-        if names:
-            said.append(f"only in {where}: {brief_keys(list(dict.fromkeys(names)))}")
+        calls = {module_of(key) for key in other.tensors}
+        modules = {call.partition("@")[0] for call in calls}
+
+        def name(key: str, calls: set[str] = calls, modules: set[str] = modules) -> str:
+            call = module_of(key)
+            path = call.partition("@")[0]
+            return key if call in calls else call if path in modules else path
+
+        if keys:
+            names = brief_keys(list(dict.fromkeys(map(name, keys))), _MAX_STRUCTURE)
+            said.append(f"only in {where}: {names}")
     return [f"structure, not compared: {'; '.join(said)}"] if said else []
 
 
@@ -271,9 +279,14 @@ def first_divergence(comparison: Comparison, alone: Collection[str] = ()) -> Div
     Inputs that changed are the doing of the module around the one that got them. `alone` are the
     activations that only one side has: of such inputs nothing is known.
     """
-    failing = {f.key: f for f in comparison.findings if f.fails}
-    if not failing:
+    findings = {f.key: f for f in comparison.findings if f.fails}
+    if not findings:
         return None
+    # Where the output agrees all the same, the input does not matter.
+    without = {module_of(k) for k in comparison.expected.tensors if _is_output(k)}.difference(
+        module_of(key) for key in findings if _is_output(key)
+    )
+    failing = {key: f for key, f in findings.items() if module_of(key) not in without} or findings
     undecided = {f.key for f in comparison.findings if f.kind == "undecided"}
     close = {f.key for f in comparison.findings if f.kind == "close"}
     order = list(comparison.expected.tensors)
@@ -286,7 +299,12 @@ def first_divergence(comparison: Comparison, alone: Collection[str] = ()) -> Div
     by_itself = [k for k in outputs if not any(i in failing for i in inputs[module_of(k)])]
     around = _around(module_of(first), order) if _is_input(first) else module_of(first)
     module = module_of(by_itself[0]) if by_itself else around
-    shown = first if module == around or not by_itself else by_itself[0]
+    if module == around or not by_itself:
+        # Of another shape may be what is padded in another place; values say more.
+        inside = (k for k in order if k in failing and failing[k].difference is not None)
+        shown = next(inside, first) if _is_input(first) else first
+    else:
+        shown = by_itself[0]
     before = order[: order.index(first)] if first in order else []
     unknown = undecided.union(alone)
 

@@ -360,3 +360,11 @@ def _a_module(made: Any, target: str) -> nn.Module:
             hint="name a class, or a function without arguments that returns the model",
         )
     return made
+
+
+def built(target: str, config: Mapping[str, Any] | None) -> nn.Module:
+    """Build a model without a checkpoint, from a configuration or from nothing."""
+    make, keywords = resolve(target), {} if config is None else {"cfg": config}
+    _check_arguments(make, keywords, target)
+    with user_code(f"building {target}", "see where with --traceback"), seeded(1), quiet():
+        return _a_module(make(**keywords), target)

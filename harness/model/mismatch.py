@@ -59,9 +59,9 @@ def _listed(text: str, heading: str) -> list[str]:
     return []
 
 
-def brief_keys(keys: Sequence[str]) -> str:
+def brief_keys(keys: Sequence[str], max_patterns: int = _MAX_PATTERNS) -> str:
     """How many keys, and the first patterns of them."""
-    return f"{len(keys):,} ({_patterns(keys)})"
+    return f"{len(keys):,} ({_patterns(keys, max_patterns)})"
 
 
 def of_failed_load(
@@ -104,7 +104,7 @@ def _by_shape(checkpoint: Checkpoint) -> Fingerprint:
     return replace(found, tensors=tensors, keeps_aliases=False)
 
 
-def _patterns(keys: Sequence[str]) -> str:
+def _patterns(keys: Sequence[str], max_patterns: int) -> str:
     folded = [pattern for pattern, _ in fold(keys, ellipsis="..")]
-    more = ", …" if len(folded) > _MAX_PATTERNS else ""
-    return ", ".join(folded[:_MAX_PATTERNS]) + more
+    more = ", …" if len(folded) > max_patterns else ""
+    return ", ".join(folded[:max_patterns]) + more

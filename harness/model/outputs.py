@@ -9,33 +9,26 @@ deterministic algorithms; all of that is put back afterwards.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from harness.checkpoint import open_checkpoint
 from harness.checkpoint.tensors import Tensor
-from harness.errors import ModelError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.scan import fingerprint
 from harness.model.activations import ROOT, is_final
+from harness.model.inputs import SEED, Arguments, named_arguments
 from harness.model.loading import seeded
-from harness.model.state import as_checkpoint, tensors_of
+from harness.model.state import as_checkpoint
 from harness.model.targets import user_code
 from harness.streaming.workers import Workers
 
-_SEED = 0
-# Where models keep example inputs: the user's own, Lightning's, transformers'.
-_INPUTS = ("golden_inputs", "example_input_array", "dummy_inputs")
 OUTPUT_TOLERANCE = 1e-4, 1e-4  # atol, rtol
 _MAX_KEPT_NUMEL = 256
 _MAX_FINAL_NBYTES = 4 << 20  # of an output of the model itself
@@ -43,42 +36,9 @@ _MAX_FINAL_NBYTES = 4 << 20  # of an output of the model itself
 See: TypeAlias = "Callable[[Mapping[str, TensorFingerprint], Mapping[str, Tensor]], None]"
 
 
-class NoInputs(ModelError):  # noqa: N818 - reads as what is the case
-    """There is nothing to run a model on."""
-
-
-def inputs_of(module: nn.Module, file: Path | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The fixed inputs, as positional and keyword arguments of the model.
-
-    From `file` (safetensors: keyword arguments by name), else the model's `golden_inputs()`, which
-    may draw them, else Lightning's `example_input_array`, else the `dummy_inputs` of transformers.
-    A copy: models write into their inputs.
-    Raises ModelError where there are none.
-    """
-    if file is not None:
-        with open_checkpoint(file) as checkpoint:
-            return (), dict(tensors_of(checkpoint))
-    doing, hint = f"the example inputs of {type(module).__name__}", "mend it, or give --inputs FILE"
-    with user_code(doing, hint), seeded(_SEED), torch.no_grad():
-        found = None
-        for name in _INPUTS:
-            own: Any = getattr(module, name, None)
-            found = copy.deepcopy(own() if callable(own) else own)
-            if found is not None:
-                break
-    if found is None:
-        raise NoInputs(
-            f"{type(module).__name__}: has no inputs to compute outputs from",
-            hint="give the model a golden_inputs() method, or pass --inputs FILE.safetensors",
-        )
-    if isinstance(found, Mapping):
-        return (), dict(found)
-    return (tuple(found) if isinstance(found, (tuple, list)) else (found,)), {}
-
-
 def outputs_of(
     module: nn.Module,
-    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    arguments: Arguments,
     *,
     tolerance: tuple[float, float] = OUTPUT_TOLERANCE,
     see: See | None = None,
@@ -92,7 +52,7 @@ def outputs_of(
     positional, keyword = arguments
     with ExitStack() as stack:
         stack.enter_context(_quiet_mode(module))
-        stack.enter_context(seeded(_SEED))
+        stack.enter_context(seeded(SEED))
         for path, child in module.named_modules():
             if isinstance(child, torch.jit.ScriptModule):  # takes no hooks
                 continue
@@ -139,7 +99,7 @@ class _Recorder:
             count = self._calls[path]
             label = (path or ROOT) + (f"@{count}" if count > 1 else "")
             self._running[threading.get_ident()].append(label)
-            self._record(f"{label}:in", _named(module, positional, keyword))
+            self._record(f"{label}:in", named_arguments(module, positional, keyword))
 
         return hook
 
@@ -177,30 +137,6 @@ def _is_kept(tensor: Tensor) -> bool:
     if is_final(tensor.key):
         return tensor.nbytes <= _MAX_FINAL_NBYTES
     return tensor.numel <= _MAX_KEPT_NUMEL
-
-
-def _named(
-    module: nn.Module, positional: Sequence[Any], keyword: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a call by the names that `forward` has for them, however they were passed.
-
-    By position where it has none.
-    """
-    found: dict[str, Any] = {}
-    try:
-        signature = inspect.signature(module.forward)
-        bound = signature.bind(*positional, **keyword).arguments
-    except (TypeError, ValueError):
-        return {**{str(index): value for index, value in enumerate(positional)}, **keyword}
-    for name, value in bound.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            found.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            found.update((str(index), one) for index, one in enumerate(value, len(found)))
-        else:
-            found[name] = value
-    return found
 
 
 def flatten(key: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -30,11 +30,12 @@ from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.scan import fingerprint
 from harness.golden.golden import LiveRecord, source_of
 from harness.model.activations import WhileRunning, compare_activations, renamed
+from harness.model.inputs import inputs_of
 from harness.model.lightning import plain_hyperparameters
 from harness.model.loading import Loader, NotLoaded, Saved, compare_training_state
 from harness.model.mismatch import brief_keys, of_failed_load
 from harness.model.options import LiveOptions
-from harness.model.outputs import inputs_of, outputs_of
+from harness.model.outputs import outputs_of
 from harness.model.state import as_checkpoint, state_of, transient_buffers
 from harness.text.disclosure import disclosed
 
@@ -217,7 +218,9 @@ class _Live:
         policy = self.policy.at_live_stage(expected.tensors, found.tensors, self.checkpoint.tensors)
         compared = compare(expected, found, policy, measure, stage=stage)
         live = self.expected.live
-        return buffers_of.named(compared, None if live is None else live.buffers, state)
+        if live is None or live.buffers is None:
+            return compared
+        return buffers_of.named(_without_alone(compared, live.buffers), live.buffers, state)
 
     def _changed_order(self, module: nn.Module) -> list[Finding]:
         """Optimizer state goes by index: another order of parameters gives it to others."""
@@ -249,6 +252,20 @@ def _restored(compared: Comparison) -> Comparison:
     return replace(
         compared,
         findings=tuple(f for f in compared.findings if f.kind != "unexpected"),
+        notes=(*compared.notes, note),
+    )
+
+
+def _without_alone(compared: Comparison, buffers: Fingerprint) -> Comparison:
+    """Take what another implementation built beside its weights, and this one does not: a note."""
+    alone = [f for f in compared.findings if f.kind == "missing" and f.key in buffers.tensors]
+    if not alone:
+        return compared
+    names = brief_keys([finding.key for finding in alone])
+    note = f"structure, in no file: non-persistent buffers only in the golden: {names}"
+    return replace(
+        compared,
+        findings=tuple(finding for finding in compared.findings if finding not in alone),
         notes=(*compared.notes, note),
     )
 

@@ -93,7 +93,7 @@ def resolve(target: str) -> Callable[..., Any]:
         what = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         raise ModelError(
             f"--model {target}: {module_name} cannot be imported: {what}{error}",
-            hint="install it, or run from the folder that holds it"
+            hint="install it, run from the folder that holds it, or give another class with --model"
             if missing
             else f"see its traceback: python -c 'import {module_name}'",
         ) from error

@@ -329,29 +329,35 @@ class EncDecDenoiseMaskedTokenPredModel(pl.LightningModule):
         return features
 
     def golden_inputs(self) -> dict[str, Any]:
-        """Make fixed keyword arguments for `forward`: two synthetic items of 2 s and 1.25 s.
+        """Make fixed keyword arguments for `forward`: two synthetic items of about 2 s.
 
         Whole numbers scaled by a power of two, so the same bits on every machine, and never silent:
-        silence would be normalised to rounding noise. No global random state is read or changed.
+        silence would be normalised to rounding noise. Of the clean signal no token is of padding
+        alone, which NeMo leaves to rounding; the noisy one's second item is shorter, so that masks
+        count. No global random state is read or changed.
         """
-        rate = self.config.preprocessor.sample_rate
-        num_samples = torch.tensor([2 * rate, rate + rate // 4])
+        config = self.config.preprocessor
+        rate, hop, padded_to = config.sample_rate, config.hop_length, max(1, int(config.pad_to))
+        # The spectrogram has one frame more, which is not valid: so many fill it to the end.
+        numel = (-(-2 * rate // (hop * padded_to)) * padded_to - 1) * hop
+        num_samples = torch.tensor([numel, numel])
+        num_noisy = torch.tensor([numel, numel * 5 // 8])
         draw = np.random.RandomState(0)
-        time = np.arange(2 * rate, dtype=np.int64)
+        time = np.arange(numel, dtype=np.int64)
         tones = np.stack([(time * pitch) % rate * 8192 // rate - 4096 for pitch in (110, 197)])
         loudness = np.abs((time * 3) % (2 * rate) - rate) * 3 // (4 * rate // 5) + 1
         clean = tones * loudness // 4 + draw.randint(-256, 256, size=tones.shape)
         noisy = clean + draw.randint(-2048, 2048, size=tones.shape)
-        inside = time < num_samples.numpy()[:, None]
+        noisy = np.where(time < num_noisy.numpy()[:, None], noisy, 0)
         signals = [
-            torch.from_numpy(np.where(inside, signal, 0).astype(np.float32) / np.float32(32768.0))
+            torch.from_numpy(signal.astype(np.float32) / np.float32(32768.0))
             for signal in (clean, noisy)
         ]
         return {
             "input_signal": signals[0].to(self.device),
             "input_signal_length": num_samples.to(self.device),
             "noisy_input_signal": signals[1].to(self.device),
-            "noisy_input_signal_length": num_samples.to(self.device),
+            "noisy_input_signal_length": num_noisy.to(self.device),
             "apply_mask": False,
         }
 

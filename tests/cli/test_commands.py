@@ -313,7 +313,7 @@ def test_another_name_of_a_command_leads_to_it(
 
 def test_help_lists_the_commands_in_the_order_of_need(harness: Harness) -> None:
     listed = re.findall(r"^  (\w+)  ", harness("--help").out.partition("Commands:")[2], re.M)
-    assert listed == ["record", "verify", "roundtrip", "diff", "show", "schema"]
+    assert listed == ["record", "verify", "roundtrip", "diff", "show", "inputs", "schema"]
 
 
 def test_the_bar_is_gone_before_a_stage_is_reported(

@@ -27,10 +27,11 @@ from harness.errors import ModelError, UsageError
 from harness.golden.file import read_golden
 from harness.golden.golden import Golden
 from harness.model.activations import first_divergence
+from harness.model.inputs import inputs_of
 from harness.model.lightning import quiet
 from harness.model.loading import Loader
 from harness.model.options import LiveOptions, remembered
-from harness.model.outputs import flatten, inputs_of, outputs_of
+from harness.model.outputs import flatten, outputs_of
 from tests.conftest import Run
 from tests.model import variants
 

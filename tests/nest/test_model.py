@@ -62,10 +62,10 @@ def test_golden_inputs_are_fixed_and_not_silent(model: EncDecDenoiseMaskedTokenP
     assert inputs.pop("apply_mask") is False
     assert all(torch.equal(value, again[key]) for key, value in inputs.items())
     signals = [inputs["input_signal"], inputs["noisy_input_signal"]]
-    lengths = inputs["input_signal_length"]
-    assert lengths.tolist() == [32000, 20000]
-    for signal in signals:
-        assert signal.shape == (2, 32000)
+    both = [inputs["input_signal_length"], inputs["noisy_input_signal_length"]]
+    assert [lengths.tolist() for lengths in both] == [[33120, 33120], [33120, 20700]]
+    for signal, lengths in zip(signals, both, strict=True):
+        assert signal.shape == (2, 33120)
         assert signal.dtype == torch.float32
         # whole numbers over a power of two: no rounding, so no platform
         assert torch.equal(signal * 32768, (signal * 32768).round())
@@ -73,6 +73,9 @@ def test_golden_inputs_are_fixed_and_not_silent(model: EncDecDenoiseMaskedTokenP
             assert float(item[:length].unfold(0, 160, 160).std(1).min()) > 1e-3
             assert not item[length:].any()
     assert not torch.equal(*signals)
+    clean, _ = model.preprocessor(signals[0], both[0])
+    steps = model.config.quantizer.combine_time_steps
+    assert clean.abs().unfold(2, steps, steps).amax(dim=(1, 3)).min() > 0  # no token of padding
 
 
 @torch.no_grad()
@@ -464,8 +467,8 @@ def test_the_draws_of_a_training_forward_come_in_nemo_s_order(
     wide, inner, scores = (2, 26, 64), (2, 26, 256), (2, 4, 26, 26)
     layer = [inner, wide, scores, wide, wide, inner, wide]
     assert draws == [
-        ("randn_like", (2, 32000)),
-        ("randn_like", (2, 32000)),
+        ("randn_like", (2, 33120)),
+        ("randn_like", (2, 33120)),
         ("rand", (2, 208)),
         ("dropout", (1, 51, 64)),
         ("dropout", wide),

@@ -1,0 +1,37 @@
+"""`harness inputs`: write the example inputs of a model, so that another one gets the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness.cli.options import Command, code_options, live_of
+from harness.text.folding import escaped
+from harness.text.shell import quoted
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The file to write."
+)
+@code_options
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+def inputs(model: str, output: Path, overwrite: bool, **options: Any) -> None:
+    """Write the example inputs of MODEL as safetensors.
+
+    MODEL is a checkpoint, or MODULE:NAME where that is built without arguments. Give the file to
+    'harness record --outputs --inputs FILE', here or where another implementation is installed.
+
+    Example: harness inputs nest.nemo -o inputs.safetensors
+    """
+    from harness import api
+
+    written = api.write_inputs(model, output, live=live_of(options), overwrite=overwrite)
+    names = ", ".join(f"{name} {list(shape)}" for name, shape in written.items())
+    click.echo(escaped(f"written {output}: {names}"))
+    is_file = Path(model).exists()
+    record = f"harness record {quoted(model if is_file else 'CKPT')} --outputs"
+    click.echo(f"next: {record} --inputs {quoted(str(output))}")
