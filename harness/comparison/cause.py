@@ -74,6 +74,7 @@ class Cause:
     num_heads: int | None = None
     value: float | None = None
     factor: float | None = None
+    factors: tuple[float, ...] | None = None
     offset: float | None = None
     correlation: float | None = None
     bound: float | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from harness.comparison.cause import Cause
@@ -123,7 +123,11 @@ def _explained_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]
 def _told_cause(finding: Finding) -> Cause:
     """The cause that is said: that it moved, its new name says."""
     first, *others = finding.causes
-    return others[0] if first.kind == "moved" and finding.kind == "renamed" and others else first
+    if first.kind != "moved" or finding.kind != "renamed":
+        return first
+    if first.bound and not others:
+        return replace(first, text="nearly the golden's values")
+    return others[0] if others else first
 
 
 def _renamed_lines(members: Sequence[Finding], style: Style) -> Iterator[str]:
@@ -176,7 +180,11 @@ def _has_all_elements(difference: Difference) -> bool:
 
 def _cause_of(findings: Sequence[Finding], style: Style) -> str:
     """What happened to all of them, in words: numbers in which the words differ are folded."""
-    texts = [*dict.fromkeys(_told_cause(finding).text for finding in findings)]
+    causes = [_told_cause(finding) for finding in findings]
+    texts = [*dict.fromkeys(cause.text for cause in causes)]
+    if causes[0].kind == "moved" and causes[0].bound:
+        bound = 10.0 ** math.ceil(math.log10(max(cause.bound or 0.0 for cause in causes)))
+        return f"{texts[0]}, to within {bound:.0e} of their norm"
     if len(texts) == 1:
         return texts[0]
     if findings[0].causes[0].kind == "counter":

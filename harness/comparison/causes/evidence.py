@@ -41,6 +41,7 @@ class Evidence:
     actual: Mapping[str, TensorFingerprint]
     tensors: Mapping[str, Tensor]
     references: Mapping[str, Tensor]
+    reference: Checkpoint | None = None
     block_nbytes: int
     deadline: float
     workers: Workers = ALL_CORES

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from harness.checkpoint.sources.paths import Location, to_path
 from harness.checkpoint.tensors import Checkpoint, Tensor
@@ -25,11 +26,14 @@ from harness.comparison.causes.evidence import (
     detailed,
     is_constant,
 )
+from harness.comparison.causes.fused import fused
 from harness.comparison.causes.linear import constant, linear
+from harness.comparison.causes.nearby import nearby
 from harness.comparison.causes.regrouped import regrouped
 from harness.comparison.causes.rounding import rounded, rounded_elsewhere
 from harness.comparison.causes.rows import reordered, rows_changed
 from harness.comparison.causes.same_bytes import rows_kept, seen_otherwise
+from harness.comparison.causes.sums import Sums
 from harness.comparison.causes.unrelated import Correlation, correlation, sampled, unrelated
 from harness.comparison.causes.weight_norm import folded, other_form
 from harness.comparison.comparison import Comparison
@@ -126,6 +130,8 @@ def _with_known(comparison: Comparison) -> Comparison:
     )
     if any("rounded" in c.accept for f in comparison.findings for c in f.causes[:1]):
         equal += ", up to rounding"
+    if any(c.bound for f in comparison.findings if f.kind == "renamed" for c in f.causes[:1]):
+        equal = equal.replace("are equal", "are equal or nearly so")
     if len(renamed) < min(comparison.count("missing"), comparison.count("unexpected")):
         return comparison  # a few counters may be equal in any two models
     notes = tuple(note for note in comparison.notes if not note.startswith("no key in common"))
@@ -139,6 +145,10 @@ class _Search:
     evidence: Evidence
     findings: list[Finding]
     adapter: Adapter | None = None
+
+    @cached_property
+    def sums(self) -> Sums:
+        return Sums(self.evidence)
 
     @classmethod
     def of(
@@ -176,6 +186,7 @@ class _Search:
                 actual=found,
                 tensors=tensors,
                 references=references,
+                reference=reference,
                 block_nbytes=block_nbytes,
                 deadline=deadline,
                 workers=workers,
@@ -211,23 +222,30 @@ class _Search:
                 self._rename(group.expected, group.actual, (group.cause,))
             missing, unexpected = self._alone()
         if missing and unexpected:
+            for group in fused(evidence, missing, unexpected):
+                self._rename(group.expected, group.actual, (group.cause,))
+            missing, unexpected = self._alone()
+        if missing and unexpected:
             for keys, cause in folded(evidence, missing, unexpected):
                 for finding in [f for f in self.findings if f.key in keys]:
                     self._explain(finding, cause)
             self._moved_and_reshaped(missing, unexpected)
+            missing, unexpected = self._alone()
+            for key, there, cause in nearby(evidence, missing, unexpected):
+                self._rename((key,), (there,), (cause,))
 
     def _alone(self) -> tuple[dict[str, TensorFingerprint], dict[str, Tensor]]:
-        """The tensors that only one side has, so far."""
+        """The tensors that only one side has, without a cause so far."""
         evidence = self.evidence
         missing = {
             f.key: evidence.expected[f.key]
             for f in self.findings
-            if f.kind == "missing" and f.key in evidence.expected
+            if f.kind == "missing" and f.key in evidence.expected and not f.causes
         }
         unexpected = {
             f.key: evidence.tensors[f.key]
             for f in self.findings
-            if f.kind == "unexpected" and f.key in evidence.tensors
+            if f.kind == "unexpected" and f.key in evidence.tensors and not f.causes
         }
         return missing, unexpected
 
@@ -305,6 +323,8 @@ class _Search:
             found.append(constant(expected, actual))
             if expected is not None:
                 found += self._of_pair(finding, expected, actual, tensor)
+            elif not any(found):
+                found.append(self.sums.explain(finding.key, actual))
         causes = [cause for cause in found if cause is not None]
         return sorted(causes, key=_quality)
 
@@ -331,6 +351,8 @@ class _Search:
             found.append(sum_of(self.adapter, expected, actual, evidence.block_nbytes))
         if not any(found):
             found.append(linear(expected, actual, evidence.block_nbytes))
+        if not any(found):
+            found.append(self.sums.explain(expected.key, actual))
         return found
 
     def together(self) -> None:

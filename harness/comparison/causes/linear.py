@@ -11,8 +11,8 @@ close is decided bound how far the hypothesis is from the truth.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -24,8 +24,9 @@ from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import NUM_PROJECTIONS, Sketch, projection
 
-# Fewer elements fit too many hypotheses.
-_MIN_NUMEL = 8
+# Fewer elements fit too many hypotheses; so do, for a factor or an offset alone, those that have
+# fewer bits than these beyond their first.
+_MIN_NUMEL, _MIN_BITS = 8, 40
 # |d| is at most this times |z|, at a chance of 1e-12 a block: 1 / sqrt(0.241289).
 UPPER = 2.0358
 # A block's rounding errors, as a share of its norm, make a bound of at most so many of them.
@@ -57,6 +58,14 @@ class Vector:
         if self.is_exact:
             return np.ones_like(self.rows)
         return _sketch_of_ones(self.numel, self.block)
+
+    def as_ones(self) -> Vector:
+        """A tensor of ones, of this size."""
+        if self.is_exact:
+            return replace(self, rows=self.ones, norms=np.ones_like(self.norms))
+        numels = np.full(len(self.norms), float(self.block))
+        numels[-1] = self.numel - self.block * (len(numels) - 1)
+        return replace(self, rows=self.ones, norms=np.sqrt(numels))
 
 
 @lru_cache(maxsize=32)
@@ -125,13 +134,15 @@ def linear(
     expected: TensorFingerprint, actual: TensorFingerprint, block_nbytes: int
 ) -> Cause | None:
     """Find c and b so that actual = c · expected + b, the simplest that hold."""
-    if expected.shape != actual.shape or expected.numel < _MIN_NUMEL:
+    if expected.shape != actual.shape or expected.numel < 2:
         return None
     if is_constant(expected.stats) or is_constant(actual.stats):
         return None
     ours, theirs = vector_of(expected, block_nbytes), vector_of(actual, block_nbytes)
     roundoff = max(unit_roundoff(expected.dtype), unit_roundoff(actual.dtype))
     if ours is None or theirs is None or not are_comparable(ours, theirs) or roundoff > 2.0**-8:
+        return None
+    if (expected.numel - 1) * -math.log2(roundoff) < _MIN_BITS:
         return None
     for factor, offset in _candidates(ours, theirs):
         bound = _holds(ours, theirs, factor, offset, roundoff)
@@ -156,6 +167,8 @@ def _candidates(ours: Vector, theirs: Vector) -> Iterator[tuple[float, float]]:
     for simple in simple_numbers(offset):
         if simple != 0.0:
             yield 1.0, simple
+    if e.size < _MIN_NUMEL:
+        return
     solution = np.linalg.lstsq(np.stack([e, ones], axis=1), a, rcond=None)[0]
     for simple in simple_numbers(float(solution[0])):
         if simple not in (0.0, 1.0):
@@ -182,30 +195,40 @@ def _holds(
     ours: Vector, theirs: Vector, factor: float, offset: float, roundoff: float
 ) -> float | None:
     """The relative bound within which actual = factor · expected + offset, None where beyond."""
-    with np.errstate(all="ignore"):
-        rest = theirs.rows - factor * ours.rows - offset * ours.ones
-        away = np.linalg.norm(rest, axis=1)
-        if ours.is_exact:
-            # What is rounded is each step, the product and the sum, and both numbers to float32.
-            product = abs(factor) * ours.norms
-            steps = 1.5 * theirs.norms + (product if factor != 1 and offset else 0.0)
-            allowed = roundoff * steps + 2.0**-23 * (product + abs(offset)) + 1e-45
-            holds = bool(np.all(away <= allowed))
-        else:
-            numels = np.full(len(away), float(theirs.block))
-            numels[-1] = theirs.numel - theirs.block * (len(away) - 1)
-            size = np.abs(factor) * ours.norms + abs(offset) * np.sqrt(numels) + theirs.norms
-            # Products of the sketch were rounded, too: some 1e-9 of the norms at the most.
-            noise = numels * 2.0**-53 * size * np.sqrt(numels * NUM_PROJECTIONS * 2)
-            away = (away + noise) * UPPER
-            holds = bool(np.all(away <= ROUNDINGS * roundoff * size + 2 * UPPER * noise))
-        total = float(np.linalg.norm(theirs.norms))
-        if not holds or not total:
-            return None
-        bound = float(np.linalg.norm(away)) / total
-        # A hypothesis that says less than its own bound says nothing.
-        effect = np.linalg.norm((factor - 1) * ours.rows + offset * ours.ones)
-        return bound if effect > 4 * np.linalg.norm(away) else None
+    terms = [(factor, ours)]
+    if offset:
+        terms.append((offset, ours.as_ones()))
+    bound = is_sum(theirs, terms, roundoff)
+    if bound is None:
+        return None
+    # A hypothesis that says less than its own bound says nothing.
+    effect = np.linalg.norm((factor - 1) * ours.rows + offset * ours.ones)
+    away = np.linalg.norm(theirs.rows - factor * ours.rows - offset * ours.ones)
+    return bound if effect > 4 * UPPER * away else None
+
+
+@np.errstate(all="ignore")
+def is_sum(theirs: Vector, terms: Sequence[tuple[float, Vector]], roundoff: float) -> float | None:
+    """The relative bound within which a tensor is the sum of factors times others; None: beyond."""
+    rest = theirs.rows - sum(factor * vector.rows for factor, vector in terms)
+    size = theirs.norms + sum(abs(factor) * vector.norms for factor, vector in terms)
+    away = np.linalg.norm(rest, axis=1)
+    if theirs.is_exact:
+        # What is rounded is each step, the product and the sum, and both numbers to float32.
+        steps = [abs(factor) * vector.norms for factor, vector in terms]
+        inexact = sum(s for s, (factor, _) in zip(steps, terms, strict=True) if abs(factor) != 1)
+        several = (len(terms) > 1) * inexact + max(0, len(terms) - 2) * sum(steps)
+        allowed = roundoff * (1.5 * theirs.norms + several) + 2.0**-23 * sum(steps) + 1e-45
+        holds = bool(np.all(away <= allowed))
+    else:
+        numels = np.full(len(away), float(theirs.block))
+        numels[-1] = theirs.numel - theirs.block * (len(away) - 1)
+        # Products of the sketch were rounded, too: some 1e-9 of the norms at the most.
+        noise = numels * 2.0**-53 * size * np.sqrt(numels * NUM_PROJECTIONS * 2)
+        away = (away + noise) * UPPER
+        holds = bool(np.all(away <= ROUNDINGS * roundoff * size + 2 * UPPER * noise))
+    total = float(np.linalg.norm(theirs.norms))
+    return float(np.linalg.norm(away)) / total if holds and total else None
 
 
 def _is_rounding_of(actual: TensorFingerprint, exact: Array) -> bool:

@@ -28,7 +28,7 @@ from harness.comparison.causes.views import (
 from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.text.folding import fold, fold_names
 
-_NUMBER = re.compile(r"\d+")
+NUMBER = re.compile(r"\d+")
 _MAX_PARTS = 4  # of a join, whose order is tried
 _MAX_STACKED = 4096
 
@@ -86,7 +86,7 @@ def _parts_of(
         if keys is not None and len(keys) > 1:
             cause = Cause(
                 kind="joined",
-                text=f"{_short(tensor.key, keys)} = {_names(keys)} joined along {axis}",
+                text=f"{short(tensor.key, keys)} = {names(keys)} joined along {axis}",
                 proof="digest",
                 accept=("joined",),
                 of=tuple(keys),
@@ -113,7 +113,7 @@ def _parts_of(
 def _stacked(key: str, keys: Sequence[str]) -> Cause:
     return Cause(
         kind="stacked",
-        text=f"{_short(key, keys)} = {_names(keys)}, stacked",
+        text=f"{short(key, keys)} = {names(keys)}, stacked",
         proof="digest",
         accept=("joined",),
         of=tuple(keys),
@@ -210,7 +210,7 @@ def _whole_of(
             how = "unstacked" if kind == "stacked" else f"split along {axis}"
             cause = Cause(
                 kind="split",
-                text=f"{_short(expected.key, keys)} is now {_names(keys)}, {how}",
+                text=f"{short(expected.key, keys)} is now {names(keys)}, {how}",
                 proof="digest",
                 accept=("joined",),
                 of=tuple(keys),
@@ -224,7 +224,7 @@ def _wholes(
     expected: TensorFingerprint, free: Mapping[str, Tensor]
 ) -> Iterator[tuple[list[Tensor], View, str, int]]:
     """What the golden's tensor may be made of: parts in an order, and how."""
-    numbers = _NUMBER.findall(expected.key)
+    numbers = NUMBER.findall(expected.key)
     near = [
         tensor
         for tensor in free.values()
@@ -237,7 +237,7 @@ def _wholes(
             for tensor in near
             if len(tensor.shape) == len(expected.shape)
             and tensor.shape[:axis] + tensor.shape[axis + 1 :] == rest
-            and len(_NUMBER.findall(tensor.key)) == len(numbers)
+            and len(NUMBER.findall(tensor.key)) == len(numbers)
         ]
         for count in range(2, min(_MAX_PARTS, len(fitting)) + 1):
             for parts in permutations(fitting, count):
@@ -281,9 +281,9 @@ def _series(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors of one shape whose keys differ in one number, in the order of that number."""
     found: dict[object, list[tuple[int, Tensor]]] = {}
     for tensor in tensors:
-        numbers = _NUMBER.findall(tensor.key)
+        numbers = NUMBER.findall(tensor.key)
         for place, number in enumerate(numbers):
-            parts = _NUMBER.split(tensor.key)
+            parts = NUMBER.split(tensor.key)
             others = (*numbers[:place], *numbers[place + 1 :])
             name = (tuple(parts), place, others, tensor.shape)
             found.setdefault(name, []).append((int(number), tensor))
@@ -294,16 +294,16 @@ def _series(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _holds_numbers(key: str, numbers: Sequence[str]) -> bool:
     """Whether these numbers stand in a key, in their order: those of its layer."""
-    rest = iter(_NUMBER.findall(key))
+    rest = iter(NUMBER.findall(key))
     return all(number in rest for number in numbers)
 
 
-def _short(key: str, others: Sequence[str]) -> str:
+def short(key: str, others: Sequence[str]) -> str:
     """A key without what it shares with all others, but for the last part of that."""
     return _without(key, _common((key, *others)))
 
 
-def _names(keys: Sequence[str]) -> str:
+def names(keys: Sequence[str]) -> str:
     """Keys in a few words, without what all of them share in front."""
     common = _common(keys)
     short = [_without(key, common) for key in keys]

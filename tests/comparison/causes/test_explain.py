@@ -10,7 +10,7 @@ import torch
 
 from harness import api
 from harness.comparison.cause import Cause
-from harness.comparison.comparison import Comparison
+from harness.comparison.comparison import Comparison, render
 from harness.comparison.findings import Finding
 from harness.comparison.policy import Policy
 from harness.errors import UsageError
@@ -408,3 +408,100 @@ def test_a_copy_of_what_is_identical_is_said_with_both_files(tmp_path: Path) -> 
         tmp_path, before, before | {Q: before["layers.0.k.weight"].clone()}, "both files"
     )
     assert cause_of(found, Q).text == "holds what layers.0.k.weight holds in the golden"
+
+
+def projections(form: str, groups: int = 1) -> State:
+    """Query, key and value of two layers, the last two of half the size: apart, or fused."""
+    g = torch.Generator().manual_seed(5)
+    found: State = {}
+    for layer in range(2):
+        parts = [torch.randn(rows, 48, generator=g) for rows in (96, 48, 48)]
+        if form == "apart":
+            found |= {
+                f"h.{layer}.{name}_proj.weight": part
+                for name, part in zip("qkv", parts, strict=True)
+            }
+            continue
+        by_group = [part.view(groups, -1, 48) for part in parts]
+        whole = torch.cat(by_group, 1).flatten(0, 1)
+        found[f"h.{layer}.qkv.weight"] = (whole.t() if form == "transposed" else whole).contiguous()
+    return found
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("groups", [1, 4, 48])
+@pytest.mark.parametrize("form", ["fused", "transposed"])
+def test_projections_are_recognised_in_every_layout(
+    tmp_path: Path, form: str, groups: int, how: str
+) -> None:
+    apart, whole = projections("apart"), projections(form, groups)
+    for before, after, kind in ((apart, whole, "joined"), (whole, apart, "split")):
+        found = compare(tmp_path, before, after, how)
+        assert {(f.kind, f.causes[0].kind) for f in found.findings} == {("renamed", kind)}
+        assert {f.causes[0].num_heads for f in found.findings} == {groups if groups > 1 else None}
+        accept = Policy(accept=("joined", "transposed"))
+        assert compare(tmp_path, before, after, how, accept).ok
+
+
+def experts_of(dtype: torch.dtype, width: int) -> State:
+    g = torch.Generator().manual_seed(9)
+    return {f"experts.{i}.w": torch.randn(width, width, generator=g).to(dtype) for i in range(6)}
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize(("dtype", "width"), FORMS, ids=str)
+def test_sums_are_said_with_their_factors(
+    tmp_path: Path, dtype: torch.dtype, width: int, how: str
+) -> None:
+    before = experts_of(dtype, width)
+    one, two, six = (before[f"experts.{i}.w"].double() for i in (0, 1, 5))
+    for value, factor, factors, text in (
+        ((one + six) / 2, 0.5, None, "mean of experts.{0,5}.w"),
+        (one + two + six, 1.0, None, "sum of experts.{0,1,5}.w"),
+        (0.9 * one + 0.1 * two, None, (0.9, 0.1), "0.9 × experts.0.w + 0.1 × experts.1.w"),
+        (one - 0.5 * two, None, (1.0, -0.5), "1 × experts.0.w − 0.5 × experts.1.w"),
+    ):
+        found = compare(tmp_path, before, before | {"experts.0.w": value.to(dtype)}, how)
+        cause = cause_of(found, "experts.0.w")
+        assert (cause.kind, text in cause.text) == ("sum", True), cause.text
+        assert (cause.factor, cause.factors) == (factor, factors)
+
+
+def test_a_new_tensor_that_is_the_mean_of_what_is_missing_is_said(tmp_path: Path) -> None:
+    before = experts_of(torch.float32, 96)
+    mean = torch.stack([*before.values()]).mean(0)
+    found = compare(tmp_path, before, {"dense.w": mean}, "golden alone")
+    assert cause_of(found, "dense.w").text.startswith("mean of experts.{0..5}.w")
+
+
+def test_what_is_nearly_a_sum_has_no_cause(tmp_path: Path) -> None:
+    before = experts_of(torch.float32, 96)
+    mean = (before["experts.0.w"] + before["experts.1.w"]) / 2
+    after = before | {"experts.0.w": mean * (1 + 1e-3 * torch.randn(96, 96))}
+    for how in ("golden alone", "both files"):
+        found = compare(tmp_path, before, after, how)
+        assert [finding.causes for finding in found.findings] == [()]
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("width", [16, 96])
+def test_new_names_and_a_step_of_training_are_told_together(
+    tmp_path: Path, width: int, how: str
+) -> None:
+    before = {k: t for k, t in state(torch.float32, width).items() if t.ndim > 1 and k != EMBED}
+    after = {k.replace("layers", "blocks"): t + 1e-4 * shuffled(t) for k, t in before.items()}
+    after[Q.replace("layers", "blocks")] = shuffled(before[Q])
+    found = compare(tmp_path, before, after, how)
+    by_key = {f.key: f for f in found.findings if f.kind == "renamed"}
+    assert by_key.keys() == before.keys() - {Q}
+    assert all(f.actual == f.key.replace("layers", "blocks") for f in by_key.values())
+    assert {f.causes[0].accept for f in by_key.values()} == {()}
+    assert "nearly the golden's values, to within 1e-02 of their norm" in render(found)
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+def test_few_elements_have_the_cause_that_they_prove(tmp_path: Path, how: str) -> None:
+    before = {"bias": torch.tensor([0.3, -0.7, 0.1, 0.9]), "pair": torch.tensor([0.3, 0.5])}
+    found = compare(tmp_path, before, {k: t + 1 for k, t in before.items()}, how)
+    assert cause_of(found, "bias").text == "the golden + 1"
+    assert not of_key(found, "pair").causes

@@ -1,0 +1,174 @@
+"""The hypothesis that a tensor is a sum of the golden's: a mean, a moving average, a merge.
+
+In: what is known of a tensor, and of the golden's tensors of its shape and dtype. Out: a `Cause`
+with their keys and factors, which holds for all values to within the rounding of the dtype, or for
+every block of the sketch, which is linear, within the bound that is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+
+from harness.checkpoint.dtypes import Array
+from harness.comparison.cause import Cause
+from harness.comparison.causes.evidence import Evidence, detailed, is_constant
+from harness.comparison.causes.linear import (
+    Vector,
+    are_comparable,
+    ceiling,
+    is_sum,
+    simple_numbers,
+    unit_roundoff,
+    vector_of,
+)
+from harness.comparison.causes.regrouped import NUMBER, names
+from harness.fingerprints.fingerprint import TensorFingerprint
+
+_MIN_NUMEL = 32
+_MAX_TERMS, _MAX_SHOWN = 64, 4
+_MAX_CANDIDATES, _MAX_ROWS = 128, 4096
+_MAX_READ_NBYTES = 256 << 20  # of a reference, whose tensors are not known otherwise
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Basis:
+    """The golden's tensors that a sum may be of; `q`, `r` factor what is known of each."""
+
+    keys: Sequence[str]
+    vectors: Sequence[Vector]
+    q: Array
+    r: Array
+
+
+class Sums:
+    """Looks for sums in what is known of the golden; bases are kept for tensors of one shape."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self._evidence = evidence
+        self._bases: dict[object, _Basis | None] = {}
+        self._read: dict[str, TensorFingerprint] = {}
+
+    @np.errstate(all="ignore")
+    def explain(self, key: str, actual: TensorFingerprint) -> Cause | None:
+        """Find the tensors of the golden that add up to this one, and their factors."""
+        theirs = vector_of(actual, self._evidence.block_nbytes)
+        if theirs is None or actual.numel < _MIN_NUMEL or is_constant(actual.stats):
+            return None
+        basis = self._basis(key, actual, theirs)
+        roundoff = unit_roundoff(actual.dtype)
+        if basis is None or roundoff > 2.0**-8:
+            return None
+        wanted = theirs.rows.ravel()[: len(basis.q)]
+        shares = basis.q.T @ wanted
+        size = float(np.linalg.norm(wanted))
+        if not size or np.linalg.norm(wanted - basis.q @ shares) > 16 * roundoff * size:
+            return None
+        factors = np.linalg.solve(basis.r, shares)
+        sizes = np.linalg.norm(basis.r, axis=0)
+        counted = np.abs(factors) * sizes > max(1e-3, 16 * roundoff) * size
+        terms = np.flatnonzero(counted).tolist()
+        if not 2 <= len(terms) <= _MAX_TERMS:
+            return None
+        vectors = [basis.vectors[term] for term in terms]
+        of = [basis.keys[term] for term in terms]
+        for chosen in _chosen(factors[terms]):
+            bound = is_sum(theirs, [*zip(chosen, vectors, strict=True)], roundoff)
+            if bound is not None:
+                return _cause(of, chosen, bound, is_exact=theirs.is_exact)
+        return None
+
+    def _basis(self, key: str, actual: TensorFingerprint, theirs: Vector) -> _Basis | None:
+        tensors = self._evidence.expected
+        alike = {k: t for k, t in tensors.items() if _is_alike(t, actual)}
+        most = min(_MAX_CANDIDATES, theirs.rows.size // 2)
+        is_narrowed = len(alike) > most
+        if is_narrowed:
+            alike = {k: alike[k] for k in _nearest(key, alike)[:most]}
+        name = (actual.dtype.name, actual.shape, key if is_narrowed else None)
+        if name not in self._bases:
+            self._bases[name] = self._made(self._known(alike), theirs)
+        return self._bases[name]
+
+    def _known(self, alike: Mapping[str, TensorFingerprint]) -> dict[str, TensorFingerprint]:
+        """What is to be known of them, read of the reference where it is not."""
+        evidence, known = self._evidence, dict(alike)
+        lacking = {k for k, t in known.items() if t.stats is None and k in evidence.references}
+        size = sum(known[key].nbytes for key in lacking)
+        if evidence.reference is not None and 0 < size <= _MAX_READ_NBYTES:
+            known |= detailed(
+                evidence.reference, lacking, evidence.block_nbytes, evidence.workers, hashes=False
+            )
+        return known
+
+    def _made(self, tensors: Mapping[str, TensorFingerprint], theirs: Vector) -> _Basis | None:
+        self._evidence.check_time()
+        found: dict[bytes | str, tuple[str, Vector]] = {}
+        for key, tensor in tensors.items():
+            if tensor.digest in found or is_constant(tensor.stats):
+                continue  # the same again adds nothing
+            vector = vector_of(tensor, self._evidence.block_nbytes)
+            if vector is not None and are_comparable(vector, theirs) and vector.norms.any():
+                found[tensor.digest or key] = key, vector
+        if len(found) < 2:
+            return None
+        vectors = [vector for _, vector in found.values()]
+        columns = [vector.rows.ravel()[:_MAX_ROWS] for vector in vectors]
+        q, r = np.linalg.qr(np.stack(columns, axis=1))
+        pivots = np.abs(np.diag(r))
+        if not np.isfinite(r).all() or (pivots <= 1e-6 * np.linalg.norm(r, axis=0)).any():
+            return None  # some are sums of the others: more than one answer
+        return _Basis(keys=[key for key, _ in found.values()], vectors=vectors, q=q, r=r)
+
+
+def _is_alike(one: TensorFingerprint, other: TensorFingerprint) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def _nearest(key: str, keys: Mapping[str, object]) -> list[str]:
+    """Keys of the same series first, then those that begin alike."""
+    series = NUMBER.sub("#", key)
+
+    def distance(other: str) -> tuple[bool, int]:
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(key, other, strict=False))
+        return NUMBER.sub("#", other) != series, -len([*alike])
+
+    return sorted(keys, key=distance)
+
+
+def _chosen(factors: Array) -> Iterator[list[float]]:
+    """The factors as a person would have chosen them: all the same, round, then as they are."""
+    mean = float(factors.mean())
+    for same in (1.0, 1 / len(factors), *simple_numbers(mean)[:2]):
+        if abs(same - mean) < 0.02 * abs(mean) and np.ptp(factors) < 0.02 * abs(mean):
+            yield [same] * len(factors)
+    for digits in (1, 2, 3):
+        yield [float(f"{factor:.{digits}g}") for factor in factors]
+    yield [float(factor) for factor in factors]
+
+
+def _cause(of: Sequence[str], factors: Sequence[float], bound: float, *, is_exact: bool) -> Cause:
+    is_even = len(set(factors)) == 1
+    if is_even and abs(factors[0] * len(of) - 1) < 1e-12:
+        text = f"mean of {names(of)}"
+    elif is_even:
+        text = f"{'' if factors[0] == 1 else f'{factors[0]:.6g} × the '}sum of {names(of)}"
+    else:
+        terms = [f"{factor:+.6g} × {key}" for factor, key in zip(factors, of, strict=True)]
+        shown = " ".join(terms[:_MAX_SHOWN]).replace("+", "+ ").replace("-", "− ")
+        text = shown.removeprefix("+ ").replace("± 1 × ", "")
+        if len(terms) > _MAX_SHOWN:
+            text += f" and {len(terms) - _MAX_SHOWN} more"
+    text += f" (to within {ceiling(bound):.0e} of its norm)" if bound else ""
+    return Cause(
+        kind="sum",
+        text=text,
+        proof="values" if is_exact else "sketch",
+        of=tuple(of),
+        factor=factors[0] if is_even else None,
+        factors=None if is_even else tuple(factors),
+        bound=bound,
+    )
