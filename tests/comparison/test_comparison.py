@@ -117,7 +117,8 @@ def project(tmp_path: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch) -
     weights = {key: np.arange(6, dtype="f4") for key in LONG}
     save_file(weights, "net.safetensors")
     assert harness("record", "net.safetensors").code == 0
-    changed = {key: value + 1 for key, value in weights.items()} | {LONG[0]: np.zeros(2, "f4")}
+    step = np.array([1, 0.5, 0.25, 1, -1, 0.125], "f4")
+    changed = {key: value + step for key, value in weights.items()} | {LONG[0]: np.zeros(2, "f4")}
     folder = tmp_path / "a_folder_with_a_name" / "that_takes_its_room" / "in_every_line"
     folder.mkdir(parents=True)
     save_file(changed, folder / "net.safetensors")
