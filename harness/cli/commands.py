@@ -51,6 +51,7 @@ from harness.cli.terminal import (
     ended,
     failure,
     finish,
+    show_plainly,
     told,
     without_secrets,
 )
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: nobody reads it, and no file must get its number
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        show_plainly(getattr(sys, name))
     if arguments is None:
         # Opening a checkpoint makes many objects that stay: looking through them takes 7 ms of 600
         # tensors. What is used once leaves by reference counts.

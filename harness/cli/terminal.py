@@ -6,6 +6,8 @@ What a person typed is shown without the secrets of its URLs.
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import os
 import sys
@@ -23,6 +25,22 @@ if TYPE_CHECKING:
     from harness.comparison.comparison import Comparison
     from harness.report.outcome import Outcome, Result
     from harness.text.fitting import Style
+
+
+_PLAIN = {"−": "-", "×": "x", "·": "*", "‖": "|", "→": "->", "…": "..", "±": "+-"}
+
+
+def show_plainly(stream: object) -> None:
+    """Make a stream show signs that its encoding lacks in other words, not fail."""
+    codecs.register_error("harness-plain", _plain)
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="harness-plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return _PLAIN.get(error.object[error.start], "?"), error.start + 1
 
 
 def echo_stage(comparison: Comparison, form: str, earlier: Sequence[Comparison] = ()) -> None:

@@ -704,3 +704,22 @@ def test_the_update_that_is_offered_goes_as_far_as_the_golden(
 
 def test_help_is_given_whatever_else_is_asked(harness: Harness) -> None:
     assert harness("verify", "--file", "--load", "--help").code == 0
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-8"])
+def test_signs_that_an_encoding_lacks_are_shown_in_other_words(
+    tmp_path: Path, encoding: str
+) -> None:
+    norm = np.linspace(0.5, 1.5, 64, dtype="f4")
+    save_file({"norm": norm}, tmp_path / "a.safetensors")
+    save_file({"norm": norm - 1}, tmp_path / "b.safetensors")
+    run = subprocess.run(
+        [sys.executable, "-m", "harness", "diff", "a.safetensors", "b.safetensors"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    minus = "−" if encoding == "utf-8" else "-"
+    assert (run.returncode, run.stderr) == (1, b"")
+    assert f"the golden {minus} 1" in run.stdout.decode(encoding)
