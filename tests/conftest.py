@@ -91,7 +91,7 @@ def shipped_golden() -> Path:
 @pytest.fixture
 def harness(capsys: pytest.CaptureFixture[str]) -> Harness:
     """Run the command line in this process; returns its exit code and what it printed."""
-    from harness.cli.commands import main
+    from harness.cli import main
 
     def run(*arguments: object) -> Run:
         capsys.readouterr()

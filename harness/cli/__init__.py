@@ -1,5 +1,5 @@
 """The command line: `harness.cli:main` is its entry point."""
 
-from harness.cli.commands import main
+from harness.cli.entry import main
 
 __all__ = ["main"]

@@ -1,21 +1,11 @@
-"""The command line: arguments in, reports and exit codes out; what verbs do is in `harness.api`.
-
-Exit codes: 0 all identical or close, 1 something differs, 2 could not be checked (unreadable,
-usage), 3 nothing differs but something is undecided. Of several goldens the worst counts:
-2, 1, 3, 0.
-"""
+"""The commands: arguments in, reports and exit codes out; what verbs do is in `harness.api`."""
 
 from __future__ import annotations
 
-import gc
-import io
 import os
 import sys
-import traceback
-from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -35,7 +25,6 @@ from harness.cli.options import (
     run_options,
     section_options,
     size,
-    stage_of,
     stage_options,
     without_operands,
 )
@@ -49,15 +38,12 @@ from harness.cli.terminal import (
     echo_steps,
     echo_total,
     ended,
-    failure,
     finish,
-    show_plainly,
     told,
-    without_secrets,
 )
 from harness.cli.verification import Verification, targets_of
 from harness.errors import HarnessError, UsageError
-from harness.text.folding import escaped, in_section
+from harness.text.folding import escaped
 from harness.text.shell import quoted
 from harness.version import __version__
 
@@ -87,68 +73,6 @@ _JOBS = click.option(
     type=click.IntRange(min=1),
     help="Threads; by default all the cores allowed, shared among ranks.",
 )
-
-
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Entry point: run the command and exit with its code; a crash is a 2, never a 1."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed: nobody reads it, and no file must get its number
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        show_plainly(getattr(sys, name))
-    if arguments is None:
-        # Opening a checkpoint makes many objects that stay: looking through them takes 7 ms of 600
-        # tensors. What is used once leaves by reference counts.
-        gc.set_threshold(100_000)
-    code = _run(list(sys.argv[1:] if arguments is None else arguments))
-    if arguments is None:
-        gc.freeze()  # else the interpreter looks through every object for cycles before it ends
-    sys.exit(code)
-
-
-def _run(arguments: list[str]) -> int:
-    def command(group: Group | None = None) -> int:
-        asked = Invocation(arguments=arguments, group=group)
-        return cli.main(arguments, prog_name="harness", standalone_mode=False, obj=asked) or 0
-
-    try:
-        if not _is_one_of_several():
-            return command()
-        _import_numpy()
-        from harness.model.distributed.launched import run_on_ranks
-
-        return run_on_ranks(command, arguments)
-    except click.exceptions.Abort:
-        click.echo("interrupted", err=True)
-        return 130
-    except (HarnessError, click.ClickException) as error:
-        if {"--json", "--format=json", "json"} & set(arguments):
-            echo_json(failure(error))
-        elif isinstance(error, HarnessError):
-            echo_error(error)
-        else:
-            text = io.StringIO()
-            error.show(file=text)
-            click.echo(without_secrets(text.getvalue()), err=True, nl=False)
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except SystemExit as stopped:
-        # Click's own: after shell completion, and by 1, which would say that a checkpoint differs,
-        # where the reader has seen enough.
-        return 2 if stopped.code else 0
-    except OSError as error:
-        what = f"{error.filename}: " if error.filename else ""
-        hint = "check the path" if what else "see where the output goes: it cannot be written there"
-        echo_error(UsageError(f"{what}{error.strerror or error}", hint=hint))
-    except Exception:  # exit code 1 would say that a checkpoint differs
-        traceback.print_exc()
-        click.echo("error: this is a bug in the harness; please report it", err=True)
-    return 2
-
-
-def _is_one_of_several() -> bool:
-    """Whether torchrun, or whoever sets its variables, has started several ranks."""
-    size = os.environ.get("WORLD_SIZE", "")
-    return size.isdecimal() and int(size) > 1 and "RANK" in os.environ
 
 
 # What other tools call it.
@@ -191,10 +115,10 @@ def cli() -> None:
     Begin with 'harness record CHECKPOINT' and commit the golden that it writes; 'harness verify'
     then tells whether the checkpoint changed.
     """
-    _import_numpy()
+    import_numpy()
 
 
-def _import_numpy() -> None:
+def import_numpy() -> None:
     """Keep OpenBLAS to one thread: the harness runs its own, and torch later needs the variable."""
     if "numpy" in sys.modules or "OPENBLAS_NUM_THREADS" in os.environ:
         return
@@ -243,89 +167,20 @@ def record(
 
     Example: harness record models/*.nemo
     """
+    from harness.cli.recording import record_one
     from harness.golden.places import new_places
 
     places = new_places(expanded(checkpoints), golden)
     code = 0
     for checkpoint, place in places:
         try:
-            _record(checkpoint, place, group=asked.group, **options)
+            record_one(checkpoint, place, group=asked.group, **options)
         except HarnessError as error:
             if len(places) == 1:
                 raise
             echo_error(error)
             code = 2
     return code
-
-
-def _record(
-    checkpoint: AnyPath,
-    golden: AnyPath | None,
-    *,
-    section: str | None,
-    max_size: int | None,
-    atol: float | None,
-    rtol: float | None,
-    values: Any,
-    stage: Any,
-    overwrite: bool,
-    jobs: int | None,
-    group: Group | None,
-    **options: Any,
-) -> None:
-    from harness import api
-    from harness.checkpoint.sources.access import open_source
-    from harness.golden.budget import said_of
-
-    stage = stage_of(stage, options)
-    with progress_bar(checkpoint) as progress:
-        recorded = api.record(
-            checkpoint,
-            golden,
-            section=section,
-            max_size=max_size,
-            values=values,
-            **{name: it for name, it in (("atol", atol), ("rtol", rtol)) if it is not None},
-            stage=stage,
-            live=live_of(options) if stage != "file" else None,
-            overwrite=overwrite,
-            jobs=jobs,
-            progress=progress,
-            group=group,
-        )
-    found = recorded.fingerprint
-    with closing(open_source(recorded.path)) as written:
-        nbytes = written.nbytes
-    total = sum(t.nbytes for t in found.tensors.values() if t.alias_of is None)
-    beside = f" ({100 * nbytes / max(1, total):.1f} % of the weights)"
-    if recorded.live is not None and recorded.live.outputs is not None:
-        beside = f", with {len(recorded.live.outputs.tensors):,} inputs and outputs of submodules"
-    section = in_section(found.section)
-    num_values = sum(tensor.dtype.is_value for tensor in found.tensors.values())
-    entries = f"{len(found.tensors) - num_values:,} tensors"
-    if num_values:
-        entries += f" and {num_values:,} value{'s' if num_values > 1 else ''}"
-    said = (
-        f"recorded {recorded.path}: {entries} of {checkpoint} "
-        f"({found.container}{section}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
-    )
-    click.echo(escaped(said))
-    click.echo(said_of(found))
-    if isinstance(checkpoint, Path) and recorded.checkpoint is None:
-        click.echo(
-            f"note: {escaped(str(checkpoint))} is outside of the project: verify it by its path, "
-            'or name the folder above it with --root, or as root = "…" in [tool.harness]'
-        )
-    # Without the checkpoint, verify repeats the stages that were recorded.
-    there = recorded.live is not None and recorded.checkpoint is not None
-    given = "" if there else f" {quoted(str(checkpoint))}"
-    click.echo(f"next: harness verify{given}{_golden_option(recorded.path, checkpoint)}")
-
-
-def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
-    from harness.golden.places import own_golden
-
-    return "" if golden == own_golden(checkpoint) else f" -g {quoted(str(golden))}"
 
 
 @cli.command()

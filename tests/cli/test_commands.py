@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from asyncio import CancelledError
 from pathlib import Path
 
 import numpy as np
@@ -522,6 +523,26 @@ def test_an_unexpected_crash_is_a_2_and_never_a_1(
     run = harness("verify", "models/nest.nemo")
     assert run.code == 2
     assert "this is a bug in the harness" in run.err
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [(CancelledError, "a bug in the harness"), (MemoryError, "error: out of memory")],
+)
+def test_whatever_ends_a_command_is_no_difference(
+    project: Path,
+    harness: Harness,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: type[BaseException],
+    said: str,
+) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("harness.api.verify", end)
+    run = harness("verify", "models/nest.nemo")
+    assert run.code == 2
+    assert said in run.err
 
 
 def test_signs_and_colours_only_on_a_terminal(recorded: Path, project: Path, data: Path) -> None:

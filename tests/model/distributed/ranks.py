@@ -21,7 +21,7 @@ from unittest.mock import patch
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        *("harness.cli.commands", "harness.api", "harness.report.json", "harness.comparison.words"),
+        *("harness.cli.entry", "harness.api", "harness.report.json", "harness.comparison.words"),
         *("harness.model.distributed.launched", "harness.model.distributed.sharded"),
         *("torch.distributed.fsdp", "torch._dynamo", "pytest", "hypothesis"),
     ]

@@ -62,7 +62,7 @@ def golden(files: Path, monkeypatch: pytest.MonkeyPatch, harness: Harness) -> st
 
 def command(*arguments: str) -> Run:
     """One command on one rank."""
-    from harness.cli.commands import main
+    from harness.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
@@ -196,7 +196,7 @@ def test_rank_0_prints_what_one_process_prints_and_all_end_alike(
 
 def killed(victim: int) -> None:
     """What a rank does when one of them is killed in the middle of reading."""
-    from harness.cli.commands import main
+    from harness.cli import main
 
     if os.environ["RANK"] == str(victim):
         with in_each_chunk(once(signal.SIGKILL)):

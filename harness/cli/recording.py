@@ -1,0 +1,87 @@
+"""`harness record`: a golden of one checkpoint, and what is said of it."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from harness import api
+from harness.checkpoint.sources.access import open_source
+from harness.cli.options import live_of, stage_of
+from harness.cli.progress import progress_bar
+from harness.golden.budget import said_of
+from harness.golden.places import own_golden
+from harness.text.folding import escaped, in_section
+from harness.text.shell import quoted
+
+if TYPE_CHECKING:
+    from harness.checkpoint.sources.paths import AnyPath
+    from harness.streaming.workers import Group
+
+
+def record_one(
+    checkpoint: AnyPath,
+    golden: AnyPath | None,
+    *,
+    section: str | None,
+    max_size: int | None,
+    atol: float | None,
+    rtol: float | None,
+    values: Any,
+    stage: Any,
+    overwrite: bool,
+    jobs: int | None,
+    group: Group | None,
+    **options: Any,
+) -> None:
+    """Record a golden, and say what it is, what it decides, and what comes next."""
+    stage = stage_of(stage, options)
+    with progress_bar(checkpoint) as progress:
+        recorded = api.record(
+            checkpoint,
+            golden,
+            section=section,
+            max_size=max_size,
+            values=values,
+            **{name: it for name, it in (("atol", atol), ("rtol", rtol)) if it is not None},
+            stage=stage,
+            live=live_of(options) if stage != "file" else None,
+            overwrite=overwrite,
+            jobs=jobs,
+            progress=progress,
+            group=group,
+        )
+    found = recorded.fingerprint
+    with closing(open_source(recorded.path)) as written:
+        nbytes = written.nbytes
+    total = sum(t.nbytes for t in found.tensors.values() if t.alias_of is None)
+    beside = f" ({100 * nbytes / max(1, total):.1f} % of the weights)"
+    if recorded.live is not None and recorded.live.outputs is not None:
+        beside = f", with {len(recorded.live.outputs.tensors):,} inputs and outputs of submodules"
+    section = in_section(found.section)
+    num_values = sum(tensor.dtype.is_value for tensor in found.tensors.values())
+    entries = f"{len(found.tensors) - num_values:,} tensors"
+    if num_values:
+        entries += f" and {num_values:,} value{'s' if num_values > 1 else ''}"
+    said = (
+        f"recorded {recorded.path}: {entries} of {checkpoint} "
+        f"({found.container}{section}), root {found.root.hex()[:16]}, {nbytes:,} bytes{beside}"
+    )
+    click.echo(escaped(said))
+    click.echo(said_of(found))
+    if isinstance(checkpoint, Path) and recorded.checkpoint is None:
+        click.echo(
+            f"note: {escaped(str(checkpoint))} is outside of the project: verify it by its path, "
+            'or name the folder above it with --root, or as root = "…" in [tool.harness]'
+        )
+    # Without the checkpoint, verify repeats the stages that were recorded.
+    there = recorded.live is not None and recorded.checkpoint is not None
+    given = "" if there else f" {quoted(str(checkpoint))}"
+    click.echo(f"next: harness verify{given}{_golden_option(recorded.path, checkpoint)}")
+
+
+def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
+    return "" if golden == own_golden(checkpoint) else f" -g {quoted(str(golden))}"
