@@ -530,7 +530,7 @@ def test_an_unexpected_crash_is_a_2_and_never_a_1(
     [(CancelledError, "a bug in the harness"), (MemoryError, "error: out of memory")],
 )
 def test_whatever_ends_a_command_is_no_difference(
-    project: Path,
+    recorded: Path,
     harness: Harness,
     monkeypatch: pytest.MonkeyPatch,
     raised: type[BaseException],

@@ -106,8 +106,8 @@ MISTAKES = [
         "give the checkpoint that was recorded, or leave it out",
     ),
     # A model that cannot be built.
-    (f"{NEST} nope:Thing", "No module named 'nope'", "install it, or run from the folder"),
-    (f"{NEST} nope.deeper:Thing", "No module named 'nope'", "install it, or run from"),
+    (f"{NEST} nope:Thing", "No module named 'nope'", "install it, run from the folder"),
+    (f"{NEST} nope.deeper:Thing", "No module named 'nope'", "install it, run from the folder"),
     (f"{NEST} needs:Thing", "No module named 'a_library", "python -c 'import needs'"),
     (f"{NEST} raises:Thing", "ZeroDivisionError", "see its traceback: python -c 'import raises'"),
     (f"{NEST} harness.nest:Nope", "has no Nope", "see what it has: python -m pydoc harness.nest"),
