@@ -1,10 +1,10 @@
 """The model's config: what NeMo's `model_config.yaml` means to the local NEST FastConformer.
 
 In: the `model:` level of a config, resolved (`resolve`), or a YAML file (`load_config`). Out:
-frozen dataclasses with NeMo's own defaults (`ModelConfig`, `OptimConfig`), so that an absent key
-means here what it means there; `complete` adds what NeMo needs to read a config back. Refused,
-with a `ModelError` naming section, key, value and what is implemented: every value that would
-build another tree or compute other numbers than this package does, and unknown keys in
+frozen dataclasses with NeMo's own defaults (`ModelConfig`, and `optim.OptimConfig`), so that an
+absent key means here what it means there; `complete` adds what NeMo needs to read a config back.
+Refused, with a `ModelError` naming section, key, value and what is implemented: every value that
+would build another tree or compute other numbers than this package does, and unknown keys in
 `preprocessor`, `encoder`, `masking`, `quantizer`, `decoder` and `loss`. Unknown keys elsewhere
 (`train_ds`, `optim`, the top level) are kept and ignored.
 
@@ -25,7 +25,6 @@ from harness.nest.schema import (
     Section,
     invalid,
     is_whole,
-    read_present,
     refuse,
 )
 
@@ -404,57 +403,6 @@ class ModelConfig:
         if decoder.num_classes < quantizer.num_classes:
             minimum = f"at least quantizer.num_classes = {quantizer.num_classes}"
             invalid("decoder.num_classes", decoder.num_classes, minimum)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW with, where `noam` is true, the learning rate annealed by `NoamAnnealing`.
-
-    `lr` is the base rate that the schedule scales; `warmup_steps` counts optimizer steps.
-    """
-
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-2
-    noam: bool = False
-    d_model: int = 1
-    warmup_steps: int | None = None
-    warmup_ratio: float | None = None
-    min_lr: float = 0.0
-
-    @classmethod
-    def read(cls, model: Mapping[str, Any]) -> Self:
-        """Read the section `optim`; `ModelError` for another optimizer or another schedule."""
-        given = model.get("optim")
-        if not isinstance(given, Mapping):
-            invalid("optim", given, "a section (mapping), without which the model cannot train")
-        if str(given.get("name", "")).lower() != "adamw":
-            refuse("optim.name", given.get("name"), "'adamw'")
-        if model.get("optim_param_groups"):
-            refuse("optim_param_groups", model["optim_param_groups"], "null")
-        values = read_present(given, "optim", {"lr": float, "eps": float, "weight_decay": float})
-        if "lr" not in values:
-            invalid("optim.lr", None, "a base learning rate")
-        if (betas := given.get("betas")) is not None:
-            if not (isinstance(betas, list) and len(betas) == 2):
-                invalid("optim.betas", betas, "two numbers")
-            values["betas"] = (float(betas[0]), float(betas[1]))
-        if isinstance(sched := given.get("sched"), Mapping):
-            if sched.get("name") != "NoamAnnealing":
-                refuse("optim.sched.name", sched.get("name"), "'NoamAnnealing'")
-            kinds = {"d_model": int, "warmup_steps": int, "warmup_ratio": float, "min_lr": float}
-            values |= read_present(sched, "optim.sched", kinds) | {"noam": True}
-            if "d_model" not in values:
-                invalid("optim.sched.d_model", None, "the encoder's d_model")
-        return cls(**values)
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            both = (self.warmup_steps, self.warmup_ratio)
-            invalid("optim.sched.warmup_steps, warmup_ratio", both, "only one of the two")
-        if self.noam and self.lr < self.min_lr:
-            invalid("optim.lr", self.lr, f"not below optim.sched.min_lr, {self.min_lr}")
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own abbreviation
-from torch.optim.lr_scheduler import LRScheduler
 
 from harness.errors import ModelError
 from harness.model.config import resolve
@@ -41,11 +40,11 @@ from harness.nest.config import (
     DecoderConfig,
     LossConfig,
     ModelConfig,
-    OptimConfig,
     complete,
 )
 from harness.nest.encoder import ConformerEncoder
 from harness.nest.mel import MelPreprocessor
+from harness.nest.optim import NoamAnnealing, OptimConfig
 from harness.nest.quantizer import RandomBlockMasking, RandomProjectionQuantizer
 
 # NeMo's .ckpt files carry their config as a pickled DictConfig; these inert classes and no others.
@@ -143,34 +142,6 @@ class MaskedTokenLoss(nn.Module):
         books = range(self.config.num_decoders)
         losses = [F.nll_loss(chosen[..., book], targets[:, book]) for book in books]
         return torch.stack(losses).sum() / len(losses)
-
-
-class NoamAnnealing(LRScheduler):
-    """Rise for `warmup_steps`, then fall with the root of the step, scaled by `d_model ** -0.5`.
-
-    Attribute names are NeMo's, so that its scheduler states load.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, config: OptimConfig, max_steps: int
-    ) -> None:
-        self._normalize = config.d_model ** (-0.5)
-        self.max_steps = max_steps
-        if config.warmup_ratio is not None:
-            self.warmup_steps = int(config.warmup_ratio * max_steps)
-        else:
-            self.warmup_steps = config.warmup_steps or 0
-        self.min_lr = config.min_lr
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float | Tensor]:
-        """Rate of each group for the step to come; the first two steps have the same."""
-        step = max(1, self.last_epoch)
-        scale = step**-0.5
-        if self.warmup_steps > 0:
-            scale = min(scale, step * self.warmup_steps**-1.5)
-        rates = [base * self._normalize * scale for base in self.base_lrs]
-        return [max(rate, self.min_lr) if step > self.warmup_steps else rate for rate in rates]
 
 
 class EncDecDenoiseMaskedTokenPredModel(pl.LightningModule):

@@ -11,12 +11,10 @@ from omegaconf import OmegaConf
 
 from harness.errors import ModelError
 from harness.model.config import load_config, parse, resolve
-from harness.nest import RECIPE
 from harness.nest.config import (
     NEMO_TARGET,
     EncoderConfig,
     ModelConfig,
-    OptimConfig,
     PreprocessorConfig,
     complete,
 )
@@ -254,50 +252,6 @@ def test_a_local_target_is_written_as_nemo_s(nemo_config: dict[str, Any]) -> Non
     nemo_config["target"] = "harness.nest.EncDecDenoiseMaskedTokenPredModel"
     ModelConfig.read(nemo_config)
     assert complete(nemo_config)["target"] == NEMO_TARGET
-
-
-def test_the_recipe_s_optimizer_is_read() -> None:
-    optim = OptimConfig.read(load_config(RECIPE))
-    assert (optim.lr, optim.betas, optim.weight_decay, optim.eps) == (5.0, (0.9, 0.98), 1e-3, 1e-8)
-    assert (optim.noam, optim.d_model, optim.warmup_steps) == (True, 512, 25000)
-    assert (optim.warmup_ratio, optim.min_lr) == (None, 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"name": "sgd"}, "optim.name = 'sgd'"),
-        ({"lr": None}, r"optim\.lr"),
-        ({"lr": 1e-8}, r"optim\.lr"),
-        ({"betas": [0.9]}, r"optim\.betas"),
-        ({"sched": {"name": "CosineAnnealing"}}, "CosineAnnealing"),
-        ({"sched": {"name": "NoamAnnealing"}}, "d_model"),
-        (
-            {
-                "sched": {
-                    "name": "NoamAnnealing",
-                    "d_model": 1,
-                    "warmup_steps": 1,
-                    "warmup_ratio": 1,
-                }
-            },
-            "only one of the two",
-        ),
-    ],
-)
-def test_other_optimizers_are_refused_when_asked_for(
-    nemo_config: dict[str, Any], change: dict[str, Any], match: str
-) -> None:
-    nemo_config["optim"] |= change
-    ModelConfig.read(nemo_config)
-    with pytest.raises(ModelError, match=match):
-        OptimConfig.read(nemo_config)
-
-
-def test_a_model_without_optim_says_so(nemo_config: dict[str, Any]) -> None:
-    del nemo_config["optim"]
-    with pytest.raises(ModelError, match="cannot train"):
-        OptimConfig.read(nemo_config)
 
 
 def test_numbers_in_yaml_are_numbers() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 from harness import api
 from harness.errors import ModelError
 from harness.model.lightning import trainer_of
-from harness.nest.config import OptimConfig
-from harness.nest.model import AudioBatch, EncDecDenoiseMaskedTokenPredModel, NoamAnnealing
+from harness.nest.model import AudioBatch, EncDecDenoiseMaskedTokenPredModel
 
 MakeModel = Callable[..., EncDecDenoiseMaskedTokenPredModel]
 
@@ -282,42 +281,6 @@ def test_batches_without_counted_frames_do_not_enter_the_validation_mean(
 
 
 # schedule
-
-
-def rates(config: OptimConfig, steps: int, max_steps: int = -1) -> Iterator[float]:
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
-    scheduler = NoamAnnealing(optimizer, config, max_steps)
-    for _ in range(steps):
-        yield optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        scheduler.step()
-
-
-def test_noam_rises_to_the_warmup_and_falls_to_the_floor() -> None:
-    config = OptimConfig(lr=5.0, noam=True, d_model=64, warmup_steps=4, min_lr=0.2)
-    found = list(rates(config, 13))
-    steps = [1, *range(1, 13)]
-    expected = [5.0 / 8 * min(n**-0.5, n * 4**-1.5) for n in steps]
-    expected = [max(e, 0.2) if n > 4 else e for e, n in zip(expected, steps, strict=True)]
-    assert found == pytest.approx(expected)
-    assert found[0] == found[1] < 0.2
-    assert found[-1] == 0.2
-
-
-def test_noam_without_warmup_and_with_a_ratio() -> None:
-    none = OptimConfig(lr=1.0, noam=True, d_model=4)
-    assert list(rates(none, 5)) == pytest.approx([0.5 * n**-0.5 for n in (1, 1, 2, 3, 4)])
-    ratio = OptimConfig(lr=1.0, noam=True, d_model=4, warmup_ratio=0.25)
-    fixed = OptimConfig(lr=1.0, noam=True, d_model=4, warmup_steps=2)
-    assert list(rates(ratio, 9, max_steps=8)) == list(rates(fixed, 9))
-
-
-def test_noam_peaks_at_the_known_rate_for_large() -> None:
-    config = OptimConfig(lr=5.0, noam=True, d_model=512, warmup_steps=25000, min_lr=1e-6)
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
-    scheduler = NoamAnnealing(optimizer, config, 500_000)
-    scheduler.last_epoch = 25000
-    assert scheduler.get_lr()[0] == pytest.approx(1.40e-3, rel=5e-3)
 
 
 def test_the_trainer_steps_the_schedule_every_batch(
