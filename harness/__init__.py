@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         verify,
         verify_stages,
     )
+    from harness.callbacks.lightning import GoldenCheckpoint
+    from harness.callbacks.transformers import GoldenTrainerCallback
     from harness.checkpoint import Checkpoint, open_checkpoint
     from harness.checkpoint.sources.paths import Location
     from harness.comparison.cause import Cause
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     )
     from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
     from harness.golden.golden import Golden, LiveRecord, Update
-    from harness.lightning_callback import GoldenCheckpoint
     from harness.model.options import LiveOptions
     from harness.streaming.workers import Group, Progress
     from harness.subjects import Subject
@@ -54,6 +55,8 @@ _HOMES = {
         *("KeptValues", "diff", "fingerprint", "read_golden", "record"),
         *("roundtrip", "update", "verify", "verify_stages"),
     ),
+    "harness.callbacks.lightning": ("GoldenCheckpoint",),
+    "harness.callbacks.transformers": ("GoldenTrainerCallback",),
     "harness.checkpoint": ("Checkpoint", "open_checkpoint"),
     "harness.checkpoint.sources.paths": ("Location",),
     "harness.comparison.cause": ("Cause",),
@@ -67,7 +70,6 @@ _HOMES = {
     ),
     "harness.fingerprints.fingerprint": ("Fingerprint", "TensorFingerprint"),
     "harness.golden.golden": ("Golden", "LiveRecord", "Update"),
-    "harness.lightning_callback": ("GoldenCheckpoint",),
     "harness.model.options": ("LiveOptions",),
     "harness.streaming.workers": ("Group", "Progress"),
     "harness.subjects": ("Subject",),
@@ -88,6 +90,7 @@ __all__ = [
     "GoldenCheckpoint",
     "GoldenError",
     "GoldenMismatch",
+    "GoldenTrainerCallback",
     "Group",
     "HarnessError",
     "KeptValues",

@@ -85,7 +85,11 @@ def compare(
         num_ignored=matching.num_ignored,
         num_nan=sum(1 for t in matching.expected if t.stats is not None and t.stats.num_nan),
         stage=stage,
-        notes=tuple(filter(None, (*_notes(expected, actual, matching), elsewhere))),
+        notes=tuple(
+            filter(
+                None, (*_notes(expected, actual, matching), *_ties(matching, findings), elsewhere)
+            )
+        ),
         are_strangers=matching.are_strangers,
     )
 
@@ -123,6 +127,16 @@ def _notes(expected: Fingerprint, actual: Fingerprint, matching: Matching) -> It
             more = f", and {len(entries) - _MAX_NAMED:,} more" if len(entries) > _MAX_NAMED else ""
             count = "1 entry" if len(entries) == 1 else f"{len(entries):,} entries"
             yield f"{count} not compared: {', '.join(entries[:_MAX_NAMED])}{more}"
+
+
+def _ties(matching: Matching, findings: Sequence[Finding]) -> Iterator[str]:
+    """What one side has left out, since it is tied to what is there."""
+    found = {finding.actual_key or finding.key for finding in findings} | {f.key for f in findings}
+    for key, other in matching.tied[:_MAX_NAMED]:
+        agree = "differ" if other in found else "agree"
+        yield f"{key} is tied to {other}, whose values {agree}"
+    if len(matching.tied) > _MAX_NAMED:
+        yield f"{len(matching.tied) - _MAX_NAMED:,} more are tied to what is there"
 
 
 def with_damages(

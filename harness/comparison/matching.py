@@ -45,7 +45,8 @@ class Matching:
     """Who stands for whom.
 
     `pairs` are to be compared, also those under another `prefix`; `renamed` have equal weights
-    under another key; `num_ignored` tensors are left out by the policy.
+    under another key; `tied` are left out by one side since they are another key's tensor, which it
+    names; `num_ignored` tensors are left out by the policy.
     """
 
     pairs: tuple[Pair, ...]
@@ -53,6 +54,7 @@ class Matching:
     renamed: tuple[Pair, ...]
     missing: tuple[TensorFingerprint, ...]
     unexpected: tuple[TensorFingerprint, ...]
+    tied: tuple[tuple[str, str], ...] = ()
     num_ignored: int
 
     @property
@@ -89,6 +91,10 @@ def match(expected: Fingerprint, actual: Fingerprint, policy: Policy) -> Matchin
     pairs = [Pair(tensor, found[key]) for key, tensor in kept.items() if key in found]
     missing = {key: tensor for key, tensor in kept.items() if key not in found}
     unexpected = {key: tensor for key, tensor in found.items() if key not in kept}
+    tied = [
+        *_pop_tied(missing, expected, [pair.expected for pair in pairs], unless=actual),
+        *_pop_tied(unexpected, actual, [pair.actual for pair in pairs], unless=expected),
+    ]
     prefixed, prefix = _find_prefix(missing, unexpected)
     pairs += [Pair(missing.pop(a), unexpected.pop(b)) for a, b in prefixed]
     renamed = [
@@ -100,8 +106,27 @@ def match(expected: Fingerprint, actual: Fingerprint, policy: Policy) -> Matchin
         renamed=tuple(renamed),
         missing=tuple(missing.values()),
         unexpected=tuple(unexpected.values()),
+        tied=tuple(tied),
         num_ignored=len(ignored | (theirs.keys() - found.keys())),
     )
+
+
+def _pop_tied(
+    alone: dict[str, TensorFingerprint],
+    side: Fingerprint,
+    paired: Iterable[TensorFingerprint],
+    *,
+    unless: Fingerprint,
+) -> Iterator[tuple[str, str]]:
+    """Take out what is another name of a tensor that both have, where a format keeps but one."""
+    if unless.keeps_aliases or not side.keeps_aliases:
+        return
+    first = {tensor.alias_of or tensor.key: tensor.key for tensor in paired}
+    for key, tensor in list(alone.items()):
+        other = first.get(tensor.alias_of or tensor.key)
+        if other is not None:
+            del alone[key]
+            yield tensor.key, other
 
 
 def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> None:

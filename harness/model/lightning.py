@@ -29,7 +29,7 @@ from harness.checkpoint.unpickling.inert import Global, Record
 from harness.errors import CheckpointError, ModelError
 from harness.model.state import as_torch
 
-_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 # Where Lightning has kept hyperparameters, and what LightningCLI adds to them.
 _HYPERPARAMETERS = ("hyper_parameters", "hparams", "module_arguments")
 _OF_CLI = ("_instantiator", "_class_path")
@@ -47,7 +47,7 @@ def lightning_of(kind: object) -> Any | None:
         kind = type(kind) if isinstance(kind, nn.Module) else object
     for base in kind.__mro__:
         package = base.__module__.partition(".core.")[0]
-        if base.__name__ == "LightningModule" and package in _PACKAGES:
+        if base.__name__ == "LightningModule" and package in PACKAGES:
             return sys.modules[package]
     return None
 
@@ -172,7 +172,7 @@ def _refused(path: Path, names: list[str]) -> ModelError:
 def _instantiator(values: Mapping[str, Any]) -> Iterator[str]:
     """The function that Lightning would import to build the class, unless it is its own."""
     named = values.get("_instantiator")
-    if named not in (None, *(f"{package}.cli.instantiate_module" for package in _PACKAGES)):
+    if named not in (None, *(f"{package}.cli.instantiate_module" for package in PACKAGES)):
         yield str(named)
 
 
@@ -274,7 +274,7 @@ def quiet() -> Iterator[None]:
     loggers = [
         logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning")
     ]
-    for package in (*_PACKAGES, "lightning.fabric", "lightning_fabric"):
+    for package in (*PACKAGES, "lightning.fabric", "lightning_fabric"):
         loggers += [logging.getLogger(f"{package}.utilities.rank_zero"), logging.getLogger(package)]
     loggers.append(logging.getLogger("lightning.utilities.rank_zero"))
     levels = [logger.level for logger in loggers]

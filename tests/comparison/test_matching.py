@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from string import ascii_lowercase
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from harness.api import diff
 from harness.comparison import matching
 from harness.comparison.policy import Policy
 from harness.errors import GoldenMismatch, UsageError
@@ -34,6 +37,28 @@ def test_a_key_that_is_not_there_is_missing(compared: Compared) -> None:
     )
     with pytest.raises(GoldenMismatch, match=r"encoder\.1\.weight"):
         found.raise_for_mismatch()
+
+
+def test_a_key_that_is_tied_to_one_that_is_there_is_not_missing_where_a_format_keeps_but_one(
+    tmp_path: Path,
+) -> None:
+    weight, other = torch.arange(6.0), torch.ones(2)
+    torch.save({"out": weight, "emb": weight, "other": other}, tmp_path / "tied.pt")
+    save_file({"emb": weight, "other": other}, tmp_path / "one.safetensors")
+    for sides in (("tied.pt", "one.safetensors"), ("one.safetensors", "tied.pt")):
+        found = diff(*(tmp_path / side for side in sides))
+        assert (found.verdict, found.findings) == ("identical", ())
+        assert found.notes == ("out is tied to emb, whose values agree",)
+    # A format that keeps ties has lost it; and what is not there at all is missing.
+    torch.save({"emb": weight, "other": other}, tmp_path / "lost.pt")
+    assert named(diff(tmp_path / "tied.pt", tmp_path / "lost.pt")) == [("missing", "out")]
+    save_file({"other": other}, tmp_path / "none.safetensors")
+    found = diff(tmp_path / "tied.pt", tmp_path / "none.safetensors")
+    assert named(found) == [("missing", "out"), ("missing", "emb")]
+    save_file({"emb": weight + 1, "other": other}, tmp_path / "one.safetensors")
+    found = diff(tmp_path / "tied.pt", tmp_path / "one.safetensors")
+    assert named(found) == [("different", "emb")]
+    assert found.notes == ("out is tied to emb, whose values differ",)
 
 
 def test_a_key_too_many_is_unexpected(compared: Compared) -> None:

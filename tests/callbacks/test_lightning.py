@@ -9,7 +9,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
+from inspect import getmodule
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -185,7 +188,7 @@ def test_what_fails_unexpectedly_is_told_like_a_bad_save(
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("harness.lightning_callback.open_checkpoint", fails)
+    monkeypatch.setattr("harness.callbacks.lightning.open_checkpoint", fails)
     callback = GoldenCheckpoint(on_mismatch="warn")
     with pytest.warns(UserWarning, match="GoldenCheckpoint: a bug"):
         trainer(tmp_path, callback, saving(tmp_path)).fit(Tuned())
@@ -237,8 +240,9 @@ def test_with_averaged_weights_in_its_place_the_section_of_the_model_is_verified
     tmp_path: Path,
 ) -> None:
     average = EMAWeightAveraging(decay=0.5)
-    with pytest.raises(GoldenMismatch, match=r"body\.weight"):
+    with pytest.raises(GoldenMismatch, match=r"body\.weight") as bad:
         trainer(tmp_path, average, GoldenCheckpoint(), saving(tmp_path)).fit(Tuned())
+    assert 'GoldenCheckpoint(section="current_model_state")' in (bad.value.hint or "")
     callback = GoldenCheckpoint(section="current_model_state")
     trainer(tmp_path, EMAWeightAveraging(decay=0.5), callback, saving(tmp_path)).fit(Tuned())
     assert [save.headlines for save in callback.saves] == [(SAVED.format(s),) for s in (1, 2)]
@@ -516,3 +520,26 @@ def test_a_class_that_cannot_be_built_anew_is_refused_before_the_training(tmp_pa
         trainer(tmp_path, callback, saving(tmp_path)).fit(Local())
     assert "live=LiveOptions(target=" in (refused.value.hint or "")
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+# Both packages
+
+
+def test_it_is_a_callback_of_every_lightning_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package, other = ModuleType("lightning"), ModuleType("lightning.pytorch")
+    other.Callback = type("Callback", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lightning", package)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", other)
+    home = getmodule(GoldenCheckpoint)
+    assert home is not None
+    # A fresh one: the first import has decided which packages there are.
+    spec = spec_from_file_location("a_fresh_callback", home.__file__ or "")
+    assert spec is not None
+    assert spec.loader is not None
+    fresh = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "a_fresh_callback", fresh)
+    spec.loader.exec_module(fresh)
+    assert issubclass(fresh.GoldenCheckpoint, (other.Callback,))
+    assert issubclass(fresh.GoldenCheckpoint, pl.Callback)

@@ -12,58 +12,75 @@ that behind a save runs when the bytes are there.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from harness.model import not_installed
 
-if error := not_installed("torch", "pytorch_lightning"):
+if error := not_installed("torch", "lightning_utilities"):
     raise error
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from harness.api import roundtrip
+from harness.callbacks.saves import (
+    OnMismatch,
+    VerifiedSave,
+    but_trained,
+    check_choice,
+    check_every,
+    copied,
+)
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.keys import format_key
-from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison, headline, render
-from harness.comparison.difference import Difference
-from harness.comparison.measuring import AgainstCheckpoint, AgainstGolden, Triple, nothing, part
-from harness.comparison.policy import Policy, Stage, Tolerance
-from harness.errors import GoldenMismatch, UsageError
-from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, structure
-from harness.fingerprints.scan import fingerprint
+from harness.comparison.measuring import AgainstCheckpoint
+from harness.comparison.policy import Policy, Stage
+from harness.errors import CheckpointError, GoldenMismatch, UsageError
+from harness.fingerprints.fingerprint import structure
 from harness.golden.file import read_golden
+from harness.model.lightning import PACKAGES
 from harness.model.options import LiveOptions
 from harness.model.state import as_checkpoint
 
-OnMismatch = Literal["raise", "warn"]
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from pytorch_lightning import Callback as _Callback
+else:
+
+    def _bases() -> tuple[type, ...]:
+        """The Callback of every package that there is: a Trainer refuses that of another."""
+        found = []
+        for package in PACKAGES:
+            try:
+                found.append(import_module(package).Callback)
+            except ImportError:
+                if package in sys.modules:
+                    raise
+        if not found:
+            raise not_installed("pytorch_lightning")
+        return tuple(found)
+
+    _Callback = type("_Callback", _bases(), {})
 
 # By name: `lightning.pytorch` has classes of its own.
 _SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+# Where WeightAveraging and EMAWeightAveraging put what is trained.
+_AVERAGED = "current_model_state"
 _NEXT = (
     "see what stands between state_dict() and the file: on_save_checkpoint hooks, plugins, the "
     "disk; what is meant goes into policy= or section="
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifiedSave:
-    """What one save came to: a line per comparison, and the error where it is not good."""
-
-    path: str
-    global_step: int
-    headlines: tuple[str, ...] = ()
-    error: BaseException | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +95,10 @@ class _Held:
     keeps_ties: bool
 
 
-class GoldenCheckpoint(pl.Callback):
+class GoldenCheckpoint(_Callback):
     """Verify each save of a Trainer against the model in memory, and stop at the first bad one.
+
+    For Trainers of `lightning.pytorch` and of `pytorch_lightning`, of version 2.4 and later.
 
     What was written must be what `state_dict()` of the LightningModule held when the save began,
     to the bit: every key, shape, dtype and value, and nothing else beside them. `policy` says what
@@ -127,20 +146,9 @@ class GoldenCheckpoint(pl.Callback):
         section: str | None = None,
         live: LiveOptions | None = None,
     ) -> None:
-        for name, value, choices in (
-            ("stages", stages, get_args(Stage)),
-            ("on_mismatch", on_mismatch, get_args(OnMismatch)),
-        ):
-            if value not in choices:
-                raise UsageError(
-                    f"GoldenCheckpoint({name}={value!r}): must be one of {', '.join(choices)}",
-                    hint=f"leave it out for {choices[0]!r}",
-                )
-        if every < 1:
-            raise UsageError(
-                f"GoldenCheckpoint(every={every}): must be at least 1",
-                hint="leave it out to verify every save",
-            )
+        check_choice("GoldenCheckpoint", "stages", stages, Stage)
+        check_choice("GoldenCheckpoint", "on_mismatch", on_mismatch, OnMismatch)
+        check_every("GoldenCheckpoint", every)
         self.saves: list[VerifiedSave] = []
         self._golden = None if golden is None else read_golden(Path(golden))
         self._stages = stages
@@ -288,7 +296,8 @@ class GoldenCheckpoint(pl.Callback):
             for comparison in () if error else self._comparisons(held, filepath):
                 headlines.append(headline(comparison))
                 if not comparison.ok:
-                    raise GoldenMismatch(render(comparison), hint=_NEXT, comparison=comparison)
+                    next_step = self._next(filepath)
+                    raise GoldenMismatch(render(comparison), hint=next_step, comparison=comparison)
         except Exception as problem:
             error = problem
         return VerifiedSave(
@@ -297,6 +306,16 @@ class GoldenCheckpoint(pl.Callback):
             headlines=tuple(headlines),
             error=error,
         )
+
+    def _next(self, path: str | Path) -> str:
+        """What to do about a bad save; averages of the weights have a section of their own."""
+        if self._section is None:
+            with suppress(CheckpointError), open_checkpoint(path, section=_AVERAGED):
+                return (
+                    "the file holds averaged weights, and the model's own in another section: "
+                    f'GoldenCheckpoint(section="{_AVERAGED}") verifies those'
+                )
+        return _NEXT
 
     def _comparisons(self, held: _Held, path: str | Path) -> Iterator[Comparison]:
         weights = as_checkpoint(held.weights, held.name)
@@ -311,7 +330,7 @@ class GoldenCheckpoint(pl.Callback):
                 written = replace(written, keeps_aliases=held.keeps_ties)
                 here = {*self._golden.fingerprint.tensors, *written.tensors}
                 policy = self._policy.at_stage(here, weights.tensors)
-                yield _but_trained(self._golden.fingerprint, written, policy, held.frozen)
+                yield but_trained(self._golden.fingerprint, written, policy, held.frozen)
         if self._stages != "file":
             live = self._live or LiveOptions(target=held.target)
             for comparison in roundtrip(path, policy=self._policy, live=live):
@@ -332,7 +351,7 @@ def _held(trainer: pl.Trainer) -> _Held:
     module, step = trainer.lightning_module, trainer.global_step
     return _Held(
         name=f"{type(module).__name__} in memory at step {step}",
-        weights=_copied(module.state_dict()),
+        weights=copied(module.state_dict()),
         frozen=frozenset(
             format_key((key,))
             for key, parameter in module.named_parameters(remove_duplicate=False)
@@ -347,66 +366,6 @@ def _held(trainer: pl.Trainer) -> _Held:
 
 def _target(module: pl.LightningModule) -> str:
     return f"{type(module).__module__}:{type(module).__qualname__}"
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Copy the tensors to the CPU, tied ones once, so that they stay tied."""
-    copies: dict[tuple[object, ...], torch.Tensor] = {}
-    found = {}
-    for key, tensor in state.items():
-        if isinstance(tensor, torch.Tensor):
-            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if place not in copies:
-                copies[place] = tensor.detach().to("cpu", copy=True)
-            found[key] = copies[place]
-    return found
-
-
-def _but_trained(
-    golden: Fingerprint, written: Checkpoint, policy: Policy, frozen: frozenset[str]
-) -> Comparison:
-    """Compare keys, shapes and dtypes of all tensors, but values of frozen parameters only."""
-    digests = fingerprint(part(written, {*frozen}), details=nothing).tensors
-    found = structure(written)
-    tensors = {
-        key: replace(tensor, digest=digests[key].digest) if key in digests else tensor
-        for key, tensor in found.tensors.items()
-    }
-    against = AgainstGolden(golden=golden, actual=written)
-
-    def measure(triples: Sequence[Triple]) -> list[Difference]:
-        kept = [triple for triple in triples if triple[1].key in frozen]
-        measured = iter(against(kept))
-        return [
-            next(measured) if actual.key in frozen else _unmeasured(expected, tolerance)
-            for expected, actual, tolerance in triples
-        ]
-
-    comparison = compare(golden, replace(found, tensors=tensors), policy, measure)
-    findings = tuple(
-        finding
-        for finding in comparison.findings
-        if finding.kind != "close" or (finding.actual_key or finding.key) in frozen
-    )
-    trained = len(comparison.findings) - len(findings)
-    note = f"the values of {trained:,} tensors were not compared, since they are not frozen"
-    notes = (*comparison.notes, note) if trained else comparison.notes
-    return replace(comparison, findings=findings, notes=notes)
-
-
-def _unmeasured(expected: TensorFingerprint, tolerance: Tolerance) -> Difference:
-    """Stands for values that nobody looked at; its finding is left out."""
-    anything = (0.0, math.inf)
-    return Difference(
-        verdict="close",
-        why="not compared",
-        is_exact=False,
-        tolerance=tolerance,
-        numel=expected.numel,
-        max_abs=anything,
-        min_atol=anything,
-        rms=math.nan,
-    )
 
 
 def _warn(saves: list[VerifiedSave]) -> None:

@@ -1,0 +1,1 @@
+"""Callbacks of trainers that verify what was really written: Lightning's, transformers'."""

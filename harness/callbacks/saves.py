@@ -1,0 +1,114 @@
+"""What every callback of a trainer needs: a copy of the weights, and what one save came to.
+
+In: a state dict, a written checkpoint, a golden. Out: copies that nothing in the save can touch,
+comparisons of what was written. Imports no trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from harness.checkpoint.tensors import Checkpoint
+from harness.comparison.compare import compare
+from harness.comparison.comparison import Comparison
+from harness.comparison.difference import Difference
+from harness.comparison.measuring import AgainstGolden, Triple, nothing, part
+from harness.comparison.policy import Policy, Tolerance
+from harness.errors import UsageError
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, structure
+from harness.fingerprints.scan import fingerprint
+
+OnMismatch = Literal["raise", "warn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifiedSave:
+    """What one save came to: a line per comparison, and the error where it is not good."""
+
+    path: str
+    global_step: int
+    headlines: tuple[str, ...] = ()
+    error: BaseException | None = None
+
+
+def check_choice(callback: str, name: str, value: object, choices: object) -> None:
+    """Raise UsageError for a value that is none of a Literal's."""
+    if value not in get_args(choices):
+        raise UsageError(
+            f"{callback}({name}={value!r}): must be one of {', '.join(get_args(choices))}",
+            hint=f"leave it out for {get_args(choices)[0]!r}",
+        )
+
+
+def check_every(callback: str, every: int) -> None:
+    """Raise UsageError for what counts no saves."""
+    if every < 1:
+        raise UsageError(
+            f"{callback}(every={every}): must be at least 1",
+            hint="leave it out to verify every save",
+        )
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Copy the tensors to the CPU, tied ones once, so that they stay tied."""
+    copies: dict[tuple[object, ...], torch.Tensor] = {}
+    found = {}
+    for key, tensor in state.items():
+        if isinstance(tensor, torch.Tensor):
+            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if place not in copies:
+                copies[place] = tensor.detach().to("cpu", copy=True)
+            found[key] = copies[place]
+    return found
+
+
+def but_trained(
+    golden: Fingerprint, written: Checkpoint, policy: Policy, frozen: frozenset[str]
+) -> Comparison:
+    """Compare keys, shapes and dtypes of all tensors, but values of frozen parameters only."""
+    digests = fingerprint(part(written, {*frozen}), details=nothing).tensors
+    found = structure(written)
+    tensors = {
+        key: replace(tensor, digest=digests[key].digest) if key in digests else tensor
+        for key, tensor in found.tensors.items()
+    }
+    against = AgainstGolden(golden=golden, actual=written)
+
+    def measure(triples: Sequence[Triple]) -> list[Difference]:
+        kept = [triple for triple in triples if triple[1].key in frozen]
+        measured = iter(against(kept))
+        return [
+            next(measured) if actual.key in frozen else _unmeasured(expected, tolerance)
+            for expected, actual, tolerance in triples
+        ]
+
+    comparison = compare(golden, replace(found, tensors=tensors), policy, measure)
+    findings = tuple(
+        finding
+        for finding in comparison.findings
+        if finding.kind != "close" or (finding.actual_key or finding.key) in frozen
+    )
+    trained = len(comparison.findings) - len(findings)
+    note = f"the values of {trained:,} tensors were not compared, since they are not frozen"
+    notes = (*comparison.notes, note) if trained else comparison.notes
+    return replace(comparison, findings=findings, notes=notes)
+
+
+def _unmeasured(expected: TensorFingerprint, tolerance: Tolerance) -> Difference:
+    """Stands for values that nobody looked at; its finding is left out."""
+    anything = (0.0, math.inf)
+    return Difference(
+        verdict="close",
+        why="not compared",
+        is_exact=False,
+        tolerance=tolerance,
+        numel=expected.numel,
+        max_abs=anything,
+        min_atol=anything,
+        rms=math.nan,
+    )
