@@ -110,10 +110,10 @@ class _Commands(click.Group):
 )
 @click.version_option(__version__, prog_name="harness")
 def cli() -> None:
-    """Tell from a small golden fingerprint whether a checkpoint still is what it was.
+    """Snapshot testing for model checkpoints.
 
-    Begin with 'harness record CHECKPOINT' and commit the golden that it writes; 'harness verify'
-    then tells whether the checkpoint changed.
+    'harness record CHECKPOINT' writes a small golden; commit it. 'harness verify' then shows
+    whether the weights, or the code that loads them, have changed, and how.
     """
     import_numpy()
 
@@ -277,6 +277,8 @@ def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **optio
     """Load, save, reload and run CHECKPOINT.
 
     Each is compared with the file itself, and the outputs with each other: no golden is needed.
+
+    Example: harness roundtrip models/nest.nemo
     """
     from harness import api
     from harness.report.outcome import Outcome, Result
@@ -324,6 +326,8 @@ def diff(
     """Compare two checkpoints or goldens.
 
     Two checkpoints are compared element by element, a golden by what it keeps.
+
+    Example: harness diff before.ckpt after.ckpt
     """
     from harness import api
     from harness.cli.steps import past_lines
@@ -367,7 +371,7 @@ def diff(
 @_JOBS
 @click.pass_obj
 def show(asked: Invocation, /, file: AnyPath, textconv: bool, **options: Any) -> None:
-    """List the tensors of a golden or checkpoint, and what a golden holds beside them.
+    """List what a golden or checkpoint holds.
 
     Example: harness show golden/nest.safetensors
     """
@@ -425,7 +429,9 @@ def _show(
 
 @cli.command()
 def schema() -> None:
-    """Print the JSON Schema of reports, of show --json, and of a golden's header.
+    """Print the JSON Schema of what programs read.
+
+    These are reports, show --json, and a golden's header.
 
     Example: harness schema > harness.schema.json
     """
