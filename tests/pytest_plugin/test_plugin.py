@@ -109,20 +109,41 @@ def command(run: pytest.RunResult) -> str:
 
 def test_pytest_finds_the_plugin_by_itself(request: pytest.FixtureRequest) -> None:
     (entry,) = importlib.metadata.entry_points(group="pytest11", name="checkpoint_harness")
-    assert entry.value == "harness.pytest_plugin"
+    assert entry.value == "checkpoint_harness_pytest"
     assert request.config.pluginmanager.has_plugin("checkpoint_harness")
 
 
 def test_loading_the_plugin_costs_nothing() -> None:
     program = (
         "import hashlib, sys, pytest; before = set(sys.modules)\n"
-        "import harness.pytest_plugin; print(sorted(set(sys.modules) - before))"
+        "import checkpoint_harness_pytest as _; print(sorted(set(sys.modules) - before))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     plugin = ("", ".attempt", ".plugin", ".summary")
-    ours = ["harness", "harness.errors", *(f"harness.pytest_plugin{name}" for name in plugin)]
+    ours = [
+        "checkpoint_harness_pytest",
+        "harness",
+        "harness.errors",
+        *(f"harness.pytest_plugin{name}" for name in plugin),
+    ]
     ours += ["harness.text", "harness.text.shell"]
     assert run.stdout.strip() == str(ours)
+
+
+def test_a_package_of_the_project_that_hides_the_plugin_is_named_in_one_line(
+    tmp_path: Path,
+) -> None:
+    hides = tmp_path / "harness" / "__init__.py"
+    hides.parent.mkdir()
+    hides.touch()
+    (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
+    command = [sys.executable, "-m", "pytest", "-q"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = run.stderr.strip().splitlines()
+    assert f"{hides} hides it: rename that package" in line
+    without = shlex.split(line.rpartition(": pytest")[2])
+    assert subprocess.run([*command, *without], cwd=tmp_path).returncode == 0
 
 
 def test_the_keywords_are_the_fields_of_a_policy() -> None:
