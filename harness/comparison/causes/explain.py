@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from harness.checkpoint.sources.paths import Location, to_path
@@ -43,8 +43,9 @@ from harness.streaming.workers import ALL_CORES, Workers
 
 _VALUED = ("different", "undecided", "close")
 _EXPLAINED = ("missing", "unexpected", "renamed", "prefix", "shape", "dtype", *_VALUED)
-# A checkpoint that is compared in no time is explained in this many seconds.
-_LEAST_SECONDS = 2.0
+# The search may take as long as the comparison; a small checkpoint's is given more, so that no busy
+# machine ends it, and what was not compared is given so many bytes a second.
+_SMALL_NBYTES, _SMALL_SECONDS, _LEAST_SECONDS, _READ_RATE = 100 << 20, 3.0, 0.5, 250e6
 
 
 def explained(
@@ -68,7 +69,9 @@ def explained(
     of_interest = [f for f in comparison.findings if f.kind in _EXPLAINED]
     if not of_interest:
         return accepted(comparison)
-    limit = time.monotonic() + max(seconds, _LEAST_SECONDS)
+    is_small = sum(t.nbytes for t in comparison.actual.tensors.values()) <= _SMALL_NBYTES
+    least = _SMALL_SECONDS if is_small else _LEAST_SECONDS
+    limit = time.monotonic() + max(seconds, least) + _unread(comparison) / _READ_RATE
     search = _Search.of(comparison, actual, reference, known or {}, limit, workers)
     search.adapter = adapter
     note = None
@@ -116,6 +119,16 @@ def with_causes(
         )
 
 
+def _unread(comparison: Comparison) -> int:
+    """The bytes that the comparison did not look at: under new keys, of another shape or dtype."""
+    keys = {
+        f.actual_key or f.key
+        for f in comparison.findings
+        if f.kind in ("unexpected", "shape", "dtype")
+    }
+    return sum(t.nbytes for key, t in comparison.actual.tensors.items() if key in keys)
+
+
 def _with_known(comparison: Comparison) -> Comparison:
     """Say, where no key is common, how many tensors are there under other keys."""
     is_common = any(
@@ -145,6 +158,7 @@ class _Search:
     evidence: Evidence
     findings: list[Finding]
     adapter: Adapter | None = None
+    tested: set[tuple[str, str]] = field(default_factory=set)
 
     @cached_property
     def sums(self) -> Sums:
@@ -303,6 +317,7 @@ class _Search:
         for finding in [*self.findings]:
             if not finding.causes and finding.kind in _EXPLAINED:
                 causes = self._causes_of(finding)
+                self.tested.add((finding.kind, finding.key))
                 if causes:
                     self._explain(finding, *causes)
 
@@ -319,7 +334,7 @@ class _Search:
         found = [_counter(expected, actual), _copied(evidence, finding, actual)]
         if expected is not None:
             found.append(rounded(evidence, expected, actual, tensor))
-        if finding.kind != "close":
+        if finding.kind != "close" and not any(found):
             found.append(constant(expected, actual))
             if expected is not None:
                 found += self._of_pair(finding, expected, actual, tensor)
@@ -344,7 +359,7 @@ class _Search:
         if tensor is not None and expected.shape != actual.shape:
             found.append(rows_kept(evidence, expected, tensor))
         if tensor is not None and not any(found) and not _names_all(finding):
-            found.append(rows_changed(evidence, expected, tensor))
+            found.append(rows_changed(evidence, expected, actual, tensor))
         if tensor is not None and not any(found):
             found.append(reordered(evidence, expected, actual, tensor))
         if not any(found) and self.adapter is not None:
@@ -359,7 +374,9 @@ class _Search:
         """What no tensor may prove alone: that they have nothing to do with the golden's."""
         found: dict[int, Correlation] = {}
         for place, finding in enumerate(self.findings):
-            if finding.causes or finding.kind not in ("different", "undecided"):
+            if (finding.kind, finding.key) not in self.tested or finding.causes:
+                continue  # what was not tested may have a better cause
+            if finding.kind not in ("different", "undecided"):
                 continue
             related = self._correlation(finding)
             if related is not None and not related.is_related:

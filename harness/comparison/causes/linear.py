@@ -144,37 +144,38 @@ def linear(
         return None
     if (expected.numel - 1) * -math.log2(roundoff) < _MIN_BITS:
         return None
-    for factor, offset in _candidates(ours, theirs):
-        bound = _holds(ours, theirs, factor, offset, roundoff)
-        if bound is not None:
-            if ours.is_exact and _is_rounding_of(actual, factor * ours.rows + offset):
-                bound = 0.0
-            return _linear_cause(factor, offset, bound, is_exact=ours.is_exact)
+    for factor, offset in _fits(ours, theirs):
+        # The best fit tells whether any number is near enough.
+        if _holds(ours, theirs, factor, offset, 4 * roundoff) is None:
+            continue
+        for one, other in _simple(factor, offset):
+            bound = _holds(ours, theirs, one, other, roundoff)
+            if bound is not None:
+                if ours.is_exact and _is_rounding_of(actual, one * ours.rows + other):
+                    bound = 0.0
+                return _linear_cause(one, other, bound, is_exact=ours.is_exact)
     return None
 
 
-def _candidates(ours: Vector, theirs: Vector) -> Iterator[tuple[float, float]]:
-    """Factors and offsets that may explain `theirs`: by least squares, first the rounder ones."""
+def _fits(ours: Vector, theirs: Vector) -> Iterator[tuple[float, float]]:
+    """The factor, the offset, then both, that by least squares explain `theirs`."""
     e, a, ones = ours.rows.ravel(), theirs.rows.ravel(), ours.ones.ravel()
     squares, sums = float(e @ e), float(ones @ ones)
     if not squares or not sums:
         return
-    factor = float(e @ a) / squares
-    for simple in simple_numbers(factor):
-        if simple not in (0.0, 1.0):
-            yield simple, 0.0
-    offset = float(ones @ (a - e)) / sums
-    for simple in simple_numbers(offset):
-        if simple != 0.0:
-            yield 1.0, simple
-    if e.size < _MIN_NUMEL:
-        return
-    solution = np.linalg.lstsq(np.stack([e, ones], axis=1), a, rcond=None)[0]
-    for simple in simple_numbers(float(solution[0])):
-        if simple not in (0.0, 1.0):
-            for other in simple_numbers(float(solution[1])):
-                if other != 0.0:
-                    yield simple, other
+    yield float(e @ a) / squares, 0.0
+    yield 1.0, float(ones @ (a - e)) / sums
+    if e.size >= _MIN_NUMEL:
+        both = np.linalg.lstsq(np.stack([e, ones], axis=1), a, rcond=None)[0]
+        yield float(both[0]), float(both[1])
+
+
+def _simple(factor: float, offset: float) -> Iterator[tuple[float, float]]:
+    """The rounder numbers first; a factor of 1 and an offset of 0 are taken as they are."""
+    factors = [1.0] if factor == 1.0 else [f for f in simple_numbers(factor) if f != 1.0]
+    for one in factors:
+        for other in [0.0] if offset == 0.0 else simple_numbers(offset):
+            yield one, other
 
 
 def simple_numbers(number: float) -> list[float]:

@@ -134,17 +134,8 @@ def _values_of(evidence: Evidence, expected: TensorFingerprint) -> View | None:
 def _is_cast(evidence: Evidence, narrow: Cast, dtype: DType, tensor: Tensor, stored: DType) -> bool:
     """Whether a tensor holds just these rounded values, as stored."""
     there: View = narrow if stored == dtype else Cast(narrow, dtype, stored)
-    if there.nbytes != tensor.nbytes:
-        return False
     evidence.check_time()
-    for start in range(0, tensor.nbytes, 1 << 20):
-        count = min(1 << 20, tensor.nbytes - start)
-        ours, theirs = bytearray(count), bytearray(count)
-        there.read_into(start, memoryview(ours))
-        tensor.read_into(start, memoryview(theirs))
-        if ours != theirs:
-            return False
-    return True
+    return there.nbytes == tensor.nbytes and are_same(there, tensor)
 
 
 def _widened(evidence: Evidence, expected: TensorFingerprint, tensor: Tensor) -> Cause | None:

@@ -10,7 +10,7 @@ differs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -27,6 +27,7 @@ from harness.fingerprints.hashes import unordered_sums
 from harness.fingerprints.residues import Grid, encode
 
 _MAX_NAMED = 4
+_SAMPLED_ROWS = 16
 _MAX_SORTED_NBYTES = 64 << 20
 _READ_NBYTES, _READ_NUMEL = 4 << 20, 1 << 19
 _WORDS = {1: "|u1", 2: "<u2", 4: "<u4", 8: "<u8"}
@@ -59,8 +60,13 @@ class _Words:
         return cls(shape=actual.shape, read=read)
 
 
-def rows_changed(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -> Cause | None:
-    """Find which rows, or columns, are the golden's, and where they are now."""
+def rows_changed(
+    evidence: Evidence, expected: TensorFingerprint, found: TensorFingerprint, actual: Tensor
+) -> Cause | None:
+    """Find which rows, or columns, are the golden's, and where they are now.
+
+    `found` is what is known of the actual tensor.
+    """
     shape = expected.shape
     if expected.dtype != actual.dtype or len(shape) != len(actual.shape):
         return None
@@ -78,8 +84,11 @@ def rows_changed(evidence: Evidence, expected: TensorFingerprint, actual: Tensor
         ours = _Words(shape=shape, read=residues.elements)
         theirs = _Words.of_residues(actual, residues.grid)
     else:
-        return _of_sketch(evidence, expected, actual) if set(differing) <= {0} else None
-    for axis in (0, 1):
+        return _of_sketch(evidence, expected, found, actual) if set(differing) <= {0} else None
+    axes = [0, 1]
+    if not differing and not are_permutable(expected.stats, found.stats):
+        axes = _axes_that_stay(ours, theirs)
+    for axis in axes:
         # A residue is four bits: so few would agree by chance.
         if set(differing) <= {axis} and (known or expected.numel >= 16 * shape[axis]):
             hashes = _hashes(evidence, ours, axis), _hashes(evidence, theirs, axis)
@@ -89,6 +98,21 @@ def rows_changed(evidence: Evidence, expected: TensorFingerprint, actual: Tensor
             if cause is not None and (known or _is_proved(evidence, cause, expected, actual)):
                 return cause if known else replace(cause, proof="hash")
     return None
+
+
+def _axes_that_stay(ours: _Words, theirs: _Words) -> list[int]:
+    """The dims most of whose indices are the same in a sample of rows."""
+    width = math.prod(ours.shape[1:])
+    step = max(1, ours.shape[0] // _SAMPLED_ROWS)
+    rows = []
+    for row in range(0, ours.shape[0], step):
+        read = ours.read(row * width, width), theirs.read(row * width, width)
+        if read[0] is None or read[1] is None:
+            return []
+        rows.append(read[0] == read[1])
+    same = np.stack(rows).reshape(len(rows), ours.shape[1], -1)
+    shares = same.all(axis=(1, 2)).mean(), same.all(axis=(0, 2)).mean()
+    return [axis for axis in (0, 1) if shares[axis] >= 0.5]
 
 
 def _is_proved(
@@ -245,22 +269,30 @@ def _ranges(changed: Sequence[int], count: int) -> tuple[tuple[int, int], ...]:
     return tuple((one + 1, other) for one, other in pairwise(ends) if one + 1 < other)
 
 
-def _of_sketch(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -> Cause | None:
+def _of_sketch(
+    evidence: Evidence, expected: TensorFingerprint, found: TensorFingerprint, actual: Tensor
+) -> Cause | None:
     """Which blocks of the sketch differ, as rows: where something is, and where nothing."""
     count, more = expected.shape[0], actual.shape[0] - expected.shape[0]
     sketch, width = expected.sketch, expected.numel // expected.shape[0]
     if more < 0 or sketch is None or expected.dtype.kind != "float":
         return None
     block = block_numel(expected.dtype, evidence.block_nbytes)
-    rows: list[int] = []
-    for first in range(0, expected.numel, block):
+    places: Iterable[int] = range(len(sketch.norms))
+    if not more and found.sketch is not None and len(found.sketch.norms) == len(sketch.norms):
+        with np.errstate(all="ignore"):
+            away = np.linalg.norm(found.sketch.projections - sketch.projections, axis=1)
+            places = np.flatnonzero(~(away <= 1e-6 * sketch.norms)).tolist()
+    rows: dict[int, None] = {}
+    for place in places:
         evidence.check_time()
-        data = np.empty(min(block, expected.numel - first) * expected.dtype.itemsize, "|u1")
-        actual.read_into(first * expected.dtype.itemsize, data.data)
-        if not begins_as(as_floats(data, expected.dtype), sketch, block, first // block):
-            last = min(expected.numel, first + block) - 1
-            rows += range(rows[-1] + 1 if rows else first // width, last // width + 1)
-            rows = [row for row in dict.fromkeys(rows) if row >= 0]
+        first, last = place * block, min(expected.numel, (place + 1) * block)
+        if more:
+            data = np.empty((last - first) * expected.dtype.itemsize, "|u1")
+            actual.read_into(first * expected.dtype.itemsize, data.data)
+            if begins_as(as_floats(data, expected.dtype), sketch, block, place):
+                continue
+        rows |= dict.fromkeys(range(first // width, (last - 1) // width + 1))
         if len(rows) > count // 4:
             return None
     changed = sorted(rows)

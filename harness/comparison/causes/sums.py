@@ -30,18 +30,19 @@ from harness.fingerprints.fingerprint import TensorFingerprint
 
 _MIN_NUMEL = 32
 _MAX_TERMS, _MAX_SHOWN = 64, 4
-_MAX_CANDIDATES, _MAX_ROWS = 128, 4096
+_MAX_CANDIDATES, _MAX_ROWS = 128, 1024
 _MAX_READ_NBYTES = 256 << 20  # of a reference, whose tensors are not known otherwise
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Basis:
-    """The golden's tensors that a sum may be of; `q`, `r` factor what is known of each."""
+    """The golden's tensors that a sum may be of; `columns` is what is known of each, at most 1,024
+    numbers, `gram` their products."""
 
     keys: Sequence[str]
     vectors: Sequence[Vector]
-    q: Array
-    r: Array
+    columns: Array
+    gram: Array
 
 
 class Sums:
@@ -62,13 +63,13 @@ class Sums:
         roundoff = unit_roundoff(actual.dtype)
         if basis is None or roundoff > 2.0**-8:
             return None
-        wanted = theirs.rows.ravel()[: len(basis.q)]
-        shares = basis.q.T @ wanted
+        wanted = theirs.rows.ravel()[: len(basis.columns)]
+        factors = np.linalg.solve(basis.gram, basis.columns.T @ wanted)
         size = float(np.linalg.norm(wanted))
-        if not size or np.linalg.norm(wanted - basis.q @ shares) > 16 * roundoff * size:
+        away = float(np.linalg.norm(wanted - basis.columns @ factors))
+        if not size or not away <= 16 * roundoff * size:
             return None
-        factors = np.linalg.solve(basis.r, shares)
-        sizes = np.linalg.norm(basis.r, axis=0)
+        sizes = np.sqrt(np.diag(basis.gram))
         counted = np.abs(factors) * sizes > max(1e-3, 16 * roundoff) * size
         terms = np.flatnonzero(counted).tolist()
         if not 2 <= len(terms) <= _MAX_TERMS:
@@ -116,12 +117,16 @@ class Sums:
         if len(found) < 2:
             return None
         vectors = [vector for _, vector in found.values()]
-        columns = [vector.rows.ravel()[:_MAX_ROWS] for vector in vectors]
-        q, r = np.linalg.qr(np.stack(columns, axis=1))
-        pivots = np.abs(np.diag(r))
-        if not np.isfinite(r).all() or (pivots <= 1e-6 * np.linalg.norm(r, axis=0)).any():
+        columns = np.stack([vector.rows.ravel()[:_MAX_ROWS] for vector in vectors], axis=1)
+        sizes = np.linalg.norm(columns, axis=0)
+        gram = columns.T @ columns
+        if not np.isfinite(gram).all() or not sizes.all():
+            return None
+        least = np.linalg.eigvalsh(gram / np.outer(sizes, sizes))[0]
+        if least <= 1e-6:
             return None  # some are sums of the others: more than one answer
-        return _Basis(keys=[key for key, _ in found.values()], vectors=vectors, q=q, r=r)
+        keys = [key for key, _ in found.values()]
+        return _Basis(keys=keys, vectors=vectors, columns=columns, gram=gram)
 
 
 def _is_alike(one: TensorFingerprint, other: TensorFingerprint) -> bool:

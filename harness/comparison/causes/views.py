@@ -14,12 +14,14 @@ from typing import Protocol
 import numpy as np
 from blake3 import blake3
 
-from harness.checkpoint.dtypes import DType
+from harness.checkpoint.dtypes import Array, DType
 from harness.checkpoint.tensors import Tensor
 from harness.fingerprints.fingerprint import digest_of
 from harness.streaming.chunks import Chunk, buffers, chunks
 from harness.streaming.threads import parallel
 from harness.streaming.workers import ALL_CORES, Workers
+
+_MAX_HELD_NBYTES = 32 << 20
 
 
 class View(Protocol):
@@ -35,7 +37,11 @@ def digest_as(
 ) -> bytes:
     """The digest of the view's bytes as a tensor of this dtype and shape."""
 
+    held = _held(view)
+
     def of_chunk(chunk: Chunk) -> bytes:
+        if held is not None:
+            return blake3(held[chunk.start : chunk.start + chunk.nbytes].data).digest()
         data = buffers.get("chunk", chunk.nbytes)
         view.read_into(chunk.start, data.data)
         return blake3(data.data).digest()
@@ -43,15 +49,33 @@ def digest_as(
     return digest_of(dtype, shape, parallel(of_chunk, [*chunks(view.nbytes)], jobs=workers.jobs))
 
 
+def _held(view: View) -> Array | None:
+    """All bytes of a tensor with permuted dims, put in order at once: row by row takes longer."""
+    if not isinstance(view, Tensor) or view.strides is None or view.nbytes > _MAX_HELD_NBYTES:
+        return None
+    reach = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
+    if not view.numel or reach != view.numel or min(view.strides) < 1:
+        return None  # not all of a range
+    data = np.empty(view.nbytes, "|u1")
+    replace(view, shape=(view.numel,), strides=None).read_into(0, data.data)
+    itemsize = view.dtype.itemsize
+    strides = [stride * itemsize for stride in view.strides]
+    words = data.view(f"<u{itemsize}") if itemsize in (1, 2, 4, 8) else data.view(f"|V{itemsize}")
+    seen = np.lib.stride_tricks.as_strided(words, view.shape, strides, writeable=False)
+    return np.ascontiguousarray(seen).reshape(-1).view("|u1")
+
+
 def are_same(one: View, other: View) -> bool:
     """Whether two views of as many bytes have the same, read as far as they agree."""
-    for start in range(0, one.nbytes, 1 << 20):
-        count = min(1 << 20, one.nbytes - start)
+    start, step = 0, 1 << 14
+    while start < one.nbytes:
+        count = min(step, one.nbytes - start)
         ours, theirs = bytearray(count), bytearray(count)
         one.read_into(start, memoryview(ours))
         other.read_into(start, memoryview(theirs))
         if ours != theirs:
             return False
+        start, step = start + count, 1 << 20
     return True
 
 
