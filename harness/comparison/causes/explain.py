@@ -19,6 +19,7 @@ from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.comparison.cause import Cause
 from harness.comparison.causes.accepting import accepted
 from harness.comparison.causes.adapters import Adapter, opened_adapter, sum_of
+from harness.comparison.causes.elsewhere import copied, counter, kept_elsewhere, moved_from
 from harness.comparison.causes.evidence import (
     Evidence,
     OutOfTime,
@@ -224,7 +225,7 @@ class _Search:
         for finding in self.findings:
             if finding.kind == "renamed" and not finding.causes:
                 form = other_form(finding.key, finding.actual_key or "")
-                causes = (_moved_cause(finding.key), *([form] if form is not None else []))
+                causes = (moved_from(finding.key), *([form] if form is not None else []))
                 self._explain(finding, *causes)
         missing, unexpected = self._alone()
         if missing and unexpected:
@@ -281,7 +282,7 @@ class _Search:
                     continue
                 cause = seen_otherwise(self.evidence, expected, tensor)
                 if cause is not None:
-                    moved = _moved_cause(key)
+                    moved = moved_from(key)
                     text = f"{moved.text}: {cause.text}"
                     accept = ("renamed", *cause.accept)
                     first = replace(cause, text=text, of=(key,), accept=accept)
@@ -326,12 +327,12 @@ class _Search:
         evidence.check_time()
         expected, actual, tensor = self._sides(finding)
         if finding.kind == "prefix":
-            return [replace(_moved_cause(finding.key), text="the same keys under another prefix")]
+            return [replace(moved_from(finding.key), text="the same keys under another prefix")]
         if finding.kind == "missing":
-            return [] if expected is None else _kept_elsewhere(evidence, expected)
+            return [] if expected is None else kept_elsewhere(evidence, expected)
         if actual is None or actual.dtype.is_value or (expected and expected.dtype.is_value):
             return []
-        found = [_counter(expected, actual), _copied(evidence, finding, actual)]
+        found = [counter(expected, actual), copied(evidence, finding, actual)]
         if expected is not None:
             found.append(rounded(evidence, expected, actual, tensor))
         if finding.kind != "close" and not any(found):
@@ -419,66 +420,3 @@ def _names_all(finding: Finding) -> bool:
 def _quality(cause: Cause) -> int:
     order = ("counter", "moved", "widened", "rounded", "constant")
     return order.index(cause.kind) if cause.kind in order else len(order)
-
-
-def _moved_cause(key: str) -> Cause:
-    return Cause(
-        kind="moved",
-        text=f"holds what {key} holds in the golden",
-        proof="digest",
-        accept=("renamed",),
-        of=(key,),
-    )
-
-
-def _copied(evidence: Evidence, finding: Finding, actual: TensorFingerprint) -> Cause | None:
-    """Another tensor of the golden has these bytes."""
-    if actual.numel < 2 or is_constant(actual.stats) or actual.digest is None:
-        return None
-    keys = [key for key in evidence.by_digest.get(actual.digest, ()) if key != finding.key]
-    tensor = evidence.tensors.get(actual.key)
-    if not keys and tensor is not None:
-        keys = evidence.same_in(evidence.references, tensor, actual)
-    if not keys:
-        return None
-    other, ours = evidence.actual.get(keys[0]), evidence.expected.get(finding.key)
-    named = " and ".join(keys[:3])
-    if finding.kind == "unexpected":
-        return Cause(kind="moved", text=f"a copy of {named}", proof="digest", of=tuple(keys))
-    swapped = other is not None and ours is not None and other.digest == ours.digest
-    return Cause(
-        kind="moved",
-        text=f"holds what {named} holds in the golden{', and the reverse' if swapped else ''}",
-        proof="digest",
-        accept=("renamed",) if swapped else (),
-        of=tuple(keys),
-    )
-
-
-def _kept_elsewhere(evidence: Evidence, expected: TensorFingerprint) -> list[Cause]:
-    """A tensor of the checkpoint that is expected as well has these bytes."""
-    if expected.numel < 2 or expected.digest is None or is_constant(expected.stats):
-        return []
-    keys = [k for k, t in evidence.actual.items() if t.digest == expected.digest]
-    reference = evidence.references.get(expected.key)
-    if not keys and reference is not None:
-        keys = evidence.same_in(evidence.tensors, reference, expected)
-    if not keys:
-        return []
-    text = f"{' and '.join(keys[:3])} holds it, too"
-    return [Cause(kind="moved", text=text, proof="digest", of=tuple(keys))]
-
-
-def _counter(expected: TensorFingerprint | None, actual: TensorFingerprint) -> Cause | None:
-    """BatchNorm's count of the batches that it has seen."""
-    if expected is None or not actual.key.endswith("num_batches_tracked"):
-        return None
-    before, after = expected.stats, actual.stats
-    if actual.numel != 1 or actual.dtype.kind != "int" or before is None or after is None:
-        return None
-    was, now = int(before.min), int(after.min)
-    how = "reset to 0" if now == 0 else "advanced" if now > was else "set back"
-    text = f"BatchNorm's num_batches_tracked {how}: {was:,} before, {now:,} now"
-    return Cause(
-        kind="counter", text=text, proof="values", value=float(now), offset=float(now - was)
-    )
