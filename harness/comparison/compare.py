@@ -9,9 +9,11 @@ that changed while it was read (CheckpointError).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from heapq import nsmallest
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from harness.comparison.comparison import Comparison
 from harness.comparison.configs import config_findings
@@ -19,7 +21,7 @@ from harness.comparison.findings import FINDING_KINDS, Finding, describe
 from harness.comparison.matching import Matching, Pair, match
 from harness.comparison.policy import Policy
 from harness.errors import CheckpointError
-from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
+from harness.fingerprints.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
     from harness.comparison.difference import Measure
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _MAX_NAMED = 6
+_MAX_TIED = 4  # keys that are named of a tied group
 _MAX_TO_CHECK = 20  # for damage
 _STRANGERS = "no key in common: is it a checkpoint of another model?"
 
@@ -234,31 +237,47 @@ def _alias_changes(
     if not (expected.keeps_aliases and actual.keeps_aliases):
         return {}
     # Which of a tied group comes first depends on the order of the file: compare the groups.
-    renamed = {pair.actual.key: pair.expected.key for pair in pairs}
-    ours = _groups(pair.expected for pair in pairs)
-    theirs = _groups(pair.actual for pair in pairs)
-    theirs_by_our_key = {
-        renamed[key]: frozenset(renamed[k] for k in group) for key, group in theirs.items()
-    }
+    theirs: dict[str, set[str]] = defaultdict(set)
+    ours: dict[str, set[str]] = defaultdict(set)
+    for pair in pairs:
+        key = pair.expected.key
+        ours[pair.expected.alias_of or key].add(key)
+        theirs[pair.actual.alias_of or pair.actual.key].add(key)
+    before = _groups(map(frozenset, ours.values()))
+    known = {group.keys: group for group in before.values()}
+    after = _groups(map(frozenset, theirs.values()), known)
     findings = {}
     for pair in pairs:
         key = pair.expected.key
-        before, after = ours[key], theirs_by_our_key[key]
+        one, other = before[key], after[key]
         # One finding a group: the first key speaks for a tie that stays whole otherwise.
-        if before != after and key != min(before | after):
+        if one is not other and key != min(one.some[0], other.some[0]):
             findings[key] = Finding(
-                kind="alias", key=key, expected=_tied(before, key), actual=_tied(after, key)
+                kind="alias", key=key, expected=one.without(key), actual=other.without(key)
             )
     return findings
 
 
-def _groups(tensors: Iterator[TensorFingerprint]) -> dict[str, frozenset[str]]:
-    groups: dict[str, set[str]] = defaultdict(set)
-    for tensor in tensors:
-        groups[tensor.alias_of or tensor.key].add(tensor.key)
-    return {key: frozenset(group) for group in groups.values() for key in group}
+class _Tied(NamedTuple):
+    """Keys that are tied, and the least of them, in order."""
+
+    keys: frozenset[str]
+    some: tuple[str, ...]
+
+    def without(self, key: str) -> str:
+        """What a key is tied to, in words."""
+        others = [other for other in self.some if other != key][:_MAX_TIED]
+        more = len(self.keys) - 1 - len(others)
+        rest = f" and {more:,} more" if more else ""
+        return f"tied to {', '.join(others)}{rest}" if others else "separate"
 
 
-def _tied(group: frozenset[str], key: str) -> str:
-    others = sorted(group - {key})
-    return f"tied to {', '.join(others)}" if others else "separate"
+def _groups(
+    groups: Iterable[frozenset[str]], known: Mapping[frozenset[str], _Tied] = MappingProxyType({})
+) -> dict[str, _Tied]:
+    """The group of each key; of two that are equal, the known one."""
+    found = {}
+    for keys in groups:
+        group = known.get(keys) or _Tied(keys, tuple(nsmallest(_MAX_TIED + 1, keys)))
+        found.update(dict.fromkeys(keys, group))
+    return found

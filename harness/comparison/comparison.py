@@ -224,7 +224,10 @@ def chance_note(comparison: Comparison) -> str:
     """How sure the verdicts are, "" where they are exact."""
     chance = sum(f.difference.chance for f in comparison.findings if f.difference is not None)
     return (
-        f"verdicts by sketch: the chance that any is wrong is below {chance:.0e}" if chance else ""
+        f"verdicts by sketch: for changes that were not made to fool it, the chance that any is "
+        f"wrong is below {chance:.0e}"
+        if chance
+        else ""
     )
 
 

@@ -20,7 +20,9 @@ from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 _NUMBER = re.compile(r"\d+")
 # Of very many equal tensors, some are looked at for the most alike name.
-_MAX_ALIKE = 64
+# Characters of a prefix that may have changed: each dot in them is tried.
+_MAX_PREFIX = 200
+_MAX_ALIKE = 16
 
 
 class Pair(NamedTuple):
@@ -271,10 +273,10 @@ def _find_prefix(
 
 
 def _prefixes(key: str) -> Iterator[str]:
-    position = key.find(".")
+    position = key.find(".", 0, _MAX_PREFIX)
     while 0 <= position < len(key) - 1:
         yield key[: position + 1]
-        position = key.find(".", position + 1)
+        position = key.find(".", position + 1, _MAX_PREFIX)
 
 
 def _unwrapped(key: str) -> str:

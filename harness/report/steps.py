@@ -23,6 +23,7 @@ MEND_THE_CODE = (
 )
 GET_IT_AGAIN = "bytes of the checkpoint changed since they were saved: get the file again"
 _MAX_MAPPED = 3  # more make a command that nobody reads
+_MAX_TRIED = 1000  # new names that the first missing one might have
 
 
 def is_of_the_code(comparison: Comparison) -> bool:
@@ -60,7 +61,7 @@ def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]
         yield "ignore the dtype", {"check_dtype": False}
     if failing and all(finding.kind == "renamed" for finding in failing) and not policy.key_map:
         key_map = _key_map(failing, comparison)
-        if 0 < len(key_map) <= _MAX_MAPPED:
+        if key_map:
             yield "accept the new name", {"key_map": key_map}
             return
     words = words_to_accept(comparison)
@@ -73,7 +74,7 @@ def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _key_map(renamed: Sequence[Finding], comparison: Comparison) -> tuple[tuple[str, str], ...]:
-    """What makes the old keys the new ones: few prefixes, else the keys; () where nothing does."""
+    """What makes the old keys the new ones: few prefixes, else few keys; () where neither does."""
     strip = comparison.policy.strip_prefix
     pairs = [(f.key, (f.actual_key or "").removeprefix(strip)) for f in renamed]
     if any(old == new or "=" in old for old, new in pairs):  # no map can say it, or one did not fit
@@ -81,6 +82,8 @@ def _key_map(renamed: Sequence[Finding], comparison: Comparison) -> tuple[tuple[
     prefixes: dict[tuple[str, str], set[str]] = defaultdict(set)
     for old, new in pairs:
         prefixes[_changed_prefix(old, new)].add(old)
+        if len(prefixes) > _MAX_MAPPED:
+            return ()
     olds = {old for old, _ in prefixes}
     moves_others = any(
         key.startswith(old)
@@ -90,7 +93,7 @@ def _key_map(renamed: Sequence[Finding], comparison: Comparison) -> tuple[tuple[
     nested = any(one != other and one.startswith(other) for one in olds for other in olds)
     if len(prefixes) < len(pairs) and len(olds) == len(prefixes) and not moves_others | nested:
         return tuple(prefixes)
-    return tuple(pairs)
+    return tuple(pairs) if len(pairs) <= _MAX_MAPPED else ()
 
 
 def _moved(findings: Sequence[Finding], comparison: Comparison) -> tuple[str, str] | None:
@@ -101,12 +104,12 @@ def _moved(findings: Sequence[Finding], comparison: Comparison) -> tuple[str, st
     if len(missing) != len(there) or "=" in "".join(missing):
         return None
     first = next(iter(missing))
-    for candidate in there:
+    for candidate in list(there)[:_MAX_TRIED]:
         old, new = _changed_prefix(first, candidate)
         # Two names for one tensor may be anything; of several, the rest of each must agree.
         if not old.endswith(".") or not all(key.startswith(old) for key in missing):
             continue
-        if {new + key[len(old) :]: said for key, said in missing.items()} == there:
+        if all(there.get(new + key[len(old) :]) == said for key, said in missing.items()):
             stay = comparison.expected.tensors.keys() - missing
             return None if any(key.startswith(old) for key in stay) else (old, new)
     return None

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import harness
 from harness import api
 from harness.checkpoint.dtypes import DTYPES
 from harness.comparison.compare import compare
@@ -79,6 +80,21 @@ def test_tensors_newly_tied_are_named_once(compared: Compared) -> None:
     finding = one(compared(actual))
     assert (finding.kind, finding.key) == ("alias", "encoder.1.bias")
     assert (finding.expected, finding.actual) == ("separate", "tied to encoder.0.bias")
+
+
+def test_many_tied_tensors_take_a_line_each_however_many_they_are(compared: Compared) -> None:
+    """Of a file of 350 KB the words of all pairs would be gigabytes."""
+    whole = torch.zeros(2000, 3)
+    apart = {f"experts.{index}.weight": whole[index] for index in range(2000)}
+    tied = dict.fromkeys(apart, whole[0])
+    one = harness.fingerprint(apart)
+    found = compare(one, harness.fingerprint(tied), Policy(), BySketches(one.block_nbytes))
+    assert found.count("alias") == 1999
+    assert found.findings[-1].expected == "separate"
+    assert found.findings[-1].actual is not None
+    assert found.findings[-1].actual.endswith(" and 1,995 more")
+    assert sum(len(finding.actual or "") for finding in found.findings) < 2000 * 150
+    assert len(str(found)) < 2000
 
 
 def test_tied_tensors_in_another_order_are_still_tied(compared: Compared) -> None:

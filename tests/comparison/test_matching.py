@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import harness
 from harness.api import diff
 from harness.comparison import matching
+from harness.comparison.compare import compare
+from harness.comparison.measuring import BySketches
 from harness.comparison.policy import Policy
 from harness.errors import GoldenMismatch, UsageError
 from tests.catalogue import (
@@ -320,3 +323,13 @@ def test_a_prefix_of_the_goldens_keys_is_mapped_away(compared: Compared) -> None
     assert (caught.value.hint or "").endswith("do: --map module.=")
     policy = Policy(key_map=(("module.", ""),))
     assert compared(state(), policy, expected=expected).verdict == "identical"
+
+
+def test_a_prefix_is_looked_for_at_the_start_of_a_key_alone() -> None:
+    """Each dot of a key of a megabyte would be one to try."""
+    for length, kinds in ((20, ["prefix"]), (300, ["renamed", "renamed"])):
+        wrapped = {f"{'x' * length}.{key}": torch.full((3,), ord(key) * 1.0) for key in "ab"}
+        plain = {key.rpartition(".")[2]: tensor for key, tensor in wrapped.items()}
+        one, other = harness.fingerprint(plain), harness.fingerprint(wrapped)
+        found = compare(one, other, Policy(), BySketches(one.block_nbytes))
+        assert [finding.kind for finding in found.findings] == kinds

@@ -28,6 +28,7 @@ from harness.comparison.causes.evidence import (
     is_constant,
 )
 from harness.comparison.causes.fused import fused
+from harness.comparison.causes.ledger import Ledger
 from harness.comparison.causes.linear import constant, linear
 from harness.comparison.causes.nearby import nearby
 from harness.comparison.causes.regrouped import regrouped
@@ -157,7 +158,7 @@ class _Search:
     """The findings so far, and what is known to explain them with."""
 
     evidence: Evidence
-    findings: list[Finding]
+    findings: Ledger
     adapter: Adapter | None = None
     tested: set[tuple[str, str]] = field(default_factory=set)
 
@@ -206,7 +207,7 @@ class _Search:
                 deadline=deadline,
                 workers=workers,
             ),
-            findings=[*comparison.findings],
+            findings=Ledger(comparison.findings),
         )
 
     def _sides(
@@ -226,28 +227,28 @@ class _Search:
             if finding.kind == "renamed" and not finding.causes:
                 form = other_form(finding.key, finding.actual_key or "")
                 causes = (moved_from(finding.key), *([form] if form is not None else []))
-                self._explain(finding, *causes)
+                self.findings.explain(finding, *causes)
         missing, unexpected = self._alone()
         if missing and unexpected:
             for key, there, causes in rounded_elsewhere(evidence, missing, unexpected):
-                self._rename((key,), (there,), causes)
+                self.findings.rename((key,), (there,), causes)
             missing, unexpected = self._alone()
         if missing and unexpected:
             for group in regrouped(evidence, [*missing.values()], [*unexpected.values()]):
-                self._rename(group.expected, group.actual, (group.cause,))
+                self.findings.rename(group.expected, group.actual, (group.cause,))
             missing, unexpected = self._alone()
         if missing and unexpected:
             for group in fused(evidence, missing, unexpected):
-                self._rename(group.expected, group.actual, (group.cause,))
+                self.findings.rename(group.expected, group.actual, (group.cause,))
             missing, unexpected = self._alone()
         if missing and unexpected:
             for keys, cause in folded(evidence, missing, unexpected):
-                for finding in [f for f in self.findings if f.key in keys]:
-                    self._explain(finding, cause)
+                for finding in self.findings.of_keys(keys):
+                    self.findings.explain(finding, cause)
             self._moved_and_reshaped(missing, unexpected)
             missing, unexpected = self._alone()
             for key, there, cause in nearby(evidence, missing, unexpected):
-                self._rename((key,), (there,), (cause,))
+                self.findings.rename((key,), (there,), (cause,))
 
     def _alone(self) -> tuple[dict[str, TensorFingerprint], dict[str, Tensor]]:
         """The tensors that only one side has, without a cause so far."""
@@ -269,14 +270,16 @@ class _Search:
     ) -> None:
         """Another key and another shape or order in one step: pairs whose statistics agree."""
         taken: set[str] = set()
+        of_form: dict[object, list[tuple[str, Tensor]]] = {}
+        for there, tensor in unexpected.items():
+            of_form.setdefault((tensor.dtype, tensor.numel), []).append((there, tensor))
         for key, expected in missing.items():
             if is_constant(expected.stats):
                 continue
-            for there, tensor in unexpected.items():
+            self.evidence.check_time()
+            for there, tensor in of_form.get((expected.dtype, expected.numel), ()):
                 actual = self.evidence.actual.get(there)
                 if there in taken or actual is None or actual.stats is None:
-                    continue
-                if tensor.dtype != expected.dtype or tensor.numel != expected.numel:
                     continue
                 if not are_permutable(expected.stats, actual.stats):
                     continue
@@ -286,41 +289,18 @@ class _Search:
                     text = f"{moved.text}: {cause.text}"
                     accept = ("renamed", *cause.accept)
                     first = replace(cause, text=text, of=(key,), accept=accept)
-                    self._rename((key,), (there,), (first, moved))
+                    self.findings.rename((key,), (there,), (first, moved))
                     taken.add(there)
                     break
 
-    def _rename(
-        self, expected: tuple[str, ...], actual: tuple[str, ...], causes: tuple[Cause, ...]
-    ) -> None:
-        """Put findings of kind `renamed` in place of what was missing and unexpected."""
-        there = ", ".join(actual)
-        gone = {("missing", key) for key in expected} | {("unexpected", key) for key in actual}
-        self.findings = [f for f in self.findings if (f.kind, f.key) not in gone]
-        self.findings += [
-            Finding(
-                kind="renamed",
-                key=key,
-                actual_key=actual[0],
-                expected=key,
-                actual=there,
-                causes=causes,
-            )
-            for key in expected
-        ]
-
-    def _explain(self, finding: Finding, *causes: Cause) -> None:
-        place = next(i for i, f in enumerate(self.findings) if f is finding)
-        self.findings[place] = replace(finding, causes=(*finding.causes, *causes))
-
     def each(self) -> None:
         """Every finding for itself, the cheapest hypotheses first."""
-        for finding in [*self.findings]:
+        for finding in self.findings:
             if not finding.causes and finding.kind in _EXPLAINED:
                 causes = self._causes_of(finding)
                 self.tested.add((finding.kind, finding.key))
                 if causes:
-                    self._explain(finding, *causes)
+                    self.findings.explain(finding, *causes)
 
     def _causes_of(self, finding: Finding) -> list[Cause]:
         evidence = self.evidence
@@ -373,31 +353,30 @@ class _Search:
 
     def together(self) -> None:
         """What no tensor may prove alone: that they have nothing to do with the golden's."""
-        found: dict[int, Correlation] = {}
-        for place, finding in enumerate(self.findings):
+        found: dict[str, tuple[Finding, Correlation]] = {}
+        groups: dict[str, list[str]] = {}
+        for finding in self.findings:
             if (finding.kind, finding.key) not in self.tested or finding.causes:
                 continue  # what was not tested may have a better cause
             if finding.kind not in ("different", "undecided"):
                 continue
             related = self._correlation(finding)
             if related is not None and not related.is_related:
-                found[place] = related
-        groups: dict[str, list[int]] = {}
-        for place in found:
-            name = "".join(c for c in self.findings[place].key if not c.isdigit())
-            groups.setdefault(name, []).append(place)
-        clear: list[int] = []
-        unclear: list[int] = []
-        for places in groups.values():
-            known = unrelated([found[place] for place in places])
-            (unclear if known is None else clear).extend(places)
+                found[finding.key] = finding, related
+                name = "".join(c for c in finding.key if not c.isdigit())
+                groups.setdefault(name, []).append(finding.key)
+        clear: list[str] = []
+        unclear: list[str] = []
+        for keys in groups.values():
+            known = unrelated([found[key][1] for key in keys])
+            (unclear if known is None else clear).extend(keys)
         # Tensors too small to tell alone are told together.
         for some in (clear, unclear):
-            cause = unrelated([found[place] for place in some])
-            for place in some:
-                own = cause or (unrelated([found[place]]) if some is clear else None)
+            cause = unrelated([found[key][1] for key in some])
+            for finding, related in (found[key] for key in some):
+                own = cause or (unrelated([related]) if some is clear else None)
                 if own is not None:
-                    self.findings[place] = replace(self.findings[place], causes=(own,))
+                    self.findings.explain(finding, own)
 
     def _correlation(self, finding: Finding) -> Correlation | None:
         expected, actual, tensor = self._sides(finding)
