@@ -271,7 +271,7 @@ class Verification:
         found = worst_stage(stages)
         if found is None or found.ok:
             return ()
-        if checkpoint and found.are_strangers:
+        if checkpoint and found.no_common_key:
             own, typed = api.golden_path(checkpoint), quoted(str(checkpoint))
             if not own.exists():
                 return (

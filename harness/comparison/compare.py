@@ -93,7 +93,7 @@ def compare(
                 None, (*_notes(expected, actual, matching), *_ties(matching, findings), elsewhere)
             )
         ),
-        are_strangers=matching.are_strangers,
+        no_common_key=matching.no_common_key,
     )
 
 
@@ -123,7 +123,7 @@ def _of_keys(matching: Matching) -> Iterator[Finding]:
 
 
 def _notes(expected: Fingerprint, actual: Fingerprint, matching: Matching) -> Iterator[str]:
-    if matching.are_strangers:
+    if matching.no_common_key:
         yield _STRANGERS
     for entries in dict.fromkeys((expected.unread, actual.unread)):
         if entries:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Comparison:
     """The outcome of one stage: what was compared, and every finding, worst first.
 
-    `are_strangers` says that the two sides have no key in common, `is_of_reload` that the
+    `no_common_key` says that the two sides have no key in common, `is_of_reload` that the
     actual side of outputs is what the reloaded model computes.
     """
 
@@ -38,7 +38,7 @@ class Comparison:
     stage: str = "file"
     divergence: Divergence | None = None
     notes: tuple[str, ...] = ()
-    are_strangers: bool = False
+    no_common_key: bool = False
     is_of_reload: bool = False
 
     @property

@@ -66,7 +66,7 @@ class Matching:
         yield from self.missing
 
     @property
-    def are_strangers(self) -> bool:
+    def no_common_key(self) -> bool:
         """Whether both sides have tensors, and none of a common key for each other.
 
         A few of equal values may be counters that every model has.

@@ -108,7 +108,7 @@ class FindingData(msgspec.Struct, frozen=True, kw_only=True):
     chance: float | UnsetType = UNSET
 
 
-class DepartureData(msgspec.Struct, frozen=True, kw_only=True):
+class DivergenceData(msgspec.Struct, frozen=True, kw_only=True):
     """The first place in a computation that is not as recorded."""
 
     diverging_module: str
@@ -139,7 +139,7 @@ class StageData(msgspec.Struct, frozen=True, kw_only=True):
     findings: tuple[FindingData, ...]
     notes: tuple[str, ...]
     not_compared: NotCompared
-    first_departure: DepartureData | None
+    first_divergence: DivergenceData | None
 
 
 def stage_data(comparison: Comparison) -> StageData:
@@ -155,14 +155,14 @@ def stage_data(comparison: Comparison) -> StageData:
             sections=tuple(name for name, _ in comparison.actual.others),
             entries=tuple(sorted({*comparison.expected.unread, *comparison.actual.unread})),
         ),
-        first_departure=None
+        first_divergence=None
         if comparison.divergence is None
-        else _departure(comparison.divergence),
+        else _divergence(comparison.divergence),
     )
 
 
-def _departure(found: Divergence) -> DepartureData:
-    return DepartureData(
+def _divergence(found: Divergence) -> DivergenceData:
+    return DivergenceData(
         diverging_module=found.diverging_module,
         key=found.finding.key,
         inputs_agreeing=found.agreeing,

@@ -19,7 +19,7 @@ from harness.checkpoint.unpickling.opcodes import Budget
 _HEAD_NBYTES = 1024
 _TAIL_NBYTES = 2048
 _KEY_NBYTES = 256  # the pickle, which says dtype and shape, or most of it
-_MAX_MOULDS = 1024  # of about 4 KB each
+_MAX_TEMPLATES = 1024  # of about 4 KB each
 
 
 def ends(start: int, nbytes: int) -> list[tuple[int, int]]:
@@ -34,28 +34,28 @@ class TensorArchives:
     def __init__(self, budget: Budget) -> None:
         """`budget` as for `read_torch_zip`."""
         self._budget = budget
-        self._moulds: dict[tuple[int, bytes], _Mould] = {}
+        self._templates: dict[tuple[int, bytes], _Template] = {}
 
     def read(self, archive: Source) -> TorchFile:
         """Read one archive; raises CheckpointError."""
         nbytes = archive.nbytes
         head = read(archive, 0, min(_HEAD_NBYTES, nbytes))
-        mould = self._moulds.get((nbytes, head[:_KEY_NBYTES]))
-        if mould is not None:
-            alike = mould.cast(archive, head)
+        template = self._templates.get((nbytes, head[:_KEY_NBYTES]))
+        if template is not None:
+            alike = template.match(archive, head)
             if alike is not None:
                 return alike
         file = read_torch_zip(archive, budget=self._budget)
         if isinstance(file.root, Tensor):
             tensor_table(archive.name, [file.root])  # checks that it is a view of its storage
-        mould = _mould(archive, head, file)
-        if mould is not None and len(self._moulds) < _MAX_MOULDS:
-            self._moulds[nbytes, head[:_KEY_NBYTES]] = mould
+        template = _template(archive, head, file)
+        if template is not None and len(self._templates) < _MAX_TEMPLATES:
+            self._templates[nbytes, head[:_KEY_NBYTES]] = template
         return file
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class _Mould:
+class _Template:
     """What surrounds the bytes of a tensor in an archive that was read in full.
 
     Archives of tensors of one dtype and shape differ in those bytes, their CRC-32 (at two places),
@@ -69,7 +69,7 @@ class _Mould:
     crc32_at: tuple[slice, slice]
     serial_at: tuple[slice, ...]
 
-    def cast(self, archive: Source, head: bytes) -> TorchFile | None:
+    def match(self, archive: Source, head: bytes) -> TorchFile | None:
         """Read another archive of as many bytes, which starts with `head`; None if it differs."""
         tail = read(archive, archive.nbytes - len(self.tail), len(self.tail))
         first, second = (tail[place] for place in self.crc32_at)
@@ -88,7 +88,7 @@ class _Mould:
         )
 
 
-def _mould(archive: Source, head: bytes, file: TorchFile) -> _Mould | None:
+def _template(archive: Source, head: bytes, file: TorchFile) -> _Template | None:
     """Remember an archive as torch writes it today; None for any other."""
     entries = {name.partition("/")[2]: entry for name, entry in read_zip(archive).items()}
     data, serial = entries.get("data/0"), entries.get(".data/serialization_id")
@@ -111,7 +111,7 @@ def _mould(archive: Source, head: bytes, file: TorchFile) -> _Mould | None:
         return None
     first, second = crc32s[0]
     serial_at = (*crc32s[1], slice(number - end, number - end + serial.nbytes))
-    return _Mould(
+    return _Template(
         file=file,
         tensor=file.root,
         head=head[:start],

@@ -150,7 +150,7 @@ def _with_known(comparison: Comparison) -> Comparison:
     if len(renamed) < min(comparison.count("missing"), comparison.count("unexpected")):
         return comparison  # a few counters may be equal in any two models
     notes = tuple(note for note in comparison.notes if not note.startswith("no key in common"))
-    return replace(comparison, notes=(equal, *notes), are_strangers=False)
+    return replace(comparison, notes=(equal, *notes), no_common_key=False)
 
 
 @dataclass

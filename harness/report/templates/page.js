@@ -81,7 +81,7 @@ function explore() {
     read(null);
   }
 
-  function openDeparture() {
+  function openDivergence() {
     const row = rows[stage.diverges];
     show(row, tiles.get(row), true);
   }
@@ -280,7 +280,7 @@ function explore() {
   }
   for (const button of document.querySelectorAll("button.open-divergence")) {
     button.hidden = false;
-    button.addEventListener("click", openDeparture);
+    button.addEventListener("click", openDivergence);
   }
   find("explorer").hidden = false;
   select(DATA.first);
