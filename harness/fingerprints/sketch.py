@@ -34,6 +34,7 @@ _CHI2_HIGH = 92.15756  # rounded up
 _UNDERFLOW = 1e-150
 
 
+_MIN_BLOCK_NUMEL = 256
 _making = threading.Lock()  # of one matrix by several threads, which may be large
 
 
@@ -46,7 +47,7 @@ def projection(block_numel: int) -> Matrix:
         return _projection(block_numel)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _projection(block_numel: int) -> Matrix:
     stream = np.random.RandomState(SEED)
     numbers = np.empty((block_numel, NUM_PROJECTIONS), "<f4")
@@ -69,15 +70,19 @@ def sketch_values(values: Array, block_numel: int, squares: Array | None = None)
 
     `squares` are the sums of squares of the blocks, where they are known.
     """
-    by = projection(block_numel)
     whole = values.size // block_numel * block_numel
-    blocks, rest = values[:whole].reshape(-1, block_numel), values[whole:]
-    last = np.zeros((1, block_numel), values.dtype)[: 1 if rest.size else 0]
-    last[:, : rest.size] = rest
+    parts = [np.empty((0, NUM_PROJECTIONS))]
+    if whole:
+        parts.append(projection(block_numel).product(values[:whole].reshape(-1, block_numel)))
+    if rest := values.size - whole:
+        # As few zeros as few matrices allow: most tensors of a large model may be small.
+        numel = min(block_numel, max(_MIN_BLOCK_NUMEL, 1 << (rest - 1).bit_length()))
+        last = np.zeros((1, numel), values.dtype)
+        last[:, :rest] = values[whole:]
+        parts.append(projection(numel).product(last))
     if squares is None:
         squares = moments_of_runs(values, block_numel).squares
-    projections = np.concatenate([by.product(blocks), by.product(last)])
-    return Sketch(projections=projections, norms=np.sqrt(squares))
+    return Sketch(projections=np.concatenate(parts), norms=np.sqrt(squares))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

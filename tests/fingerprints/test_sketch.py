@@ -242,3 +242,22 @@ def test_the_same_values_are_the_same_in_either_width(extra: int) -> None:
 def test_the_matrix_does_not_depend_on_how_it_is_made() -> None:
     whole = np.random.RandomState(SEED).standard_normal((20_000, NUM_PROJECTIONS))
     assert np.array_equal(projection(20_000).numbers, whole.astype("<f4"))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("numel", [1, 100, 2048, 5000])
+def test_a_small_tensor_takes_a_small_matrix_whatever_the_block(
+    monkeypatch: pytest.MonkeyPatch, numel: int, dtype: str
+) -> None:
+    """A large model may have a hundred thousand of them."""
+    values = np.random.default_rng(numel).standard_normal(numel).astype(dtype)
+    padded = np.zeros((1, 1 << 16), dtype)
+    padded[0, :numel] = values
+    expected = projection(1 << 16).product(padded)
+    taken: list[int] = []
+    monkeypatch.setattr(
+        sketch, "projection", lambda size: (taken.append(size), projection(size))[1]
+    )
+    np.testing.assert_array_equal(sketch_values(values, 1 << 16).projections, expected)
+    [size] = taken
+    assert numel <= size < max(257, 2 * numel)
