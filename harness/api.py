@@ -21,8 +21,9 @@ from harness.comparison import buffers as buffers_of
 from harness.comparison.causes.explain import with_causes
 from harness.comparison.compare import compare, with_damages
 from harness.comparison.comparison import Comparison
+from harness.comparison.matching import check_mapped
 from harness.comparison.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
-from harness.comparison.policy import Policy, Stage, check_stage
+from harness.comparison.policy import Policy, PolicyOfStages, Stage, check_stage
 from harness.errors import UsageError
 from harness.fingerprints.fingerprint import Fingerprint, structure
 from harness.fingerprints.integrity import damages
@@ -197,9 +198,30 @@ def verify(
     needs `golden`. Raises CheckpointError, GoldenError, and UsageError for options that fit
     nothing.
     """
-    policy, started = policy or Policy(), time.monotonic()
-    workers = Workers(jobs=jobs, progress=progress, group=group)
-    recorded = _read(subject, golden)
+    return _verify(
+        subject,
+        _read(subject, golden),
+        policy or Policy(),
+        section=section,
+        reference=reference,
+        adapter=adapter,
+        workers=Workers(jobs=jobs, progress=progress, group=group),
+    )
+
+
+def _verify(
+    subject: Subject | None,
+    recorded: Golden,
+    policy: Policy,
+    *,
+    stages: PolicyOfStages | None = None,
+    section: str | None,
+    reference: Location | None,
+    adapter: Location | None,
+    workers: Workers,
+) -> Comparison:
+    """As `verify`; where other `stages` follow, what fits nothing here is left to them."""
+    started = time.monotonic()
     with ExitStack() as stack:
         actual = stack.enter_context(
             opened_for(recorded, named_source(recorded) if subject is None else subject, section)
@@ -228,8 +250,12 @@ def verify(
         # tolerance of their own, and none of them is left out.
         here = {*expected.tensors, *found.tensors}
         policy = policy.at_stage(here, () if buffers is None else buffers.tensors)
+        notes = sides.notes
+        if stages is not None:
+            policy = stages.at(expected.tensors, found.tensors)
+            notes = (*notes, *stages.note(policy))
         compared = compare(expected, found, policy, measure)
-        compared = replace(compared, notes=(*compared.notes, *sides.notes))
+        compared = replace(compared, notes=(*compared.notes, *notes))
         compared = buffers_of.named(compared, buffers, actual)
         compared = with_damages(compared, lambda keys: damages(actual, keys, workers))
         return with_causes(
@@ -271,16 +297,17 @@ def verify_stages(
     policy, golden = policy or Policy(), _read(path, golden)
     last = stage or (golden.live.stages[-1] if golden.live is not None else "file")
     check_stage(last)
-    yield verify(
+    stages = PolicyOfStages(policy)
+    check_mapped(policy, _names(golden), golden.fingerprint.name)
+    yield _verify(
         path,
         golden,
+        policy,
+        stages=None if last == "file" else stages,
         section=section,
-        policy=policy,
         reference=reference,
         adapter=adapter,
-        jobs=jobs,
-        progress=progress,
-        group=group,
+        workers=Workers(jobs=jobs, progress=progress, group=group),
     )
     if last == "file":
         return
@@ -289,7 +316,15 @@ def verify_stages(
 
     expected = Expected(weights=golden.fingerprint, live=golden.live, section=golden.section)
     source = to_local(named_source(golden) if path is None else path, LOADED)
-    yield from live_stages(source, expected, policy, live or remembered(golden), last)
+    yield from live_stages(source, expected, stages, live or remembered(golden), last)
+
+
+def _names(golden: Golden) -> list[str]:
+    """The keys that a map may be of: of weights, buffers, and the modules that were run."""
+    parts = golden.parts
+    keys = [key for name in ("weights", "buffers") if name in parts for key in parts[name].tensors]
+    run = parts["outputs"].tensors if "outputs" in parts else ()
+    return [*keys, *(f"{key.partition(':')[0].partition('@')[0]}." for key in run)]
 
 
 @checked
@@ -304,7 +339,8 @@ def roundtrip(
     with opened(source, None) as checkpoint:
         weights = fingerprint_checkpoint(checkpoint, details=nothing)
     expected = Expected(weights=weights)
-    yield from live_stages(source, expected, policy or Policy(), live or LiveOptions(), "outputs")
+    stages = PolicyOfStages(policy or Policy())
+    yield from live_stages(source, expected, stages, live or LiveOptions(), "outputs")
 
 
 def write_inputs(

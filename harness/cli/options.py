@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from harness.comparison.cause import ACCEPTABLE, CASTS
+from harness.comparison.mapping import read_map
 from harness.comparison.policy import STAGES, Policy
 from harness.errors import UsageError
 
@@ -159,7 +161,15 @@ _POLICY = [
         multiple=True,
         callback=_key_map,
         metavar="OLD=NEW",
-        help="The golden's key OLD is now NEW; prefixes end in a dot. Repeatable.",
+        help="The golden's key OLD is now NEW; prefixes end in a dot, a * is the same in both.",
+    ),
+    click.option(
+        "--map-file",
+        "map_files",
+        multiple=True,
+        type=_Location("--map-file"),
+        metavar="FILE",
+        help="Many of them: a line for each, OLD and NEW in two columns. Repeatable.",
     ),
     click.option("--strip-prefix", default="", metavar="P", help="Take P off the new keys."),
     click.option(
@@ -217,7 +227,7 @@ def policy_of(options: dict[str, Any]) -> Policy:
         exact=options["exact"],
         ignore=options["ignore"],
         tolerances=options["tolerances"],
-        key_map=options["key_map"],
+        key_map=(*options["key_map"], *chain.from_iterable(map(read_map, options["map_files"]))),
         strip_prefix=options["strip_prefix"],
         check_dtype=not options["no_check_dtype"],
         accept=options["accept"],
@@ -229,12 +239,12 @@ def policy_of(options: dict[str, Any]) -> Policy:
 
 # An update accepts the whole checkpoint, under the keys that it has: nobody would have seen what
 # these leave out, and the next run would not find what these rename.
-NOT_ON_UPDATE = ("--ignore", "--map", "--strip-prefix")
+NOT_ON_UPDATE = ("--ignore", "--map", "--map-file", "--strip-prefix")
 
 
 def check_update(policy: Policy) -> None:
     """Raise UsageError for a policy that looks past what an update would accept."""
-    given = (policy.ignore, policy.key_map, policy.strip_prefix)
+    given = (policy.ignore, policy.key_map, policy.key_map, policy.strip_prefix)
     for option, value in zip(NOT_ON_UPDATE, given, strict=True):
         if value:
             raise UsageError(

@@ -32,6 +32,7 @@ def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
     for what, policy in ways_past(comparison):
         again = without(command, ["--strip-prefix"]) if "strip_prefix" in policy else command
         again = without(again, ["--accept"]) if "accept" in policy else again
+        again = without(again, ["--map", "--map-file"]) if "key_map" in policy else again
         options = command_line(as_options(policy))
         lines.append(f"to {what}:  {with_options(again, options)}")
     return lines
@@ -72,9 +73,9 @@ def next_steps(
     """
     if comparison.ok:
         return []
-    if is_of_the_code(comparison):
-        return [MEND_THE_CODE]
     lines = past_lines(comparison, command)
+    if is_of_the_code(comparison):
+        return [*lines, MEND_THE_CODE]
     if lines == [GET_IT_AGAIN]:
         return lines
     if comparison.verdict == "undecided" and comparison.stage == "file":

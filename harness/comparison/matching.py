@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from harness.comparison.policy import Policy, fits
+from harness.comparison.mapping import makes_any, names_any
+from harness.comparison.policy import Policy, PolicyOfStages, fits
 from harness.errors import UsageError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 
@@ -131,6 +132,17 @@ def _pop_tied(
             yield tensor.key, other
 
 
+def check_used(stages: PolicyOfStages, expected: Fingerprint, actual: Fingerprint) -> None:
+    """Raise UsageError for what of a policy no stage made use of; the sides are one stage's."""
+    unused = stages.unused
+    if unused.parts:
+        try:
+            match(expected, actual, unused)
+        except UsageError as error:
+            raise UsageError(f"{error}, at no stage", hint=error.hint) from error
+        raise UsageError(f"{unused.parts[0]}: fits no stage", hint="leave it out")
+
+
 def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> None:
     """An option that fits nothing is a typo, and would silently weaken or do nothing."""
     keys = list(expected.tensors)
@@ -154,19 +166,12 @@ def _check_map(
     policy: Policy, expected: Fingerprint, theirs: Mapping[str, TensorFingerprint]
 ) -> None:
     keys = list(expected.tensors)
+    check_mapped(policy, keys, expected.name)
     for old, new in policy.key_map:
-        option = f"--map {old}={new}"
-        if not _names(old, keys):
+        if not makes_any((old, new), theirs):
             raise UsageError(
-                f"{option}: {expected.name} has no key {old}",
-                hint=f"prefixes end in a dot: --map {old}.={new.removesuffix('.')}."
-                if _names(f"{old}.", keys)
-                else _most_alike(old, keys),
-            )
-        fits_new = any(k.startswith(new) for k in theirs) if old.endswith(".") else new in theirs
-        if not fits_new:
-            raise UsageError(
-                f"{option}: the checkpoint has no key {new}", hint=_most_alike(new, list(theirs))
+                f"--map {old}={new}: the checkpoint has no key {new}",
+                hint=_most_alike(new, list(theirs)),
             )
     used = {policy.map_of(key) for key in keys}
     for old, new in policy.key_map:
@@ -184,9 +189,16 @@ def _check_map(
             )
 
 
-def _names(name: str, keys: Iterable[str]) -> bool:
-    """Whether it is one of the keys, or a prefix of some that ends in a dot."""
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for key in keys)
+def check_mapped(policy: Policy, keys: Sequence[str], name: str) -> None:
+    """Raise UsageError for a map of what a golden, called `name`, does not hold."""
+    for old, new in policy.key_map:
+        if not names_any(old, keys):
+            raise UsageError(
+                f"--map {old}={new}: {name} has no key {old}",
+                hint=f"prefixes end in a dot: --map {old}.={new.removesuffix('.')}."
+                if names_any(f"{old}.", keys)
+                else _most_alike(old, keys),
+            )
 
 
 def _stripped(

@@ -14,6 +14,7 @@ from types import NoneType
 from typing import Literal, TypeAlias, get_args
 
 from harness.comparison.cause import ACCEPTABLE, CASTS
+from harness.comparison.mapping import check_pair, makes_any, mapped, names_any
 from harness.errors import UsageError
 
 
@@ -31,6 +32,7 @@ Stage = Literal["file", "load", "reload", "outputs"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 # In float32 more is infinite, of which allclose makes NaN where a 0 is expected.
 _GREATEST = 3.4028234663852886e38
+_MAX_NAMED = 3  # options in a note
 
 
 def check_stage(name: str) -> None:
@@ -72,10 +74,11 @@ class Policy:
 
     `ignore` and `tolerances` take globs over the golden's keys (the checkpoint's, for unexpected
     ones); of several tolerances that fit, the last wins. `key_map` renames the golden's keys, or
-    prefixes that end in a dot; `strip_prefix` is taken off the checkpoint's keys. Where `atol` or
-    `rtol` is None, it is what the golden recorded. `accept` names proved causes that pass: renamed,
-    reshaped, transposed, joined, order, rows, rounded; `cast` is a dtype to which values may be
-    rounded. Tensors that fit a glob of `must_change` have to differ, and may.
+    prefixes that end in a dot; a `*` stands for the same text on both sides. `strip_prefix` is
+    taken off the checkpoint's keys. Where `atol` or `rtol` is None, it is what the golden recorded.
+    `accept` names proved causes that pass: renamed, reshaped, transposed, joined, order, rows,
+    rounded; `cast` is a dtype to which values may be rounded. Tensors that fit a glob of
+    `must_change` have to differ, and may.
 
     Lists, and the mappings {OLD: NEW} and {GLOB: (ATOL, RTOL)}, become tuples. Raises UsageError.
     """
@@ -141,6 +144,8 @@ class Policy:
                     hint=f"{name}={example!r}",
                 )
             object.__setattr__(self, name, tuple(map(tuple, given)))
+        for old, new in self.key_map:
+            check_pair(old, new)
         for glob, atol, rtol in [("", self.atol, self.rtol), *self.tolerances]:
             if not all(0 <= given <= _GREATEST for given in (atol, rtol) if given is not None):
                 where = f" for {glob}" if glob else ""
@@ -184,14 +189,11 @@ class Policy:
     def renamed(self, key: str) -> str:
         """The name under which the checkpoint should have a golden's key."""
         found = self.map_of(key)
-        return key if found is None else found[1] + key[len(found[0]) :]
+        return key if found is None else mapped(found, key) or ""
 
     def map_of(self, key: str) -> tuple[str, str] | None:
         """The one of `key_map` that renames a golden's key: the first that fits."""
-        for old, new in self.key_map:
-            if key == old or (old.endswith(".") and key.startswith(old)):
-                return old, new
-        return None
+        return next((pair for pair in self.key_map if mapped(pair, key) is not None), None)
 
     def at_stage(self, keys: Collection[str], elsewhere: Collection[str]) -> Policy:
         """Leave out the globs that fit none of a stage's `keys`, but some of another one's."""
@@ -206,30 +208,72 @@ class Policy:
             must_change=tuple(glob for glob in self.must_change if is_here(glob)),
         )
 
-    def at_live_stage(
-        self, keys: Collection[str], theirs: Collection[str], of_file: Collection[str]
-    ) -> Policy:
-        """Leave out what fits the file's keys and not the model's, which may have names of its own.
-
-        `keys` are the golden's, `theirs` the model's.
-        """
+    def fitting(self, expected: Collection[str], actual: Collection[str]) -> Policy:
+        """Leave out the maps, the prefix and the globs that fit nothing of a stage's two sides."""
         prefix = self.strip_prefix
-        in_file = {key.removeprefix(prefix) for key in of_file}
-        there = {key.removeprefix(prefix) for key in theirs}
-
-        def is_here(old: str, new: str) -> bool:
-            def fit(names: Collection[str]) -> bool:
-                return any(n.startswith(new) if old.endswith(".") else n == new for n in names)
-
-            return fit(there) or not fit(in_file)
-
-        strips = any(k.startswith(prefix) for k in theirs) or not (
-            any(k.startswith(prefix) for k in of_file)
-        )
+        strips = any(key.startswith(prefix) for key in actual)
+        there = {key.removeprefix(prefix) for key in actual} if strips else set(actual)
+        either = {*expected, *there}
         return replace(
-            self.at_stage({*keys, *theirs}, {*of_file, *in_file}),
+            self,
+            ignore=tuple(glob for glob in self.ignore if fits(glob, either)),
+            tolerances=tuple(one for one in self.tolerances if fits(one[0], expected)),
+            must_change=tuple(glob for glob in self.must_change if fits(glob, expected)),
             strip_prefix=prefix if strips else "",
-            key_map=tuple(pair for pair in self.key_map if is_here(*pair)),
+            key_map=tuple(
+                pair
+                for pair in self.key_map
+                if names_any(pair[0], expected) and makes_any(pair, there)
+            ),
+        )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What fits a checkpoint or does not, as options of the command line."""
+        return (
+            *(f"--ignore {glob}" for glob in self.ignore),
+            *(f"--tolerance {glob}" for glob, *_ in self.tolerances),
+            *(f"--must-change {glob}" for glob in self.must_change),
+            *(f"--map {old}={new}" for old, new in self.key_map),
+            *([f"--strip-prefix {self.strip_prefix}"] if self.strip_prefix else []),
+        )
+
+
+class PolicyOfStages:
+    """One policy for several stages: each takes what fits it, and what fits none is an error."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._used: set[str] = set()
+
+    def at(self, expected: Collection[str], actual: Collection[str]) -> Policy:
+        """What fits a stage's two sides."""
+        here = self.policy.fitting(expected, actual)
+        self.use(here)
+        return here
+
+    def use(self, policy: Policy) -> None:
+        """Count what a stage made use of."""
+        self._used |= set(policy.parts)
+
+    def note(self, here: Policy) -> tuple[str, ...]:
+        """Say what a stage left out."""
+        out = [part for part in self.policy.parts if part not in here.parts]
+        more = f" and {len(out) - _MAX_NAMED:,} more" if len(out) > _MAX_NAMED else ""
+        return (f"fits nothing here: {', '.join(out[:_MAX_NAMED])}{more}",) if out else ()
+
+    @property
+    def unused(self) -> Policy:
+        """What no stage made use of."""
+        policy, used = self.policy, self._used
+        prefix = policy.strip_prefix
+        return replace(
+            policy,
+            ignore=tuple(g for g in policy.ignore if f"--ignore {g}" not in used),
+            tolerances=tuple(t for t in policy.tolerances if f"--tolerance {t[0]}" not in used),
+            must_change=tuple(g for g in policy.must_change if f"--must-change {g}" not in used),
+            key_map=tuple(m for m in policy.key_map if f"--map {m[0]}={m[1]}" not in used),
+            strip_prefix="" if f"--strip-prefix {prefix}" in used else prefix,
         )
 
 

@@ -91,14 +91,15 @@ def _inputs_of(divergence: Divergence) -> str:
 
 def finding_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]:
     """Findings of one kind: those with a cause by what happened, the others by what they say."""
-    explained = [f for f in findings if f.causes and not _is_plainly_renamed(f)]
+    explained = [f for f in findings if f.causes and not _says_its_cause(f)]
     yield from _explained_lines(explained, style)
     yield from _plain_lines([f for f in findings if f not in explained], style)
 
 
-def _is_plainly_renamed(finding: Finding) -> bool:
-    """Whether its cause says no more than that it is renamed, which its own words say."""
-    return finding.kind == "renamed" and finding.causes[0].accept == ("renamed",)
+def _says_its_cause(finding: Finding) -> bool:
+    """Whether its cause says no more than its own words: another name, or another prefix."""
+    is_moved = finding.kind == "renamed" and finding.causes[0].accept == ("renamed",)
+    return is_moved or finding.kind == "prefix"
 
 
 def _explained_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]:

@@ -7,7 +7,7 @@ by position. What only one side has is structure. Refused (UsageError): globs th
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +19,7 @@ from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
 from harness.comparison.difference import Difference
 from harness.comparison.findings import Divergence
+from harness.comparison.mapping import mapped
 from harness.comparison.policy import Policy, Tolerance, fits
 from harness.errors import UsageError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
@@ -83,32 +84,54 @@ def module_of(key: str) -> str:
     return key.partition(":")[0]
 
 
-def renamed(expected: Fingerprint, policy: Policy, modules: Collection[str]) -> Fingerprint:
-    """Give activations the names that the modules have now, as a policy's maps and prefix say."""
-    if not (policy.key_map or policy.strip_prefix):
-        return expected
+def renamed(
+    expected: Fingerprint, policy: Policy, modules: Collection[str]
+) -> tuple[Fingerprint, Policy]:
+    """Give activations the names that the modules have now, as a policy's maps and prefix say.
 
-    def path_now(path: str) -> str:
-        if path == ROOT:
-            return path
-        named = policy.renamed(f"{path}.").removesuffix(".")
-        named = policy.renamed(path) if named == path else named
-        wrapped = f"{policy.strip_prefix}{named}"
-        return wrapped if named not in modules and wrapped in modules else named
+    Returns also what of the policy was of use. A map of a key is one of its module.
+    """
+    maps = {pair: _of_module(pair) for pair in policy.key_map}
+    prefix = policy.strip_prefix
+    used: set[tuple[str, str]] = set()
+    wraps = False
+    paths: dict[str, str] = {}
+    for path in {module_of(key).partition("@")[0] for key in expected.tensors} - {ROOT}:
+        paths[path] = path
+        fitting = ((pair, mapped(maps[pair], f"{path}.")) for pair in policy.key_map)
+        pair, name = next(((p, n) for p, n in fitting if n is not None), (None, f"{path}."))
+        name = name.removesuffix(".")
+        wrapped = f"{prefix}{name}"
+        if wrapped in modules and prefix:
+            name, wraps = wrapped, True
+        if name in modules:
+            paths[path] = name
+            used |= {pair} if pair is not None else set()
 
     def key_now(key: str) -> str:
         label, _, rest = key.partition(":")
         path, at, call = label.partition("@")
-        return f"{path_now(path) or ROOT}{at}{call}:{rest}"
+        return f"{paths.get(path, path) or ROOT}{at}{call}:{rest}"
 
-    return _rekeyed(expected, {key: key_now(key) for key in expected.tensors})
+    here = Policy(
+        key_map=tuple(pair for pair in policy.key_map if pair in used),
+        strip_prefix=prefix if wraps else "",
+    )
+    return _rekeyed(expected, {key: key_now(key) for key in expected.tensors}), here
+
+
+def _of_module(pair: tuple[str, str]) -> tuple[str, str]:
+    """What a map of a key, `norm.weight=ln.weight`, says of its module."""
+    old, new = pair
+    stem, _, leaf = old.rpartition(".")
+    other, _, same = new.rpartition(".")
+    return (f"{stem}.", f"{other}.") if leaf and leaf == same else pair
 
 
 def _rekeyed(found: Fingerprint, names: Mapping[str, str]) -> Fingerprint:
-    """The same tensors under other keys; where two would become one, they keep their own."""
-    taken = set(names.values())
-    if len(taken) < len(names):
-        return found
+    """The same tensors under other keys; one whose new key another one has keeps its own."""
+    taken = Counter(names.values())
+    names = {key: name if taken[name] == 1 else key for key, name in names.items()}
     return replace(
         found,
         tensors={
@@ -268,8 +291,11 @@ def _structure(expected: Fingerprint, actual: Fingerprint, alone: Sequence[str])
             return key if call in calls else call if path in modules else path
 
         if keys:
-            names = brief_keys(list(dict.fromkeys(map(name, keys))), _MAX_STRUCTURE)
-            said.append(f"only in {where}: {names}")
+            names = list(dict.fromkeys(map(name, keys)))
+            # What stands for all that is inside of it.
+            tops = [one for one in names if not any(one.startswith(f"{n}.") for n in names)]
+            inside = f" and {len(names) - len(tops):,} inside" * (len(tops) < len(names))
+            said.append(f"only in {where}: {brief_keys(tops, _MAX_STRUCTURE)}{inside}")
     return [f"structure, not compared: {'; '.join(said)}"] if said else []
 
 

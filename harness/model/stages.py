@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +21,13 @@ from harness.checkpoint import open_checkpoint
 from harness.checkpoint.keys import format_key
 from harness.checkpoint.tensors import Checkpoint
 from harness.comparison import buffers as buffers_of
+from harness.comparison.causes.explain import with_causes
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import FINDING_KINDS, Finding
+from harness.comparison.matching import check_used
 from harness.comparison.measuring import AgainstGolden
-from harness.comparison.policy import STAGES, Policy, fits
+from harness.comparison.policy import STAGES, Policy, PolicyOfStages, fits
 from harness.errors import NotRecorded
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.scan import fingerprint
@@ -97,11 +100,12 @@ def record_live(
 
 
 def live_stages(
-    path: Path, expected: Expected, policy: Policy, options: LiveOptions, last: str
+    path: Path, expected: Expected, policy: PolicyOfStages, options: LiveOptions, last: str
 ) -> Iterator[Comparison]:
     """Yield the comparison of each stage after `file`, up to `last`.
 
-    Raises ModelError and CheckpointError where a stage cannot be run at all.
+    Raises ModelError and CheckpointError where a stage cannot be run at all, and UsageError at the
+    end for what of the policy fitted no stage.
     """
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path, section=expected.section))
@@ -110,10 +114,12 @@ def live_stages(
         try:
             module = loader.load(path, seed=_FIRST_SEED, section=checkpoint.section)
         except NotLoaded as error:
-            yield of_failed_load(error, expected.weights.name, policy, "load")
+            yield of_failed_load(error, expected.weights.name, policy.policy, "load")
             return
-        yield stages.compare_load(module)
+        load = stages.compare_load(module)
+        yield load
         if last == "load":
+            check_used(policy, load.expected, load.actual)
             return
         if options.keep:
             folder, stem = path.parent, f"{path.name.partition('.')[0]}.test"
@@ -123,13 +129,13 @@ def live_stages(
         try:
             again = loader.load(saved.path, seed=_SECOND_SEED)
         except NotLoaded as error:
-            yield of_failed_load(error, expected.weights.name, policy, "reload")
+            yield of_failed_load(error, expected.weights.name, policy.policy, "reload")
             return
         reload = stages.compare_reload(module, again, saved)
         yield reload
-        if last == "reload":
-            return
-        yield _compare_outputs(module, again, expected, policy, options, is_same=reload.ok)
+        if last == "outputs":
+            yield _compare_outputs(module, again, expected, policy, options, is_same=reload.ok)
+        check_used(policy, reload.expected, reload.actual)
 
 
 class _Live:
@@ -139,7 +145,7 @@ class _Live:
         checkpoint: Checkpoint,
         loader: Loader,
         expected: Expected,
-        policy: Policy,
+        policy: PolicyOfStages,
     ) -> None:
         self.path, self.checkpoint, self.loader = path, checkpoint, loader
         self.expected, self.policy = expected, policy
@@ -165,8 +171,7 @@ class _Live:
             )
         if self.loader.is_strict(module):
             found = _restored(found)
-        before = () if self.expected.live is None else self.expected.live.parameters
-        return _with(found, _changed_gradients(before, module))
+        return _with(found, _changed_gradients(self._parameters_now(module), module))
 
     def compare_reload(self, module: nn.Module, again: nn.Module, saved: Saved) -> Comparison:
         """The state after saving and loading again, the optimizer's, the hyperparameters."""
@@ -211,22 +216,35 @@ class _Live:
         )
 
     def _compare_state(self, module: nn.Module, stage: str) -> Comparison:
+        started = time.monotonic()
         state, expected = self._state(module)
         found = fingerprint(state, details=lambda tensor: False)
         # Where the file still is what was recorded, it decides exactly.
         measure = AgainstGolden(golden=expected, actual=state, partial_reference=self.checkpoint)
-        policy = self.policy.at_live_stage(expected.tensors, found.tensors, self.checkpoint.tensors)
+        policy = self.policy.at(expected.tensors, found.tensors)
         compared = compare(expected, found, policy, measure, stage=stage)
+        compared = replace(compared, notes=(*compared.notes, *self.policy.note(policy)))
+        compared = with_causes(compared, state, started=started)
         live = self.expected.live
         if live is None or live.buffers is None:
             return compared
         return buffers_of.named(_without_alone(compared, live.buffers), live.buffers, state)
 
+    def _parameters_now(self, module: nn.Module) -> tuple[tuple[str, bool], ...]:
+        """The parameters that were recorded, by the names that they have in this model."""
+        if self.expected.live is None:
+            return ()
+        policy, names = self.policy.policy, dict(module.named_parameters(remove_duplicate=False))
+
+        def now(name: str) -> str:
+            new = policy.renamed(name)
+            return next((n for n in (f"{policy.strip_prefix}{new}", new) if n in names), name)
+
+        return tuple((now(name), grad) for name, grad in self.expected.live.parameters)
+
     def _changed_order(self, module: nn.Module) -> list[Finding]:
         """Optimizer state goes by index: another order of parameters gives it to others."""
-        if self.expected.live is None:
-            return []
-        before = [name for name, _ in self.expected.live.parameters]
+        before = [name for name, _ in self._parameters_now(module)]
         after = [name for name, _ in _parameters(module)]
         return [
             Finding(
@@ -338,7 +356,7 @@ def _compare_outputs(
     module: nn.Module,
     again: nn.Module,
     expected: Expected,
-    policy: Policy,
+    asked: PolicyOfStages,
     options: LiveOptions,
     *,
     is_same: bool,
@@ -349,7 +367,7 @@ def _compare_outputs(
     whatever the golden says, for no golden could hold it.
     """
 
-    recorded = None if expected.live is None else expected.live.outputs
+    policy, recorded = asked.policy, None if expected.live is None else expected.live.outputs
     tolerance = options.output_tolerance(recorded)
 
     def computed(model: nn.Module, measure: WhileRunning | None = None) -> Fingerprint:
@@ -369,6 +387,7 @@ def _compare_outputs(
         theirs = computed(model, measure)
         keys = {*ours.tensors, *theirs.tensors}
         ignore = tuple(glob for glob in policy.ignore if fits(glob, keys))
+        asked.use(Policy(ignore=ignore))
         return compare_activations(measure, theirs, replace(options.selection, ignore=ignore))
 
     if expected.live is None:
@@ -380,7 +399,8 @@ def _compare_outputs(
             hint="the same command with --update-golden records them",
         )
     modules = {name for name, _ in module.named_modules()}
-    recorded = renamed(replace(recorded, name=expected.weights.name), policy, modules)
+    recorded, used = renamed(replace(recorded, name=expected.weights.name), policy, modules)
+    asked.use(used)
     compared = beside(recorded, module)
     if not is_same:
         return compared

@@ -6,7 +6,7 @@ of the command line (`as_options`), and as whole lines for the end of a report (
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,8 +22,10 @@ MEND_THE_CODE = (
     "or save the model as a new checkpoint and record that"
 )
 GET_IT_AGAIN = "bytes of the checkpoint changed since they were saved: get the file again"
-_MAX_MAPPED = 3  # more make a command that nobody reads
+_MAX_MAPPED = 4  # more make a command that nobody reads
 _MAX_TRIED = 1000  # new names that the first missing one might have
+# A part of a key that is a number, in front of another part.
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 
 
 def is_of_the_code(comparison: Comparison) -> bool:
@@ -47,53 +49,92 @@ def ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 
 def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if comparison.stage == "outputs":  # whose places no policy renames
+    if comparison.stage == "outputs":  # whose names follow those of the weights
         return
     failing = [finding for finding in comparison.findings if finding.fails]
+    kinds = {finding.kind for finding in failing}
     policy = comparison.policy
-    for finding in failing:
+    new_names = _new_names(failing, comparison)
+    if new_names is not None:
+        yield new_names
+    for finding in failing if new_names is None else ():
         if finding.kind == "prefix" and finding.expected == "no prefix":
             yield "ignore the prefix", {"strip_prefix": policy.strip_prefix + finding.key}
         is_lost = finding.kind == "prefix" and finding.actual == "no prefix"
         if is_lost and not policy.key_map and "=" not in finding.key:
             yield "ignore the prefix", {"key_map": ((finding.key, ""),)}
-    if comparison.stage == "file" and {finding.kind for finding in failing} == {"dtype"}:
+    if comparison.stage == "file" and kinds == {"dtype"}:
         yield "ignore the dtype", {"check_dtype": False}
-    if failing and all(finding.kind == "renamed" for finding in failing) and not policy.key_map:
-        key_map = _key_map(failing, comparison)
-        if key_map:
-            yield "accept the new name", {"key_map": key_map}
-            return
+    if new_names is not None and kinds == {"renamed"}:
+        return
     words = words_to_accept(comparison)
-    if words and comparison.stage == "file" and all(f.kind != "prefix" for f in failing):
+    if words and all(f.kind != "prefix" for f in failing):
         yield f"accept {', '.join(words)}", {"accept": (*policy.accept, *words)}
-    if failing and {finding.kind for finding in failing} == {"missing", "unexpected"}:
+    if kinds == {"missing", "unexpected"}:
         moved = None if policy.key_map else _moved(failing, comparison)
         if moved is not None:
             yield "accept the new names, if they are renamed", {"key_map": (moved,)}
 
 
-def _key_map(renamed: Sequence[Finding], comparison: Comparison) -> tuple[tuple[str, str], ...]:
-    """What makes the old keys the new ones: few prefixes, else few keys; () where neither does."""
-    strip = comparison.policy.strip_prefix
-    pairs = [(f.key, (f.actual_key or "").removeprefix(strip)) for f in renamed]
-    if any(old == new or "=" in old for old, new in pairs):  # no map can say it, or one did not fit
-        return ()
-    prefixes: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for old, new in pairs:
-        prefixes[_changed_prefix(old, new)].add(old)
-        if len(prefixes) > _MAX_MAPPED:
-            return ()
-    olds = {old for old, _ in prefixes}
-    moves_others = any(
-        key.startswith(old)
-        for old in olds
-        for key in comparison.expected.tensors.keys() - dict(pairs)
-    )
-    nested = any(one != other and one.startswith(other) for one in olds for other in olds)
-    if len(prefixes) < len(pairs) and len(olds) == len(prefixes) and not moves_others | nested:
-        return tuple(prefixes)
-    return tuple(pairs) if len(pairs) <= _MAX_MAPPED else ()
+def _new_names(
+    failing: Sequence[Finding], comparison: Comparison
+) -> tuple[str, Mapping[str, Any]] | None:
+    """The maps, and with them the prefix, under which all that is renamed has its new name."""
+    policy = comparison.policy
+    renamed = [
+        finding
+        for finding in failing
+        if finding.kind == "renamed" and all(c.accept == ("renamed",) for c in finding.causes[:1])
+    ]
+    prefix = next((f.key for f in failing if f.kind == "prefix" and f.expected == "no prefix"), "")
+    strip = policy.strip_prefix + prefix
+    key_map = _key_map(renamed, comparison, strip)
+    if not key_map:
+        return None
+    fields: dict[str, Any] = {"key_map": (*policy.key_map, *key_map)}
+    if prefix:
+        fields["strip_prefix"] = strip
+    return ("accept the new names" if len(renamed) > 1 else "accept the new name"), fields
+
+
+def _key_map(
+    renamed: Sequence[Finding], comparison: Comparison, strip: str
+) -> tuple[tuple[str, str], ...]:
+    """What makes the old keys the new ones: globs, prefixes, else the keys; () where nothing does.
+
+    Of what is missing it may make what is unexpected: it moved, and has other values.
+    """
+    pairs = {f.key: (f.actual_key or "").removeprefix(strip) for f in renamed}
+    if any(old == new or set("=*") & {*old, *new} for old, new in pairs.items()):
+        return ()  # no map can say it, or one did not fit
+    missing = {f.key for f in comparison.findings if f.kind == "missing"}
+    there = {f.key.removeprefix(strip) for f in comparison.findings if f.kind == "unexpected"}
+    before = comparison.policy
+    prefixes = [_changed_prefix(*pair) for pair in pairs.items()]
+    several = len(set(prefixes)) < len(pairs)
+    for candidates in (*([map(_as_glob, prefixes), prefixes] if several else []), pairs.items()):
+        # The longest prefix first, for the first that fits counts.
+        unique = sorted(
+            dict.fromkeys(candidates), key=lambda pair: -len(pair[0]) * pair[0].endswith(".")
+        )
+        if len(unique) > _MAX_MAPPED:
+            continue
+        policy = replace(before, key_map=(*before.key_map, *unique))
+        if all(
+            policy.renamed(key) == (pairs.get(key) or before.renamed(key))
+            or (key in missing and policy.renamed(key) in there)
+            for key in comparison.expected.tensors
+        ):
+            return tuple(unique)
+    return ()
+
+
+def _as_glob(pair: tuple[str, str]) -> tuple[str, str]:
+    """A pair of prefixes with a `*` for each of its numbers, where both have the same ones."""
+    old, new = pair
+    if _NUMBER.findall(old) != _NUMBER.findall(new):
+        return pair
+    return _NUMBER.sub("*", old), _NUMBER.sub("*", new)
 
 
 def _moved(findings: Sequence[Finding], comparison: Comparison) -> tuple[str, str] | None:

@@ -519,7 +519,7 @@ def test_record_takes_what_a_golden_may_hold_and_the_tolerance_it_decides(
 def test_an_unexpected_crash_is_a_2_and_never_a_1(
     recorded: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.api.verify", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("harness.api.verify_stages", lambda *_, **__: 1 / 0)
     run = harness("verify", "models/nest.nemo")
     assert run.code == 2
     assert "this is a bug in the harness" in run.err

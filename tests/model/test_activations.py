@@ -107,7 +107,7 @@ def compared(
     one: nn.Module, other: nn.Module, policy: Policy | None = None, **options: Any
 ) -> Comparison:
     live, policy = LiveOptions(**options), policy or Policy()
-    expected = renamed(outputs_of(one, INPUTS), policy, {n for n, _ in other.named_modules()})
+    expected, _ = renamed(outputs_of(one, INPUTS), policy, {n for n, _ in other.named_modules()})
     tolerances = live.output_policy(expected, policy)
     measure = WhileRunning(expected=expected, policy=tolerances)
     actual = outputs_of(other, INPUTS, see=measure.see)

@@ -71,7 +71,7 @@ def test_the_local_class_computes_what_nemo_does(data: Path, inputs: Path) -> No
     assert {stage: one.ok for stage, one in found.items()} == dict.fromkeys(found, True)
     assert list(found) == ["file", "load", "reload", "outputs"]
     structure, padded = found["outputs"].notes
-    assert structure.startswith("structure, not compared: only in the golden: 11 (preprocessor.fea")
+    assert structure.startswith("structure, not compared: only in the golden: 9 (preprocessor.feat")
     assert structure.endswith("; only in this model: 2 (encoder.pre_encode.conv.{4,7})")
     assert padded.endswith(": 2 (encoder.layers.{0,1}.conv.depthwise_conv:in.input)")
     assert found["load"].notes == (

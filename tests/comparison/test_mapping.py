@@ -1,0 +1,86 @@
+"""New names for keys: of keys, of prefixes, and by globs whose stars stand for the same text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.comparison.mapping import makes_any, mapped, names_any, read_map
+from harness.comparison.policy import Policy, PolicyOfStages
+from harness.errors import UsageError
+from tests.catalogue import Compared, state
+
+part = st.from_regex(r"[a-z0-9_\[\]+^$()]{1,4}", fullmatch=True)
+
+
+@pytest.mark.parametrize(
+    ("pair", "key", "expected"),
+    [
+        (("a.", "b."), "a.c", "b.c"),
+        (("a", "b"), "a.c", None),
+        (("a.c", "d"), "a.c", "d"),
+        (("blocks.*.mlp.", "layers.*.ff."), "blocks.11.mlp.fc.mlp.w", "layers.11.ff.fc.mlp.w"),
+        (("*.gamma", "*.weight"), "a.norm.gamma", "a.norm.weight"),
+        (("*.gamma", "*.weight"), "a.norm.gamma.x", None),
+        (("a.*.b.*.", "*.c.*."), "a.1.b.2.w", "1.c.2.w"),
+        (("a.*.", "b.*."), "a..c", None),
+    ],
+)
+def test_a_pair_renames_what_it_fits(pair: tuple[str, str], key: str, expected: str | None) -> None:
+    assert mapped(pair, key) == expected
+
+
+@given(st.lists(part, min_size=3, max_size=6), st.data())
+def test_a_star_stands_for_the_same_text_whatever_that_is(
+    parts: list[str], data: st.DataObject
+) -> None:
+    at = data.draw(st.integers(0, len(parts) - 2))
+    key = ".".join(parts)
+    old = ".".join([*parts[:at], "*", *parts[at + 1 :]])
+    new = f"new.*.{parts[-1]}"
+    assert mapped((old, new), key) == f"new.{parts[at]}.{parts[-1]}"
+    assert names_any(old, [key])
+    assert makes_any((old, new), [f"new.{parts[at]}.{parts[-1]}"])
+    assert not makes_any((old, new), [f"old.{key}"])
+
+
+def test_stars_must_be_on_both_sides() -> None:
+    with pytest.raises(UsageError, match="one has 1, the other 0"):
+        Policy(key_map=(("a.*.", "b."),))
+
+
+def test_a_file_holds_a_pair_in_each_line(tmp_path: Path) -> None:
+    file = tmp_path / "map.txt"
+    file.write_text("# ours  theirs\n\nblocks.*.mlp.\tblocks.*.ff.\nhead.  out.  # the last\n")
+    assert read_map(file) == (("blocks.*.mlp.", "blocks.*.ff."), ("head.", "out."))
+    file.write_text("a b\nc\n")
+    with pytest.raises(UsageError, match=r"map\.txt:2: has 1 columns"):
+        read_map(file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_map(tmp_path / "none")
+
+
+def test_globs_are_maps_of_a_comparison(compared: Compared) -> None:
+    actual = {key.replace("encoder.", "layers.x."): value for key, value in state().items()}
+    policy = Policy(key_map=(("encoder.*.", "layers.x.*."),))
+    assert compared(actual, policy).verdict == "identical"
+
+
+def test_each_stage_takes_what_fits_it_and_the_rest_is_known() -> None:
+    asked = Policy(
+        key_map=(("a.", "b."), ("a.", "c.")),
+        ignore=("x", "y"),
+        strip_prefix="module.",
+        tolerances=(("a.*", 1.0, None),),
+    )
+    stages = PolicyOfStages(asked)
+    here = stages.at({"a.w", "x"}, {"a.w", "x"})
+    assert here == Policy(ignore=("x",), tolerances=asked.tolerances)
+    assert stages.note(here) == (
+        "fits nothing here: --ignore y, --map a.=b., --map a.=c. and 1 more",
+    )
+    assert stages.at({"a.w"}, {"module.b.w"}).key_map == (("a.", "b."),)
+    assert stages.unused == Policy(key_map=(("a.", "c."),), ignore=("y",))

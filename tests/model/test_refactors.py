@@ -1,0 +1,228 @@
+"""Code that was refactored: other names, hooks for old keys, wrappers, new buffers."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import Harness
+
+HERE = __name__
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.fc2(self.fc1(x).relu())
+        return made
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(8), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = x + self.mlp(self.norm(x))
+        return made
+
+
+class Old(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        made: Tensor = self.head(x)
+        return made
+
+    def golden_inputs(self) -> dict[str, Tensor]:
+        return {"tokens": torch.arange(10).view(2, 5)}
+
+
+class Renamed(nn.Module):
+    """`blocks.N.mlp` is `layers.N.ff` here; a buffer is new, and one more is in no file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.layers = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(8)}) for _ in range(2))
+        for layer in self.layers:
+            layer["ff"] = Mlp()  # type: ignore[index]
+        self.head = nn.Linear(8, 3)
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("table", torch.arange(3.0), persistent=False)
+        self._register_load_state_dict_pre_hook(self._old_keys)
+
+    def _old_keys(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state.setdefault(f"{prefix}scale", torch.ones(1))
+        for key in [*state]:
+            now = key.replace("blocks.", "layers.").replace(".mlp.", ".ff.")
+            state[now] = state.pop(key)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + layer["ff"](layer["norm"](x))  # type: ignore[index]
+        made: Tensor = self.head(x) * self.scale
+        return made
+
+
+class Wrapped(nn.Module):
+    inner: type[nn.Module] = Renamed
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = self.inner()
+        self._register_load_state_dict_pre_hook(self._old_keys)
+
+    def _old_keys(self, state: dict[str, Any], *_: Any) -> None:
+        for key in [*state]:
+            if not key.startswith("module."):
+                state[f"module.{key}"] = state.pop(key)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        made: Tensor = self.module(tokens)
+        return made
+
+    def golden_inputs(self) -> dict[str, Tensor]:
+        return {"tokens": torch.arange(10).view(2, 5)}
+
+
+class Loses(Renamed):
+    def _old_keys(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        super()._old_keys(state, prefix)
+        state[f"{prefix}layers.1.ff.fc1.weight"] = torch.ones(16, 8)
+
+
+class WrappedAndLost(Wrapped):
+    inner = Loses
+
+
+class OtherEpsilon(Renamed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[1]["norm"].eps = 1e-1  # type: ignore[index,union-attr,assignment]
+
+
+class WrappedAndOther(Wrapped):
+    inner = OtherEpsilon
+
+
+@pytest.fixture
+def recorded(harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(Old().state_dict(), "old.pt")
+    run = harness("record", "old.pt", "-g", "g.safetensors", "--outputs", "--model", f"{HERE}:Old")
+    assert run.code == 0
+    return tmp_path
+
+
+def command(model: str, *options: str) -> tuple[str, ...]:
+    target = ("--model", f"{HERE}:{model}")
+    return ("verify", "old.pt", "-g", "g.safetensors", "--outputs", *target, *options)
+
+
+MAPS = (
+    *("--map", "blocks.*.mlp.=layers.*.ff.", "--map", "blocks.=layers."),
+    *("--strip-prefix", "module."),
+)
+
+
+def test_the_maps_that_the_report_prints_let_the_old_golden_pass_at_all_stages(
+    harness: Harness, recorded: Path
+) -> None:
+    run = harness(*command("Wrapped"))
+    assert run.code == 1
+    [line] = [line for line in run.out.splitlines() if "to accept the new names:" in line]
+    asked = shlex.split(line.partition(":  ")[2])
+    assert tuple(asked[1:]) == command("Wrapped", *MAPS)
+    passed = harness(*asked[1:])
+    assert passed.code == 0
+    assert [line for line in passed.out.splitlines() if not line.startswith("  note")] == [
+        "ok identical  g.safetensors  file: 15 identical",
+        "ok identical  g.safetensors  load: 15 identical",
+        "ok identical  g.safetensors  reload: 15 identical",
+        "ok identical  g.safetensors  outputs: 22 identical",
+    ]
+    assert "note: fits nothing here: --map blocks.*.mlp.=layers.*.ff., --map" in passed.out
+
+
+def test_one_wrong_weight_in_a_refactored_model_fails(harness: Harness, recorded: Path) -> None:
+    run = harness(*command("WrappedAndLost", *MAPS))
+    assert run.code == 1
+    assert "FAIL different  g.safetensors  load: 14 identical, 1 different" in run.out
+    assert "blocks.1.mlp.fc1.weight  float32 [16, 8]" in run.out
+
+
+def test_a_module_of_a_refactored_model_that_computes_something_else_is_named(
+    harness: Harness, recorded: Path
+) -> None:
+    run = harness(*command("WrappedAndOther", *MAPS))
+    assert run.code == 1
+    assert "first diverges: module.layers.1.norm" in run.out
+
+
+def test_equal_weights_under_new_names_may_pass_everywhere(
+    harness: Harness, recorded: Path
+) -> None:
+    run = harness(*command("Wrapped", "--accept", "renamed"))
+    assert run.code == 0
+    assert "ok close  g.safetensors  load: 3 identical, 15 accepted" in run.out
+    state = {k.replace("blocks", "layers"): v for k, v in torch.load("old.pt").items()}
+    torch.save(state, "new.pt")
+    assert harness("verify", "new.pt", "-g", "g.safetensors", "--file").code == 1
+    accepted = ("-g", "g.safetensors", "--file", "--accept", "renamed")
+    assert harness("verify", "new.pt", *accepted).code == 0
+    state["layers.0.norm.weight"] += 1
+    torch.save(state, "new.pt")
+    assert harness("verify", "new.pt", *accepted).code == 1
+    assert harness(*command("WrappedAndLost", "--accept", "renamed")).code == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--map", "block.=layers."), "has no key block."),
+        (("--map", "blocks.=layer."), "the checkpoint has no key layer., at no stage"),
+        (("--ignore", "blocks.7.*"), "fits no key of g.safetensors, at no stage"),
+        (("--tolerance", "blocks.7.*=1"), "fits no key of"),
+        (("--strip-prefix", "model."), "no key of the"),
+    ],
+)
+def test_what_fits_no_stage_is_an_error(
+    harness: Harness, recorded: Path, option: tuple[str, str], said: str
+) -> None:
+    run = harness(*command("Old", *option))
+    assert run.code == 2
+    assert said in run.err
+
+
+def test_an_option_that_fits_one_stage_is_enough(harness: Harness, recorded: Path) -> None:
+    run = harness(*command("Old", "--ignore", "blocks.0.mlp:out", "--ignore", "embed.weight"))
+    assert run.code == 0
+    assert "file: 14 identical, 1 ignored" in run.out
+    assert "outputs: 25 identical, 1 ignored" in run.out
+
+
+def test_many_maps_may_be_in_a_file(harness: Harness, recorded: Path) -> None:
+    Path("map.txt").write_text("blocks.*.mlp.  layers.*.ff.\nblocks.  layers.\n")
+    options = ("--map-file", "map.txt", "--strip-prefix", "module.")
+    assert harness(*command("Wrapped", *options)).code == 0
+    run = harness(*command("Wrapped", *options, "--update-golden"))
+    assert run.code == 2
+    assert "does not go with --update-golden" in run.err
