@@ -75,6 +75,7 @@ class CauseData(msgspec.Struct, frozen=True, kw_only=True):
     num_heads: int | UnsetType = UNSET
     value: Number | UnsetType = UNSET
     factor: Number | UnsetType = UNSET
+    factors: tuple[Number, ...] | UnsetType = UNSET
     offset: Number | UnsetType = UNSET
     correlation: Number | UnsetType = UNSET
     bound: Number | UnsetType = UNSET

@@ -47,7 +47,7 @@ _VALUED = ("different", "undecided", "close")
 _EXPLAINED = ("missing", "unexpected", "renamed", "prefix", "shape", "dtype", *_VALUED)
 # The search may take as long as the comparison; a small checkpoint's is given more, so that no busy
 # machine ends it, and what was not compared is given so many bytes a second.
-_SMALL_NBYTES, _SMALL_SECONDS, _LEAST_SECONDS, _READ_RATE = 100 << 20, 3.0, 0.5, 250e6
+_SMALL_NBYTES, _SMALL_SECONDS, _LEAST_SECONDS, _READ_RATE = 100 << 20, 10.0, 0.5, 250e6
 
 
 def explained(
