@@ -170,7 +170,10 @@ def _as_options(stage: Stage, live: LiveOptions | None) -> list[str]:
     named = (
         ()
         if live is None
-        else (("--model", live.target), ("--config", live.config), ("--inputs", live.inputs))
+        else (
+            *(("--model", live.target), ("--config", live.config)),
+            *(("--inputs", live.inputs), ("--base", live.base)),
+        )
     )
     given = [word for flag, value in named if value is not None for word in (flag, str(value))]
     return [f"--{stage}", *given]
@@ -329,18 +332,26 @@ def _names(golden: Golden) -> list[str]:
 
 @checked
 def roundtrip(
-    path: Location, *, policy: Policy | None = None, live: LiveOptions | None = None
+    path: Location,
+    *,
+    section: str | None = None,
+    policy: Policy | None = None,
+    stage: Stage | None = None,
+    live: LiveOptions | None = None,
 ) -> Iterator[Comparison]:
-    """Load, save, reload and run a checkpoint, each compared with the file itself; no golden."""
+    """Load, save, reload and run a checkpoint, each compared with the file itself; no golden.
+
+    `stage` is the last: without it, outputs, or reload for a model without example inputs.
+    """
     from harness.model.options import LiveOptions
     from harness.model.stages import Expected, live_stages
 
     source = to_local(path, LOADED)
-    with opened(source, None) as checkpoint:
+    with opened(source, section) as checkpoint:
         weights = fingerprint_checkpoint(checkpoint, details=nothing)
-    expected = Expected(weights=weights)
+    expected = Expected(weights=weights, section=section)
     stages = PolicyOfStages(policy or Policy())
-    yield from live_stages(source, expected, stages, live or LiveOptions(), "outputs")
+    yield from live_stages(source, expected, stages, live or LiveOptions(), stage)
 
 
 def write_inputs(

@@ -10,22 +10,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli.inputs import inputs
+from harness.cli.live import (
+    last_of_roundtrip,
+    live_of,
+    live_options,
+    live_stage_options,
+    run_options,
+    stage_options,
+)
 from harness.cli.options import (
     PATH,
     Command,
     Invocation,
     check_update,
     expanded,
-    live_of,
-    live_options,
     policy_of,
     policy_options,
     remember_roots,
     report_options,
-    run_options,
     section_options,
     size,
-    stage_options,
     without_operands,
 )
 from harness.cli.progress import progress_bar
@@ -269,7 +273,9 @@ def verify(
 
 @cli.command()
 @click.argument("checkpoint", type=PATH)
+@section_options
 @policy_options
+@live_stage_options
 @live_options
 @run_options
 @report_options
@@ -286,7 +292,11 @@ def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **optio
     stages, error = [], None
     try:
         for comparison in api.roundtrip(
-            checkpoint, policy=policy_of(options), live=live_of(options)
+            checkpoint,
+            section=options["section"],
+            policy=policy_of(options),
+            stage=last_of_roundtrip(options),
+            live=live_of(options),
         ):
             stages.append(comparison)
             echo_stage(comparison, form)

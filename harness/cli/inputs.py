@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from harness.cli.options import Command, code_options, live_of
+from harness.cli.live import code_options, live_of
+from harness.cli.options import Command
 from harness.text.folding import escaped
 from harness.text.shell import quoted
 

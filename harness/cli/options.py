@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from harness.cli.terminal import echo_traceback
 from harness.comparison.cause import ACCEPTABLE, CASTS
 from harness.comparison.mapping import read_map
-from harness.comparison.policy import STAGES, Policy
-from harness.errors import UsageError
+from harness.comparison.policy import Policy
+from harness.errors import HarnessError, UsageError
 
 if TYPE_CHECKING:
     from harness.checkpoint.sources.paths import AnyPath
-    from harness.model.options import LiveOptions
     from harness.streaming.workers import Group
 
 
@@ -30,7 +30,7 @@ class Invocation:
     group: Group | None
 
 
-class _Location(click.Path):
+class Place(click.Path):
     """A path or a URL; a path alone for an option that is named.
 
     Not checked by click, whose complaints lack the next step.
@@ -46,7 +46,7 @@ class _Location(click.Path):
         return to_path(value) if self.local_for is None else to_local(value, self.local_for)
 
 
-PATH = _Location()
+PATH = Place()
 
 
 def expanded(paths: Sequence[AnyPath]) -> list[AnyPath]:
@@ -115,7 +115,7 @@ def _key_map(ctx: click.Context, param: click.Parameter, texts: Any) -> Any:
     return tuple(_pair(text, ctx, param) for text in texts)
 
 
-def _tolerances(ctx: click.Context, param: click.Parameter, texts: Any) -> Any:
+def tolerances(ctx: click.Context, param: click.Parameter, texts: Any) -> Any:
     found = []
     for text in texts:
         glob, numbers = _pair(text, ctx, param, at_last=True)
@@ -151,7 +151,7 @@ _POLICY = [
         "--tolerance",
         "tolerances",
         multiple=True,
-        callback=_tolerances,
+        callback=tolerances,
         metavar="GLOB=ATOL[,RTOL]",
         help="Another tolerance for some keys; the last that fits wins. Repeatable.",
     ),
@@ -167,7 +167,7 @@ _POLICY = [
         "--map-file",
         "map_files",
         multiple=True,
-        type=_Location("--map-file"),
+        type=Place("--map-file"),
         metavar="FILE",
         help="Many of them: a line for each, OLD and NEW in two columns. Repeatable.",
     ),
@@ -200,10 +200,13 @@ _POLICY = [
 
 def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say what counts as the same."""
-    return _add(_POLICY, command)
+    return add_options(_POLICY, command)
 
 
-def _add(options: list[Callable[..., Any]], command: Callable[..., Any]) -> Callable[..., Any]:
+def add_options(
+    options: list[Callable[..., Any]], command: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Add options to a command, in their order."""
     for option in reversed(options):
         command = option(command)
     return command
@@ -254,65 +257,6 @@ def check_update(policy: Policy) -> None:
             )
 
 
-def _stage(name: str, text: str) -> Any:
-    return click.option(f"--{name}", "stage", flag_value=name, help=text)
-
-
-_STAGE_FLAGS = [
-    _stage("file", "Stop at the file itself."),
-    _stage("load", "Also load it into the model."),
-    _stage("reload", "Also save and load again."),
-    _stage("outputs", "Also compare what it computes."),
-]
-_CODE = [
-    click.option("--model", "target", metavar="MODULE:NAME", help="The model's class or factory."),
-    click.option(
-        "--config",
-        type=_Location("--config"),
-        metavar="YAML",
-        help="Replaces the model's configuration.",
-    ),
-    click.option(
-        "--trust-checkpoint", is_flag=True, help="Let Lightning unpickle: runs what the file says."
-    ),
-]
-_RUN = [click.option("--keep", is_flag=True, help="Keep the saved file beside the checkpoint.")]
-_OF_OUTPUTS = "of outputs (default: as recorded, else 1e-4)."
-_LIVE = [
-    *_CODE[:-1],
-    click.option(
-        "--inputs",
-        type=_Location("--inputs"),
-        metavar="FILE",
-        help="safetensors of forward's keyword arguments.",
-    ),
-    _CODE[-1],
-    click.option("--output-atol", type=float, help=f"As --atol, {_OF_OUTPUTS}"),
-    click.option("--output-rtol", type=float, help=f"As --rtol, {_OF_OUTPUTS}"),
-]
-_RUN += [
-    click.option(
-        "--output-rel", type=float, help="In their place, a share of each activation's own rms."
-    ),
-    click.option(
-        "--output-tolerance",
-        "output_tolerances",
-        multiple=True,
-        callback=_tolerances,
-        metavar="GLOB=ATOL[,RTOL]",
-        help="Another tolerance for some activations. Repeatable.",
-    ),
-    click.option(
-        "--activations",
-        type=click.Choice(["common", "all", "final"]),
-        help="Which must agree: what both sides have (default), all, the model's own outputs.",
-    ),
-    click.option(
-        "--only", multiple=True, metavar="GLOB", help="Compare these activations alone. Repeatable."
-    ),
-]
-
-
 def _report_paths(ctx: click.Context, param: click.Parameter, paths: Any) -> Any:
     for path in paths:
         from harness.report.files import check_report
@@ -334,7 +278,7 @@ _REPORT = [
         "--report",
         "reports",
         multiple=True,
-        type=_Location("--report"),
+        type=Place("--report"),
         callback=_report_paths,
         metavar="FILE",
         help="Also write a report: .html, .md, .xml (JUnit) or .json. Repeatable.",
@@ -352,90 +296,12 @@ _SECTION = [
 
 def section_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say which part of a file is looked at."""
-    return _add(_SECTION, command)
+    return add_options(_SECTION, command)
 
 
 def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how to report."""
-    return _add(_REPORT, command)
-
-
-def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags that say how far to go."""
-    return _add(_STAGE_FLAGS, command)
-
-
-def code_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which class or factory is loaded."""
-    return _add(_CODE, command)
-
-
-def live_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which code is under test."""
-    return _add(_LIVE, command)
-
-
-def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of running the stages."""
-    return _add(_RUN, command)
-
-
-# The first stage at which an option has an effect.
-_NEEDED_BY = {
-    "target": ("--model", "load"),
-    "config": ("--config", "load"),
-    "trust_checkpoint": ("--trust-checkpoint", "load"),
-    "keep": ("--keep", "reload"),
-    "inputs": ("--inputs", "outputs"),
-    "output_atol": ("--output-atol", "outputs"),
-    "output_rtol": ("--output-rtol", "outputs"),
-    "output_rel": ("--output-rel", "outputs"),
-    "output_tolerances": ("--output-tolerance", "outputs"),
-    "activations": ("--activations", "outputs"),
-    "only": ("--only", "outputs"),
-}
-
-
-def stage_of(given: str | None, options: dict[str, Any], otherwise: str = "file") -> Any:
-    """How far to go: as asked for, else as far as the options have an effect.
-
-    Raises UsageError for an option that would be silently without one.
-    """
-    last = given or otherwise
-    for name, (flag, needed) in _NEEDED_BY.items():
-        if options.get(name) in (None, False, ()) or STAGES.index(needed) <= STAGES.index(last):
-            continue
-        if given is not None:
-            raise UsageError(
-                f"{flag} has no effect with --{given}",
-                hint=f"leave it out, or give --{needed} in place of --{given}",
-            )
-        last = needed
-    return last
-
-
-def live_of(options: dict[str, Any], base: LiveOptions | None = None) -> LiveOptions:
-    """What the options say of the code under test; what they leave out is as in `base`.
-
-    Raises ModelError and CheckpointError for what is typed and cannot be used: before minutes of
-    reading, not after. Imports torch: call it only where a live stage is wanted.
-    """
-    from dataclasses import replace
-
-    from harness.model.options import LiveOptions
-
-    names = {"trust_checkpoint": "trust"}
-    given = {
-        names.get(name, name): options[name]
-        for name in (
-            *("target", "config", "inputs", "keep", "trust_checkpoint"),
-            *("output_atol", "output_rtol", "output_rel", "output_tolerances"),
-            *("activations", "only"),
-        )
-        if options.get(name) not in (None, ())
-    }
-    LiveOptions(**given).check()
-    return replace(base or LiveOptions(), **given)
+    return add_options(_REPORT, command)
 
 
 class Command(click.Command):
@@ -457,3 +323,10 @@ class Command(click.Command):
                 )
             seen.add(param.name)
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HarnessError as error:  # of which the rest is told when the command has ended
+            echo_traceback(error)
+            raise

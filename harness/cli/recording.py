@@ -10,7 +10,7 @@ import click
 
 from harness import api
 from harness.checkpoint.sources.access import open_source
-from harness.cli.options import live_of, stage_of
+from harness.cli.live import live_of, stage_of
 from harness.cli.progress import progress_bar
 from harness.golden.budget import said_of
 from harness.golden.places import own_golden

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from harness.text.fitting import Style
 
 
+# Under which a command keeps whether the traceback of a failure is wanted.
+TRACEBACK = "harness.traceback"
 _PLAIN = {"−": "-", "×": "x", "·": "*", "‖": "|", "→": "->", "…": "..", "±": "+-"}
 
 
@@ -155,10 +158,18 @@ def _style() -> Style:
     return Style(color=color, unicode=terminal and utf8, width=width)
 
 
+def echo_traceback(error: HarnessError) -> None:
+    """Print where an error came from, where a command is asked for that."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.meta.get(TRACEBACK) and error.__cause__ is not None:
+        click.echo("".join(traceback.format_exception(error.__cause__)), err=True)
+
+
 def echo_error(error: HarnessError) -> None:
     """Print an error and its next step on the error stream."""
     from harness.text.folding import error_lines
 
+    echo_traceback(error)
     for line in error_lines(error):
         click.echo(line, err=True)
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from harness.cli.options import NOT_ON_UPDATE, live_of, stage_of
+from harness.cli.live import live_of, stage_of
+from harness.cli.options import NOT_ON_UPDATE
 from harness.cli.progress import progress_bar
 from harness.cli.terminal import asked_again, echo_stage, echo_steps, told
 from harness.comparison.policy import STAGES, Policy
@@ -340,7 +341,8 @@ def _recording(golden: Golden, found: Comparison, reference: AnyPath | None) -> 
     command = ["harness", "record", str(reference or "RECORDED_CKPT"), "-g", str(golden.path)]
     command += [] if golden.section is None else ["--section", golden.section]
     if golden.live is not None:
-        files = {"--config": golden.live.config, "--inputs": golden.live.inputs}
+        live = golden.live
+        files = {"--config": live.config, "--inputs": live.inputs, "--base": live.base}
         given = {flag: str(golden.beside(file)) for flag, file in files.items() if file is not None}
         given |= {} if golden.live.target is None else {"--model": golden.live.target}
         command += [f"--{golden.live.stages[-1]}", *chain.from_iterable(given.items())]

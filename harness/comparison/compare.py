@@ -135,11 +135,18 @@ def _notes(expected: Fingerprint, actual: Fingerprint, matching: Matching) -> It
 def _ties(matching: Matching, findings: Sequence[Finding]) -> Iterator[str]:
     """What one side has left out, since it is tied to what is there."""
     found = {finding.actual_key or finding.key for finding in findings} | {f.key for f in findings}
-    for key, other in matching.tied[:_MAX_NAMED]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for key, other in matching.tied:
+        groups[other].append(key)
+    for other, keys in list(groups.items())[:_MAX_NAMED]:
         agree = "differ" if other in found else "agree"
-        yield f"{key} is tied to {other}, whose values {agree}"
-    if len(matching.tied) > _MAX_NAMED:
-        yield f"{len(matching.tied) - _MAX_NAMED:,} more are tied to what is there"
+        named = ", ".join(keys[:_MAX_NAMED])
+        if len(keys) > _MAX_NAMED:
+            named += f" and {len(keys) - _MAX_NAMED:,} more"
+        are = "is" if len(keys) == 1 else "are"
+        yield f"{named} {are} tied to {other}, whose values {agree}"
+    if len(groups) > _MAX_NAMED:
+        yield f"more are tied to {len(groups) - _MAX_NAMED:,} other keys"
 
 
 def with_damages(

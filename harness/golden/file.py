@@ -229,7 +229,13 @@ def _header(golden: Golden) -> Header:
         history=golden.history,
         live=None
         if live is None
-        else Live(target=live.target, stages=live.stages, config=live.config, inputs=live.inputs),
+        else Live(
+            target=live.target,
+            stages=live.stages,
+            config=live.config,
+            inputs=live.inputs,
+            base=live.base,
+        ),
     )
 
 
@@ -397,6 +403,7 @@ def _parse(path: AnyPath, columns: dict[str, NDArray[Any]], text: str) -> Golden
             stages=live.stages,
             config=live.config,
             inputs=live.inputs,
+            base=live.base,
             parameters=contents.parameters,
             buffers=parts.get("buffers"),
             outputs=parts.get("outputs"),

@@ -31,16 +31,17 @@ class Update:
 class LiveRecord:
     """What the code under test made of the checkpoint when the golden was recorded.
 
-    `target` builds the model (`package.module:Name`, None for what the registry has); `config`
-    and `inputs` are files, relative to the golden's folder as its source is; `parameters` are
-    names and requires_grad in the order of the optimizer; `buffers` are the non-persistent ones,
-    `outputs` the inputs and outputs of every submodule in execution order.
+    `target` builds the model (`package.module:Name`, None for what the registry has); `config`,
+    `inputs` and `base` (of an adapter) are files, relative to the golden's folder as its source is;
+    `parameters` are names and requires_grad in the order of the optimizer; `buffers` are the
+    non-persistent ones, `outputs` the inputs and outputs of every submodule in execution order.
     """
 
     target: str | None
     stages: tuple[str, ...]
     config: str | None = None
     inputs: str | None = None
+    base: str | None = None
     parameters: tuple[tuple[str, bool], ...] = ()
     buffers: Fingerprint | None = None
     outputs: Fingerprint | None = None

@@ -56,13 +56,16 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     tolerance: tuple[_Tolerance, _Tolerance]
 
 
-class Live(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Live(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """The code under test; see `LiveRecord`."""
 
     target: str | None
     stages: tuple[str, ...]
     config: str | None
     inputs: str | None
+    base: str | None = None
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -131,6 +131,10 @@ class Loader:
     def _pretrained(self, path: Path) -> Path | None:
         return folder_of(path) if is_pretrained(self._make) else None
 
+    def has_own_folder(self, path: Path) -> bool:
+        """Whether the class itself loads a folder, by keys that need not be those of its state."""
+        return self._pretrained(path) is not None
+
     def is_strict(self, module: nn.Module) -> bool:
         """Whether torch has checked that every key of the module was given to it."""
         kind, lightning = type(module), lightning_of(module)

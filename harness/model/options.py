@@ -56,8 +56,9 @@ class LiveOptions:
             resolve(self.target)
         if self.config is not None:
             load_config(self.config)
-        if self.inputs is not None:
-            open_checkpoint(self.inputs).close()
+        for file in (self.inputs, self.base):
+            if file is not None:
+                open_checkpoint(file).close()
 
     def output_tolerance(self, recorded: Fingerprint | None = None) -> tuple[float, float]:
         """(atol, rtol) of outputs: as asked for, else as recorded."""
@@ -116,6 +117,7 @@ def remembered(golden: Golden) -> LiveOptions:
         target=golden.live.target,
         config=golden.beside(golden.live.config),
         inputs=golden.beside(golden.live.inputs),
+        base=golden.beside(golden.live.base),
         output_atol=None if outputs is None else outputs.tolerance[0],
         output_rtol=None if outputs is None else outputs.tolerance[1],
     )

@@ -33,7 +33,7 @@ from harness.fingerprints.fingerprint import Fingerprint
 from harness.fingerprints.scan import fingerprint
 from harness.golden.golden import LiveRecord, source_of
 from harness.model.activations import WhileRunning, compare_activations, renamed
-from harness.model.inputs import inputs_of
+from harness.model.inputs import NoInputs, inputs_of
 from harness.model.lightning import plain_hyperparameters
 from harness.model.loading import Loader, NotLoaded, Saved, compare_training_state
 from harness.model.mismatch import brief_keys, of_failed_load
@@ -83,6 +83,7 @@ def record_live(
         stages=STAGES[: STAGES.index(stage) + 1],
         config=None if options.config is None else source_of(options.config, golden),
         inputs=None if options.inputs is None else source_of(options.inputs, golden),
+        base=None if options.base is None else source_of(options.base, golden),
         parameters=_parameters(module),
         buffers=replace(
             fingerprint(
@@ -100,17 +101,18 @@ def record_live(
 
 
 def live_stages(
-    path: Path, expected: Expected, policy: PolicyOfStages, options: LiveOptions, last: str
+    path: Path, expected: Expected, policy: PolicyOfStages, options: LiveOptions, last: str | None
 ) -> Iterator[Comparison]:
-    """Yield the comparison of each stage after `file`, up to `last`.
+    """Yield the comparison of each stage after `file`, up to `last`; None: as far as can be gone.
 
+    That is to reload for a model without example inputs, which a note says.
     Raises ModelError and CheckpointError where a stage cannot be run at all, and UsageError at the
     end for what of the policy fitted no stage.
     """
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path, section=expected.section))
         loader = options.loader(checkpoint)
-        stages = _Live(path, checkpoint, loader, expected, policy)
+        stages = _Live(path, checkpoint, loader, expected, policy, stack)
         try:
             module = loader.load(path, seed=_FIRST_SEED, section=checkpoint.section)
         except NotLoaded as error:
@@ -132,8 +134,14 @@ def live_stages(
             yield of_failed_load(error, expected.weights.name, policy.policy, "reload")
             return
         reload = stages.compare_reload(module, again, saved)
+        if last is None:
+            try:
+                inputs_of(module, options.inputs)
+            except NoInputs as error:
+                note = f"outputs were not compared: {error}; {error.hint}"
+                reload, last = replace(reload, notes=(*reload.notes, note)), "reload"
         yield reload
-        if last == "outputs":
+        if last != "reload":
             yield _compare_outputs(module, again, expected, policy, options, is_same=reload.ok)
         check_used(policy, reload.expected, reload.actual)
 
@@ -146,9 +154,10 @@ class _Live:
         loader: Loader,
         expected: Expected,
         policy: PolicyOfStages,
+        stack: contextlib.ExitStack,
     ) -> None:
         self.path, self.checkpoint, self.loader = path, checkpoint, loader
-        self.expected, self.policy = expected, policy
+        self.expected, self.policy, self._stack = expected, policy, stack
 
     def compare_load(self, module: nn.Module) -> Comparison:
         """The state after loading; what two loads leave different was never written."""
@@ -206,7 +215,7 @@ class _Live:
         """The module's state, and what it is compared with: buffers only where both have them."""
         weights = self.expected.weights
         buffers = self.expected.live.buffers if self.expected.live is not None else None
-        state = state_of(module, f"the loaded {type(module).__name__}")
+        state = self._as_saved(module, state_of(module, f"the loaded {type(module).__name__}"))
         if buffers is None:
             return state, weights
         transient = as_checkpoint(transient_buffers(module), state.name)
@@ -214,6 +223,21 @@ class _Live:
             replace(state, tensors={**state.tensors, **transient.tensors}),
             replace(weights, tensors={**weights.tensors, **buffers.tensors}),
         )
+
+    def _as_saved(self, module: nn.Module, state: Checkpoint) -> Checkpoint:
+        """The state under the keys of the file, where the class writes others than it holds.
+
+        As for experts that are stacked in memory, or an adapter, which is saved without its base.
+        """
+        held, wanted = state.tensors.keys(), self.expected.weights.tensors.keys()
+        if held >= wanted or not self.loader.has_own_folder(self.path):
+            return state
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        saved = self.loader.save(module, folder, "held", original=self.path)
+        written = self._stack.enter_context(open_checkpoint(saved.path))
+        if len(written.tensors.keys() & wanted) <= len(held & wanted):
+            return state
+        return replace(written, name=f"{state.name}, as it is saved")
 
     def _compare_state(self, module: nn.Module, stage: str) -> Comparison:
         started = time.monotonic()

@@ -76,7 +76,7 @@ def _about(golden: Golden) -> Iterator[str]:
     if live is not None and live.stages != ("file",):
         yield f"stages     {', '.join(live.stages)}"
         yield f"model      {escaped(live.target or 'as registered for the class in the config')}"
-        named = (("config", live.config), ("inputs", live.inputs))
+        named = (("config", live.config), ("inputs", live.inputs), ("base", live.base))
         yield from (f"{name:<10} {escaped(file)}" for name, file in named if file is not None)
     yield f"tolerance  {_tolerance(golden.fingerprint)}"
     if live is not None and live.outputs is not None:

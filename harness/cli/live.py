@@ -1,0 +1,181 @@
+"""The options of the stages that run models: how far to go, which code is under test, on what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from harness.cli.options import Place, add_options, tolerances
+from harness.cli.terminal import TRACEBACK
+from harness.comparison.policy import STAGES
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from harness.model.options import LiveOptions
+
+
+def _stage(name: str, text: str) -> Any:
+    return click.option(f"--{name}", "stage", flag_value=name, help=text)
+
+
+_STAGE_FLAGS = [
+    _stage("file", "Stop at the file itself."),
+    _stage("load", "Also load it into the model."),
+    _stage("reload", "Also save and load again."),
+    _stage("outputs", "Also compare what it computes."),
+]
+
+
+def _remember_traceback(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    ctx.meta[TRACEBACK] = wanted
+
+
+_CODE = [
+    click.option("--model", "target", metavar="MODULE:NAME", help="The model's class or factory."),
+    click.option(
+        "--config",
+        type=Place("--config"),
+        metavar="YAML",
+        help="Replaces the model's configuration.",
+    ),
+    click.option(
+        "--base",
+        type=Place("--base"),
+        metavar="FOLDER",
+        help="The model that an adapter is for.",
+    ),
+    click.option(
+        "--trust-checkpoint", is_flag=True, help="Let Lightning unpickle: runs what the file says."
+    ),
+    click.option(
+        "--traceback",
+        is_flag=True,
+        expose_value=False,
+        callback=_remember_traceback,
+        help="Show where the model's code failed.",
+    ),
+]
+_RUN = [click.option("--keep", is_flag=True, help="Keep the saved file beside the checkpoint.")]
+_OF_OUTPUTS = "of outputs (default: as recorded, else 1e-4)."
+_LIVE = [
+    *_CODE[:-2],
+    click.option(
+        "--inputs",
+        type=Place("--inputs"),
+        metavar="FILE",
+        help="safetensors of forward's keyword arguments.",
+    ),
+    *_CODE[-2:],
+    click.option("--output-atol", type=float, help=f"As --atol, {_OF_OUTPUTS}"),
+    click.option("--output-rtol", type=float, help=f"As --rtol, {_OF_OUTPUTS}"),
+]
+_RUN += [
+    click.option(
+        "--output-rel", type=float, help="In their place, a share of each activation's own rms."
+    ),
+    click.option(
+        "--output-tolerance",
+        "output_tolerances",
+        multiple=True,
+        callback=tolerances,
+        metavar="GLOB=ATOL[,RTOL]",
+        help="Another tolerance for some activations. Repeatable.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(["common", "all", "final"]),
+        help="Which must agree: what both sides have (default), all, the model's own outputs.",
+    ),
+    click.option(
+        "--only", multiple=True, metavar="GLOB", help="Compare these activations alone. Repeatable."
+    ),
+]
+
+
+def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags that say how far to go."""
+    return add_options(_STAGE_FLAGS, command)
+
+
+def code_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which class or factory is loaded."""
+    return add_options(_CODE, command)
+
+
+def live_stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags that say how far to go, where no file is compared alone."""
+    return add_options(_STAGE_FLAGS[1:], command)
+
+
+def live_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which code is under test."""
+    return add_options(_LIVE, command)
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of running the stages."""
+    return add_options(_RUN, command)
+
+
+# The first stage at which an option has an effect.
+_NEEDED_BY = {
+    "target": ("--model", "load"),
+    "config": ("--config", "load"),
+    "base": ("--base", "load"),
+    "trust_checkpoint": ("--trust-checkpoint", "load"),
+    "keep": ("--keep", "reload"),
+    "inputs": ("--inputs", "outputs"),
+    "output_atol": ("--output-atol", "outputs"),
+    "output_rtol": ("--output-rtol", "outputs"),
+    "output_rel": ("--output-rel", "outputs"),
+    "output_tolerances": ("--output-tolerance", "outputs"),
+    "activations": ("--activations", "outputs"),
+    "only": ("--only", "outputs"),
+}
+
+
+def stage_of(given: str | None, options: dict[str, Any], otherwise: str = "file") -> Any:
+    """How far to go: as asked for, else as far as the options have an effect.
+
+    Raises UsageError for an option that would be silently without one.
+    """
+    last = given or otherwise
+    for name, (flag, needed) in _NEEDED_BY.items():
+        if options.get(name) in (None, False, ()) or STAGES.index(needed) <= STAGES.index(last):
+            continue
+        if given is not None:
+            raise UsageError(
+                f"{flag} has no effect with --{given}",
+                hint=f"leave it out, or give --{needed} in place of --{given}",
+            )
+        last = needed
+    return last
+
+
+def last_of_roundtrip(options: dict[str, Any]) -> Any:
+    """The stage that is asked for, by name or by what needs it; None: as far as it goes."""
+    given = options["stage"]
+    last = stage_of(given, options)
+    return last if given is not None or last == "outputs" else None
+
+
+def live_of(options: dict[str, Any], base: LiveOptions | None = None) -> LiveOptions:
+    """What the options say of the code under test; what they leave out is as in `base`.
+
+    Raises ModelError and CheckpointError for what is typed and cannot be used: before minutes of
+    reading, not after. Imports torch: call it only where a live stage is wanted.
+    """
+    from dataclasses import replace
+
+    from harness.model.options import LiveOptions
+
+    names = {"trust_checkpoint": "trust"}
+    given = {
+        names.get(name, name): options[name]
+        for name in _NEEDED_BY
+        if options.get(name) not in (None, ())
+    }
+    LiveOptions(**given).check()
+    return replace(base or LiveOptions(), **given)

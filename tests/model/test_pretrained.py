@@ -1,0 +1,247 @@
+"""Classes that load and save folders of their own, as those of transformers and peft do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from harness import api
+from harness.errors import ModelError
+from harness.model.options import LiveOptions
+from tests.conftest import Harness
+
+HERE = "tests.model.test_pretrained"
+
+
+class Tied(nn.Module):
+    """Leaves out of its file what is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(6, 4)
+        self.out = nn.Linear(4, 6, bias=False)
+        self.out.weight = self.emb.weight
+        self.dummy_inputs = {"ids": torch.arange(3)}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        made: Tensor = self.out(self.emb(ids))
+        return made
+
+    def written(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if k != "out.weight"}
+
+    def read(self, state: dict[str, Tensor]) -> None:
+        self.load_state_dict({**state, "out.weight": state["emb.weight"]})
+
+    def save_pretrained(self, folder: str) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config = {"architectures": [type(self).__name__]}
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        save_file(self.written(), Path(folder) / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **options: Any) -> Self:
+        assert options == {"local_files_only": True, "trust_remote_code": False}
+        model = cls()
+        model.read(load_file(Path(folder) / "model.safetensors"))
+        return model
+
+
+class Stacked(Tied):
+    """Holds stacked what it writes one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 4, 4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = self.emb(ids)
+        for expert in self.experts:
+            hidden = hidden @ expert
+        made: Tensor = self.out(hidden)
+        return made
+
+    def written(self) -> dict[str, Tensor]:
+        state = super().written()
+        stacked = state.pop("experts")
+        return {**state, **{f"experts.{i}.weight": stacked[i].clone() for i in range(2)}}
+
+    def read(self, state: dict[str, Tensor]) -> None:
+        stacked = [state.pop(f"experts.{i}.weight") for i in range(2)]
+        super().read({**state, "experts": torch.stack(stacked)})
+
+
+class Swapped(Stacked):
+    """Stacks what it reads in another order."""
+
+    def read(self, state: dict[str, Tensor]) -> None:
+        super().read(
+            {**state, **{f"experts.{i}.weight": state[f"experts.{1 - i}.weight"] for i in range(2)}}
+        )
+
+
+class Forgets(Stacked):
+    """Leaves a weight of its file unread."""
+
+    def read(self, state: dict[str, Tensor]) -> None:
+        super().read({**state, "emb.weight": self.emb.weight.detach()})
+
+
+class Adapted(nn.Module):
+    """A model with an adapter, of which it saves the latter alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base = model
+        self.lora = nn.Linear(6, 6, bias=False)
+        self.dummy_inputs = {"ids": torch.arange(3)}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        made: Tensor = self.lora(self.base(ids))
+        return made
+
+    def save_pretrained(self, folder: str) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "adapter_config.json").write_text("{}")
+        save_file({"lora.A.weight": self.lora.weight}, Path(folder) / "adapter_model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, folder: str, *, local_files_only: bool) -> Self:
+        made = cls(model)
+        state = load_file(Path(folder) / "adapter_model.safetensors")
+        made.lora.load_state_dict({"weight": state["lora.A.weight"]})
+        return made
+
+
+def verdicts(folder: Path, model: str, **options: Any) -> list[str]:
+    live = LiveOptions(target=f"{HERE}:{model}", **options)
+    return [f"{stage.stage} {stage.verdict}" for stage in api.roundtrip(folder, live=live)]
+
+
+@pytest.mark.parametrize("model", [Tied, Stacked])
+def test_a_folder_goes_through_its_own_class(model: type[Tied], tmp_path: Path) -> None:
+    model().save_pretrained(str(tmp_path / "folder"))
+    assert verdicts(tmp_path / "folder", model.__name__) == [
+        f"{stage} identical" for stage in ("load", "reload", "outputs")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        ("Swapped", [("different", f"experts.{i}.weight") for i in range(2)]),
+        ("Forgets", [("unwritten", "emb.weight")]),
+    ],
+)
+def test_what_a_class_reads_otherwise_is_named_by_the_keys_of_the_file(
+    model: str, found: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    Stacked().save_pretrained(str(tmp_path / "folder"))
+    live = LiveOptions(target=f"{HERE}:{model}")
+    load = next(iter(api.roundtrip(tmp_path / "folder", live=live)))
+    assert load.stage == "load"
+    assert sorted((f.kind, f.key) for f in load.findings) == found
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    library = ModuleType("transformers")
+    library.Tied = Tied  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    base = Tied()
+    base.save_pretrained(str(tmp_path / "base"))
+    Adapted(base).save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_put_onto_the_base_that_is_named(
+    adapter: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verdicts(adapter, "Adapted", base=adapter.parent / "base") == [
+        f"{stage} identical" for stage in ("load", "reload", "outputs")
+    ]
+    with pytest.raises(ModelError, match="which Adapted puts onto a model") as refused:
+        verdicts(adapter, "Adapted")
+    assert "--base FOLDER" in (refused.value.hint or "")
+    # A golden remembers the base, which is part of what computes.
+    monkeypatch.chdir(adapter.parent)
+    target = f"{HERE}:Adapted"
+    assert harness("record", "adapter", "--outputs", "--model", target, "--base", "base").code == 0
+    assert harness("verify").code == 0
+    other = Tied()
+    other.save_pretrained("base")
+    run = harness("verify")
+    assert (run.code, "outputs" in run.out, "diverges" in run.out) == (1, True, True)
+
+
+class Bare(nn.Module):
+    """Has no example inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.body(x)
+        return made
+
+
+def fails() -> nn.Module:
+    return broken_below()
+
+
+def broken_below() -> nn.Module:
+    raise ZeroDivisionError("on purpose")
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    torch.save(Bare().state_dict(), tmp_path / "bare.pt")
+    return tmp_path / "bare.pt"
+
+
+def test_a_model_without_inputs_ends_after_reload_unless_outputs_are_asked_for(
+    bare: Path, harness: Harness
+) -> None:
+    run = harness("roundtrip", bare, "--model", f"{HERE}:Bare")
+    assert run.code == 0
+    assert "note: outputs were not compared: Bare: has no inputs" in run.out
+    assert harness("roundtrip", bare, "--model", f"{HERE}:Bare", "--outputs").code == 2
+    for stage, count in (("load", 1), ("reload", 2)):
+        run = harness("roundtrip", bare, "--model", f"{HERE}:Bare", f"--{stage}")
+        assert (run.code, run.out.count("ok identical")) == (0, count)
+        assert "outputs" not in run.out
+    run = harness("roundtrip", bare, "--model", f"{HERE}:Bare", "--load", "--keep")
+    assert (run.code, "--keep has no effect with --load" in run.err) == (2, True)
+
+
+def test_a_section_goes_into_the_model(tmp_path: Path, harness: Harness) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, "own": Bare().state_dict()}, tmp_path / "two.pt")
+    run = harness(
+        "roundtrip", tmp_path / "two.pt", "--section", "own", "--model", f"{HERE}:Bare", "--load"
+    )
+    assert run.code == 0, run.out
+
+
+@pytest.mark.parametrize("command", ["record", "verify", "roundtrip"])
+def test_a_traceback_of_the_models_code_is_shown_where_it_is_asked_for(
+    command: str, bare: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bare.parent)
+    harness("record", bare.name)
+    asked = [command, bare.name, "--model", f"{HERE}:fails", "--load"]
+    asked += ["--overwrite"] if command == "record" else []
+    run = harness(*asked)
+    assert (run.code, "Traceback" in run.err) == (2, False)
+    assert "next: see where with --traceback" in run.err
+    run = harness(*asked, "--traceback")
+    assert (run.code, run.err.count("in broken_below")) == (2, 2)  # and in the error itself
+    assert run.err.index("Traceback") < run.err.index("error: ")
