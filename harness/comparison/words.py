@@ -98,8 +98,8 @@ def finding_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]:
 
 def _says_its_cause(finding: Finding) -> bool:
     """Whether its cause says no more than its own words: another name, or another prefix."""
-    is_moved = finding.kind == "renamed" and finding.causes[0].accept == ("renamed",)
-    return is_moved or finding.kind == "prefix"
+    is_moved = len(finding.causes) == 1 and finding.causes[0].accept == ("renamed",)
+    return finding.kind == "prefix" or (finding.kind == "renamed" and is_moved)
 
 
 def _explained_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]:
