@@ -178,7 +178,7 @@ def test_one_or_two_changed_elements_are_always_found(thorough: bool) -> None:
     assert recovery_rate(2, 100, thorough=thorough, equal=True) >= 0.99
 
 
-@pytest.mark.parametrize(("count", "least"), [(3, 0.6), (4, 0.1), (5, 0.01)])
+@pytest.mark.parametrize(("count", "least"), [(3, 0.6), (4, 0.1)])
 def test_more_changed_elements_are_found_at_times(count: int, least: float) -> None:
     assert recovery_rate(count, 40) >= least
 
