@@ -25,7 +25,8 @@ class Comparison:
     """The outcome of one stage: what was compared, and every finding, worst first.
 
     `no_common_key` says that the two sides have no key in common, `is_of_reload` that the
-    actual side of outputs is what the reloaded model computes.
+    actual side of outputs is what the reloaded model computes, `is_unloaded` that a state dict did
+    not fit its module: keys and shapes are all that was compared.
     """
 
     expected: Fingerprint
@@ -40,6 +41,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
     no_common_key: bool = False
     is_of_reload: bool = False
+    is_unloaded: bool = False
 
     @property
     def can_be_recorded(self) -> bool:

@@ -90,7 +90,12 @@ def of_failed_load(
     if renamed:
         notes.insert(1, "renamed here is what has the same shape and a like name")
     return replace(
-        compared, policy=policy, num_identical=0, notes=tuple(notes), no_common_key=False
+        compared,
+        policy=policy,
+        num_identical=0,
+        notes=tuple(notes),
+        no_common_key=False,
+        is_unloaded=True,
     )
 
 

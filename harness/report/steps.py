@@ -38,8 +38,11 @@ def is_of_the_code(comparison: Comparison) -> bool:
 def ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield fields of a `Policy` that look past what was found, with what it is in a few words.
 
-    They stand in place of those fields of the policy that there was, and go with its others.
+    They stand in place of those fields of the policy that there was, and go with its others. None
+    makes a state dict load that does not.
     """
+    if comparison.is_unloaded:
+        return
     for what, fields in _ways_past(comparison):
         try:
             match(comparison.expected, comparison.actual, replace(comparison.policy, **fields))

@@ -81,6 +81,11 @@ class Renamed(nn.Module):
         return made
 
 
+class Unhooked(Renamed):
+    def _old_keys(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        pass
+
+
 class Wrapped(nn.Module):
     inner: type[nn.Module] = Renamed
 
@@ -160,6 +165,13 @@ def test_the_maps_that_the_report_prints_let_the_old_golden_pass_at_all_stages(
         "ok identical  g.safetensors  outputs: 22 identical",
     ]
     assert "note: fits nothing here: --map blocks.*.mlp.=layers.*.ff., --map" in passed.out
+
+
+def test_no_option_is_said_to_load_what_does_not_load(harness: Harness, recorded: Path) -> None:
+    run = harness(*command("Unhooked"))
+    assert run.code == 1
+    assert "it does not load" in run.out
+    assert "--map" not in run.out
 
 
 def test_one_wrong_weight_in_a_refactored_model_fails(harness: Harness, recorded: Path) -> None:
