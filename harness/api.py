@@ -351,6 +351,7 @@ def roundtrip(
         weights = fingerprint_checkpoint(checkpoint, details=nothing)
     expected = Expected(weights=weights, section=section)
     stages = PolicyOfStages(policy or Policy())
+    check_mapped(stages.policy, list(weights.tensors), weights.name)
     yield from live_stages(source, expected, stages, live or LiveOptions(), stage)
 
 

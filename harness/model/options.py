@@ -52,6 +52,8 @@ class LiveOptions:
     def check(self) -> None:
         """Raise UsageError, ModelError or CheckpointError for what is none of what is asked for."""
         Policy(atol=self.output_atol, rtol=self.output_rtol, tolerances=self.output_tolerances)
+        Policy(atol=self.output_rel)
+        Selection(activations=self.activations)
         if self.target is not None:
             resolve(self.target)
         if self.config is not None:

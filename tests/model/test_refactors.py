@@ -224,6 +224,16 @@ def test_what_fits_no_stage_is_an_error(
     assert said in run.err
 
 
+def test_a_typing_error_is_said_before_a_model_is_loaded(harness: Harness, recorded: Path) -> None:
+    for words in (command("Old"), ("roundtrip", "old.pt", "--model", f"{HERE}:Old")):
+        run = harness(*words, "--map", "block.=layers.")
+        assert (run.code, run.out) == (2, "")
+        assert "did you mean blocks.?" in run.err
+    run = harness(*command("Old", "--output-rel", "-1"))
+    assert run.code == 2
+    assert "a tolerance must be a finite number" in run.err
+
+
 def test_an_option_that_fits_one_stage_is_enough(harness: Harness, recorded: Path) -> None:
     run = harness(*command("Old", "--ignore", "blocks.0.mlp:out", "--ignore", "embed.weight"))
     assert run.code == 0
