@@ -28,7 +28,6 @@ from harness.model import not_installed
 if error := not_installed("torch", "lightning_utilities"):
     raise error
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from harness.api import roundtrip
@@ -42,6 +41,7 @@ from harness.callbacks.saves import (
 )
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.keys import format_key
+from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison, headline, render
 from harness.comparison.measuring import AgainstCheckpoint
@@ -52,6 +52,7 @@ from harness.golden.file import read_golden
 from harness.model.lightning import PACKAGES
 from harness.model.options import LiveOptions
 from harness.model.state import as_checkpoint
+from harness.model.values import with_values
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -87,8 +88,7 @@ _NEXT = (
 class _Held:
     """What the model held when a save began: a copy, so that nothing in the save can touch it."""
 
-    name: str
-    weights: Mapping[str, torch.Tensor]
+    weights: Checkpoint
     frozen: frozenset[str]
     target: str
     global_step: int
@@ -318,7 +318,7 @@ class GoldenCheckpoint(_Callback):
         return _NEXT
 
     def _comparisons(self, held: _Held, path: str | Path) -> Iterator[Comparison]:
-        weights = as_checkpoint(held.weights, held.name)
+        weights = held.weights
         with open_checkpoint(path, section=self._section) as written:
             written = replace(written, keeps_aliases=held.keeps_ties)
             measure = AgainstCheckpoint(expected=weights, actual=written)
@@ -349,9 +349,10 @@ def _asynchronous(trainer: pl.Trainer) -> Any | None:
 
 def _held(trainer: pl.Trainer) -> _Held:
     module, step = trainer.lightning_module, trainer.global_step
+    state = module.state_dict()
+    name = f"{type(module).__name__} in memory at step {step}"
     return _Held(
-        name=f"{type(module).__name__} in memory at step {step}",
-        weights=copied(module.state_dict()),
+        weights=with_values(as_checkpoint(copied(state), name), state),
         frozen=frozenset(
             format_key((key,))
             for key, parameter in module.named_parameters(remove_duplicate=False)

@@ -55,11 +55,16 @@ def check_every(callback: str, every: int) -> None:
 
 
 def copied(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Copy the tensors to the CPU, tied ones once, so that they stay tied."""
+    """Copy the tensors to the CPU, tied ones once, so that they stay tied.
+
+    Sparse and quantized ones, which have no single storage, are left out.
+    """
     copies: dict[tuple[object, ...], torch.Tensor] = {}
     found = {}
     for key, tensor in state.items():
-        if isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or tensor.is_quantized:
+            continue
+        if tensor.layout == torch.strided:
             place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             if place not in copies:
                 copies[place] = tensor.detach().to("cpu", copy=True)

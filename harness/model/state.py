@@ -39,7 +39,7 @@ class _Memory(Source):
 
 def as_checkpoint(tensors: Mapping[str, torch.Tensor], name: str) -> Checkpoint:
     """Wrap live tensors; tied ones are aliases. Nothing is copied but strided ones of devices."""
-    storages: dict[int, Storage] = {}
+    storages: dict[tuple[int, int], Storage] = {}
 
     def each() -> Iterator[Tensor]:
         for name, tensor in tensors.items():
@@ -84,7 +84,7 @@ def is_cut(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def _wrap(key: str, tensor: torch.Tensor, storages: dict[int, Storage]) -> Tensor:
+def _wrap(key: str, tensor: torch.Tensor, storages: dict[tuple[int, int], Storage]) -> Tensor:
     tensor = tensor.detach()
     if tensor.is_meta:
         raise ModelError(
@@ -100,8 +100,9 @@ def _wrap(key: str, tensor: torch.Tensor, storages: dict[int, Storage]) -> Tenso
     if tensor.device.type != "cpu" and not tensor.is_contiguous():
         tensor = tensor.cpu()  # strided reads need all of it
     untyped = tensor.untyped_storage()
-    place = untyped.data_ptr()
-    storage = storages.get(place) if place else None
+    # Two storages may begin at one place, as arrays of numpy of which one is the head of the other.
+    place = untyped.data_ptr(), untyped.nbytes()
+    storage = storages.get(place) if place[0] else None
     if storage is None:
         storage = Storage(source=_Memory(untyped), offset=0, nbytes=untyped.nbytes())
         storages[place] = storage

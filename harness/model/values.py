@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from harness.checkpoint.formats.torchfile import read_torch_zip
+from harness.checkpoint.keys import format_key
 from harness.checkpoint.sections import find_section
 from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.checkpoint.unpickling.rebuild import literal
@@ -21,11 +22,11 @@ from harness.errors import CheckpointError
 
 
 def with_values(checkpoint: Checkpoint, state: Mapping[str, object]) -> Checkpoint:
-    """Add what of `state` is no tensor; the memory of it is copied."""
+    """Add what the checkpoint lacks of `state`: what is no tensor, copied in memory."""
     found: dict[str, Tensor] = {}
     unread: list[str] = []
     for key, value in state.items():
-        if isinstance(value, torch.Tensor):
+        if format_key((key,)) in checkpoint.tensors:
             continue
         file = io.BytesIO()
         try:

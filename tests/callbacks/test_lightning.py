@@ -71,6 +71,33 @@ def test_a_healthy_run_passes_and_says_what_it_verified(tmp_path: Path) -> None:
     assert all(save.error is None for save in callback.saves)
 
 
+class Stateful(Tuned):
+    """Its state dict has entries that are no dense tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("adjacency", torch.eye(3).to_sparse())
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"scale": torch.ones(3), "step": self.global_step}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_extra_state_and_sparse_buffers_are_verified_too(tmp_path: Path) -> None:
+    callback = GoldenCheckpoint()
+    trainer(tmp_path, callback, saving(tmp_path)).fit(Stateful())
+    assert [save.error for save in callback.saves] == [None, None]
+
+    def alter(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["_extra_state"]["scale"] += 1
+
+    run = trainer(tmp_path, GoldenCheckpoint(), saving(tmp_path), plugins=[Alters(alter)])
+    with pytest.raises(GoldenMismatch, match=r'_extra_state\["scale"\]'):
+        run.fit(Stateful())
+
+
 def test_it_goes_with_the_trainer_to_processes_that_are_spawned(tmp_path: Path) -> None:
     callback = pickle.loads(pickle.dumps(GoldenCheckpoint(every=2)))
     trainer(tmp_path, callback, saving(tmp_path), steps=3).fit(Tuned())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -79,3 +80,13 @@ def test_an_update_takes_the_buffers_over(module: Rotary, golden: Path) -> None:
     assert harness.verify(module, golden).verdict == "identical"
     assert len(api.read_golden(golden).history) == 1
     assert api.update(module, golden).history == api.read_golden(golden).history
+
+
+@pytest.mark.parametrize("order", [("head", "all"), ("all", "head")])
+def test_two_storages_may_begin_at_one_place(order: tuple[str, str]) -> None:
+    """As a numpy array and its head do: which is first must not matter."""
+    array = np.arange(1000, dtype="f4")
+    tensors = {"head": torch.from_numpy(array[:10]), "all": torch.from_numpy(array)}
+    found = harness.fingerprint({key: tensors[key] for key in order})
+    expected = harness.fingerprint({key: tensor.clone() for key, tensor in tensors.items()})
+    assert found.root == expected.root
