@@ -13,14 +13,20 @@ equal; float8, which torch cannot compare, is compared in float32, and two dtype
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from harness.checkpoint.dtypes import Array, DType, decode, numpy_dtype
+from harness.comparison.chunk_result import (
+    MAX_ELEMENTS,
+    ChunkResult,
+    Values,
+    add_results,
+    run_numel,
+)
 from harness.comparison.policy import Tolerance
 from harness.fingerprints.arithmetic import as_floats, sums_of_squares
 from harness.fingerprints.residues import roundings
@@ -31,56 +37,11 @@ Flags = Array | bool
 Least = Mapping[bool, float]
 """What is worse than the worst found so far: beyond the tolerance (True), or within it."""
 
-MAX_ELEMENTS = 5
-
-
-class Values(Protocol):
-    """A tensor whose bytes can be read: a `Tensor`, or a `TensorFingerprint` with values."""
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def dtype(self) -> DType: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def numel(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    def read_into(self, start: int, buffer: memoryview) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
-    """What one chunk adds to an exact difference.
-
-    `squares` are sums of squared differences over runs of `run_numel` elements. `worst` are beyond
-    the tolerance where any element is.
-    """
-
-    num_differing: int = 0
-    num_beyond: int = 0
-    max_abs: float = 0.0
-    min_atol: float = 0.0
-    squares: tuple[float, ...] = ()
-    first: int = -1
-    last: int = -1
-    worst: tuple[tuple[float, int], ...] = ()
-    num_nonfinite: tuple[int, int] = (0, 0)
-
-    @property
-    def least_worst(self) -> float:
-        """What an element must exceed to be among the worst of this and later results."""
-        return self.worst[-1][0] if len(self.worst) == MAX_ELEMENTS else -math.inf
-
 
 # Elements per pass of the kernel below: threads wait for each other between the steps of smaller
 # ones, larger ones leave the cache (bfloat16 on two cores, every element different: 1.1 s at half
 # as many elements, 1.35 s at twice as many, 1.0 s here).
 _PASS_NUMEL = 524288
-_MIN_RUN_NUMEL = 64
-_MAX_RUN_NUMEL = 262144  # a chunk of the widest numbers, complex128
-MAX_STRIP = 64
 # Below this share of a limit a rounded difference is below the limit itself.
 _SURELY = 1 - 2.0**-20
 # The worst elements are looked for in groups, of which only the greatest are looked at again.
@@ -89,14 +50,6 @@ _GROUP_NUMEL = 4096
 _FEW = 512
 # Differences beyond these may be infinite in the narrow type.
 _HUGE = {"float16": 65504.0, "bfloat16": 3.38e38}
-
-
-def run_numel(numel: int) -> int:
-    """Elements of a run: about `MAX_STRIP` make a tensor; passes and chunks end where runs do."""
-    run = _MIN_RUN_NUMEL
-    while run < _MAX_RUN_NUMEL and run * MAX_STRIP < numel:
-        run *= 2
-    return run
 
 
 def sum_up_chunk(
@@ -445,24 +398,3 @@ def _worst(
             sifted.add(top)
         tops[top] = group.max()
     return tuple(found)
-
-
-def add_results(results: Sequence[ChunkResult]) -> ChunkResult:
-    """Join the results of several chunks."""
-    changed = [result for result in results if result.num_differing]
-    of_interest = [result for result in changed if result.num_beyond] or changed
-    worst = sorted((w for t in of_interest for w in t.worst), key=lambda item: (-item[0], item[1]))
-    return ChunkResult(
-        num_differing=sum(t.num_differing for t in results),
-        num_beyond=sum(t.num_beyond for t in results),
-        max_abs=max((t.max_abs for t in results), default=0.0),
-        min_atol=max((t.min_atol for t in results), default=0.0),
-        squares=tuple(square for result in results for square in result.squares),
-        first=min((t.first for t in changed), default=-1),
-        last=max((t.last for t in changed), default=-1),
-        worst=tuple(worst[:MAX_ELEMENTS]),
-        num_nonfinite=(
-            sum(t.num_nonfinite[0] for t in results),
-            sum(t.num_nonfinite[1] for t in results),
-        ),
-    )

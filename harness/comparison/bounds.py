@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from harness.checkpoint.dtypes import DTYPES, numpy_dtype
 from harness.checkpoint.tensors import Tensor
-from harness.comparison.allclose import Values
+from harness.comparison.chunk_result import Values
 from harness.comparison.difference import (
     Difference,
     Element,

@@ -18,15 +18,8 @@ from typing import Literal
 import numpy as np
 
 from harness.checkpoint.dtypes import Array, DType, decode
-from harness.comparison.allclose import (
-    MAX_STRIP,
-    ChunkResult,
-    Values,
-    add_results,
-    run_numel,
-    sum_up_chunk,
-    sum_up_nonfinite,
-)
+from harness.comparison.allclose import sum_up_chunk, sum_up_nonfinite
+from harness.comparison.chunk_result import MAX_STRIP, ChunkResult, Values, add_results, run_numel
 from harness.comparison.policy import Tolerance
 from harness.fingerprints.arithmetic import total_squares
 from harness.fingerprints.fingerprint import TensorFingerprint

@@ -20,7 +20,7 @@ from harness.streaming.workers import ALL_CORES, Workers
 
 # What measures is imported where something differs: a verify that passes starts without.
 if TYPE_CHECKING:
-    from harness.comparison.allclose import ChunkResult
+    from harness.comparison.chunk_result import ChunkResult
     from harness.comparison.difference import Difference
     from harness.comparison.policy import Tolerance
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from harness.checkpoint.dtypes import DTYPES
-from harness.comparison.allclose import MAX_ELEMENTS, ChunkResult, run_numel
+from harness.comparison.chunk_result import MAX_ELEMENTS, ChunkResult, run_numel
 from harness.comparison.difference import Difference, exact_difference
 from harness.comparison.policy import Tolerance
 from harness.fingerprints.fingerprint import TensorFingerprint
