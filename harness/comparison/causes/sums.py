@@ -155,6 +155,11 @@ def _chosen(factors: Array) -> Iterator[list[float]]:
     yield [float(factor) for factor in factors]
 
 
+def _term(factor: float, key: str) -> str:
+    number = "" if abs(factor) == 1 else f"{abs(factor):.6g} × "
+    return f"{'−' if factor < 0 else '+'} {number}{key}"
+
+
 def _cause(of: Sequence[str], factors: Sequence[float], bound: float, *, is_exact: bool) -> Cause:
     is_even = len(set(factors)) == 1
     if is_even and abs(factors[0] * len(of) - 1) < 1e-12:
@@ -162,9 +167,8 @@ def _cause(of: Sequence[str], factors: Sequence[float], bound: float, *, is_exac
     elif is_even:
         text = f"{'' if factors[0] == 1 else f'{factors[0]:.6g} × the '}sum of {names(of)}"
     else:
-        terms = [f"{factor:+.6g} × {key}" for factor, key in zip(factors, of, strict=True)]
-        shown = " ".join(terms[:_MAX_SHOWN]).replace("+", "+ ").replace("-", "− ")
-        text = shown.removeprefix("+ ").replace("± 1 × ", "")
+        terms = [_term(factor, key) for factor, key in zip(factors, of, strict=True)]
+        text = " ".join(terms[:_MAX_SHOWN]).removeprefix("+ ")
         if len(terms) > _MAX_SHOWN:
             text += f" and {len(terms) - _MAX_SHOWN} more"
     text += f" (to within {ceiling(bound):.0e} of its norm)" if bound else ""

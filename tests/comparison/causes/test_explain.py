@@ -459,7 +459,7 @@ def test_sums_are_said_with_their_factors(
         ((one + six) / 2, 0.5, None, "mean of experts.{0,5}.w"),
         (one + two + six, 1.0, None, "sum of experts.{0,1,5}.w"),
         (0.9 * one + 0.1 * two, None, (0.9, 0.1), "0.9 × experts.0.w + 0.1 × experts.1.w"),
-        (one - 0.5 * two, None, (1.0, -0.5), "1 × experts.0.w − 0.5 × experts.1.w"),
+        (one - 0.5 * two, None, (1.0, -0.5), "experts.0.w − 0.5 × experts.1.w"),
     ):
         found = compare(tmp_path, before, before | {"experts.0.w": value.to(dtype)}, how)
         cause = cause_of(found, "experts.0.w")

@@ -77,6 +77,11 @@ def holds(before: State, after: State, key: str, cause: Cause) -> bool:
     if cause.kind in EXACT:
         ours, theirs = (np.sort(t.double().flatten().numpy()) for t in (old, there))
         return bool(np.array_equal(ours, theirs))
+    if cause.kind == "sum":
+        factors = cause.factors or (cause.factor or 0.0,) * len(cause.of)
+        terms = (f * t.double() for f, t in zip(factors, sources, strict=True))
+        away = float((there.double() - sum(terms)).norm() / there.double().norm())
+        return away <= (cause.bound or 0.0) + 1e-6
     if cause.kind in ("scaled", "shifted"):
         factor = 1.0 if cause.factor is None else cause.factor
         wanted = old.double() * factor + (cause.offset or 0.0)
