@@ -349,7 +349,7 @@ def roundtrip(
     source = to_local(path, LOADED)
     with opened(source, section) as checkpoint:
         weights = fingerprint_checkpoint(checkpoint, details=nothing)
-    expected = Expected(weights=weights, section=section)
+    expected = Expected(weights=weights, section=section, is_file=section is None)
     stages = PolicyOfStages(policy or Policy())
     check_mapped(stages.policy, list(weights.tensors), weights.name)
     yield from live_stages(source, expected, stages, live or LiveOptions(), stage)

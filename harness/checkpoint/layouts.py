@@ -47,6 +47,8 @@ _OTHER_FORMS = (
     ".mlmodel",
     ".keras",
 )
+# A module of sentence-transformers, behind the model in the folder itself: 2_Dense.
+_MODULE = re.compile(r"\d+_[A-Z]\w*")
 # A folder with one of these has parts in the folders below it.
 _OF_PARTS = ("model_index.json", "modules.json")
 # Folders that are known to hold the weights of a larger save: NeMo 2, Megatron.
@@ -67,15 +69,18 @@ def layout_of(folder: AnyPath) -> Layout:
     names = names_in(folder)
     top = _weights_among(folder, names)
     parts, others = dict(top.parts), list(top.others)
-    if any(name in names for name in _OF_PARTS) or not parts:
-        for name in _folders_among(folder, names):
-            below = _weights_among(folder / name, names_in(folder / name))
+    is_of_parts = any(name in names for name in _OF_PARTS)
+    for name in _folders_among(folder, names):
+        below = _weights_among(folder / name, names_in(folder / name))
+        if is_of_parts or not top.parts or _MODULE.fullmatch(name):
             for part, path in below.parts.items():
                 parts[f"{name}/{part}" if part else name] = path
             others += (f"{name}/{other}" for other in below.others)
-        if not any(name in names for name in _OF_PARTS):
-            # Several models side by side are no one checkpoint: nobody said that they are.
-            return Layout() if len(parts) != 1 else Layout(parts={"": next(iter(parts.values()))})
+        elif below.parts:
+            others.append(f"{name}/")
+    if not (is_of_parts or top.parts):
+        # Several models side by side are no one checkpoint: nobody said that they are.
+        return Layout() if len(parts) != 1 else Layout(parts={"": next(iter(parts.values()))})
     return Layout(parts=parts, others=tuple(others))
 
 

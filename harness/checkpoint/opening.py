@@ -169,13 +169,15 @@ def _torch_checkpoint(
     lightning = isinstance(file.root, dict) and "pytorch-lightning_version" in file.root
     if container is None:
         container = "Lightning checkpoint" if lightning else file.container
+    table = tensor_table(str(path), found.tensors)
+    _check_not_empty(path, table)
     return Checkpoint(
         name=str(path),
         container=container,
         section=found.path,
         tensors=_nonempty(
             path,
-            tensor_table(str(path), found.tensors),
+            table,
             "TorchScript that is frozen keeps its weights as constants: give the file of before"
             if file.container == "TorchScript"
             else "is it the right file?",
@@ -318,6 +320,17 @@ def _no_section(path: AnyPath, section: str | None) -> None:
         raise NoSection(
             f"{path}: safetensors files have no sections, so no {section!r}",
             hint="leave out --section",
+        )
+
+
+def _check_not_empty(path: AnyPath, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for a torch file whose tensors have no elements, as ZeRO-3 leaves."""
+    held = [tensor for tensor in tensors.values() if not tensor.dtype.is_value]
+    if held and not any(tensor.numel for tensor in held):
+        raise CheckpointError(
+            f"{path}: {len(held):,} of {len(held):,} tensors are empty: the weights are in other "
+            "files, as of ZeRO-3 in *_optim_states.pt",
+            hint="give the folder with the files of all ranks",
         )
 
 

@@ -26,8 +26,10 @@ from harness.checkpoint.sources.access import open_source
 from harness.checkpoint.sources.source import read
 from harness.checkpoint.tensors import Tensor
 from harness.checkpoint.unpickling.inert import Global, Record
+from harness.comparison.findings import Finding
 from harness.errors import CheckpointError, ModelError
 from harness.model.state import as_torch
+from harness.text.disclosure import disclosed
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 # Where Lightning has kept hyperparameters, and what LightningCLI adds to them.
@@ -159,6 +161,34 @@ def _entries(path: Path) -> Iterator[Mapping[Any, Any]]:
 def plain_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
     """Hyperparameters without what LightningCLI adds, which says how to build, not what."""
     return {key: value for key, value in values.items() if key not in _OF_CLI}
+
+
+def lost_hyperparameters(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+) -> list[Finding]:
+    """What the original's configuration says and the saved one does not say, or says otherwise."""
+    ours, theirs = (
+        dict(_leaves(disclosed(plain_hyperparameters(side or {})))) for side in (before, after)
+    )
+    return [
+        Finding(
+            kind="hyperparameter",
+            key=key,
+            expected=repr(value),
+            actual=repr(theirs[key]) if key in theirs else "nothing",
+        )
+        for key, value in ours.items()
+        # NaN is no other than itself
+        if key not in theirs or (theirs[key] != value and repr(theirs[key]) != repr(value))
+    ]
+
+
+def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(config, Mapping) and config:
+        for key, child in config.items():
+            yield from _leaves(child, f"{path}.{key}" if path else str(key))
+    elif config is not None or path:
+        yield path, config
 
 
 def _refused(path: Path, names: list[str]) -> ModelError:

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from harness.checkpoint import open_checkpoint
+from harness.checkpoint.keys import format_key
 from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.compare import compare
 from harness.comparison.findings import Finding
@@ -47,6 +48,7 @@ from harness.model.mismatch import brief_mismatch
 from harness.model.pretrained import folder_of, is_pretrained, load_pretrained, offline
 from harness.model.state import tensors_of
 from harness.model.targets import check_named_classes, registered, resolve, user_code
+from harness.text.shell import quoted
 
 _LIGHTNING = "Lightning checkpoint"
 
@@ -67,14 +69,24 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class NotLoaded(ModelError):  # noqa: N818 - reads as what happened
-    """A state dict that does not fit the module: both sides, and what torch says of it."""
+    """A state dict that does not fit the module: both sides, and what torch says of it.
+
+    `fitting` is another section of the file, whose keys and shapes are those of the module.
+    """
 
     def __init__(
-        self, message: str, *, module: nn.Module, state: Mapping[str, Any], hint: str
+        self,
+        message: str,
+        *,
+        module: nn.Module,
+        state: Mapping[str, Any],
+        fitting: str | None,
+        hint: str,
     ) -> None:
         super().__init__(message, hint=hint)
         self.module = module
         self.state = state
+        self.fitting = fitting
 
 
 class Saved(NamedTuple):
@@ -168,8 +180,16 @@ class Loader:
             sides = _unfit(error.__cause__)
             if sides is None:
                 raise
-            hint = "load it with the code that fits it, or save it under the keys of the model"
-            raise NotLoaded(str(error), module=sides[0], state=sides[1], hint=hint) from error
+            module, state = sides
+            fitting = _fitting_section(path, module)
+            hint = (
+                "load it with the code that fits it, or save it under the keys of the model"
+                if fitting is None
+                else f"another section of the file fits the model: --section {quoted(fitting)}"
+            )
+            raise NotLoaded(
+                str(error), module=module, state=state, fitting=fitting, hint=hint
+            ) from error
 
     def _load(self, path: Path, section: str | None) -> Any:
         if self._restores:
@@ -282,6 +302,24 @@ def _unfit(error: BaseException | None) -> tuple[nn.Module, Mapping[str, Any]] |
             found = frame.f_locals["self"], dict(frame.f_locals["state_dict"])
         trace = trace.tb_next
     return found
+
+
+def _fitting_section(path: Path, module: nn.Module) -> str | None:
+    """The first other section of a file whose keys and shapes are those of a module."""
+    wanted = {
+        format_key((k,)): v.shape for k, v in module.state_dict().items() if torch.is_tensor(v)
+    }
+    try:
+        with open_checkpoint(path) as checkpoint:
+            others = checkpoint.others
+        for name, _ in others:
+            with open_checkpoint(path, section=name) as other:
+                tensors = other.tensors.values()
+                if {t.key: t.shape for t in tensors if not t.dtype.is_value} == wanted:
+                    return name
+    except CheckpointError:
+        return None
+    return None
 
 
 def with_tied(module: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,12 @@ from harness.fingerprints.scan import fingerprint
 from harness.golden.golden import LiveRecord, source_of
 from harness.model.activations import WhileRunning, compare_activations, renamed
 from harness.model.inputs import NoInputs, inputs_of
-from harness.model.lightning import plain_hyperparameters
+from harness.model.lightning import lost_hyperparameters
 from harness.model.loading import Loader, NotLoaded, Saved, compare_training_state
 from harness.model.mismatch import brief_keys, of_failed_load
 from harness.model.options import LiveOptions
 from harness.model.outputs import outputs_of
 from harness.model.state import as_checkpoint, state_of, transient_buffers
-from harness.text.disclosure import disclosed
 
 _FIRST_SEED, _SECOND_SEED = 1, 2
 
@@ -49,12 +48,14 @@ _FIRST_SEED, _SECOND_SEED = 1, 2
 class Expected:
     """What the stages are compared with: a golden's record, or the file itself (`roundtrip`).
 
-    `section` is the part of the file that it is of, None for the state dict.
+    `section` is the part of the file that it is of, None for the state dict. `is_file` allows for
+    another section of the file, should that be the one that fits the model.
     """
 
     weights: Fingerprint
     live: LiveRecord | None = None
     section: str | None = None
+    is_file: bool = False
 
 
 def record_live(
@@ -116,6 +117,10 @@ def live_stages(
         try:
             module = loader.load(path, seed=_FIRST_SEED, section=checkpoint.section)
         except NotLoaded as error:
+            if expected.is_file and error.fitting is not None:
+                first = checkpoint.section or "what is at its top"
+                yield from _of_section(error.fitting, first, path, policy, options, last)
+                return
             yield of_failed_load(error, expected.weights.name, policy.policy, "load")
             return
         load = stages.compare_load(module)
@@ -144,6 +149,18 @@ def live_stages(
         if last != "reload":
             yield _compare_outputs(module, again, expected, policy, options, is_same=reload.ok)
         check_used(policy, reload.expected, reload.actual)
+
+
+def _of_section(
+    section: str, first: str, path: Path, policy: PolicyOfStages, options: LiveOptions, last: Any
+) -> Iterator[Comparison]:
+    """The stages of the section that fits the model, where the one that is taken first does not."""
+    with open_checkpoint(path, section=section) as checkpoint:
+        weights = fingerprint(checkpoint, details=lambda tensor: False)
+    note = f"section {section} is taken, which fits the model: {first} does not"
+    expected = Expected(weights=weights, section=section)
+    for comparison in live_stages(path, expected, policy, options, last):
+        yield replace(comparison, notes=(*comparison.notes, note))
 
 
 class _Live:
@@ -195,7 +212,7 @@ class _Live:
         lost: list[Finding] = []
         if saved.keeps_training:
             with open_checkpoint(saved.path) as written:
-                lost = _lost_hyperparameters(self.checkpoint.config, written.config)
+                lost = lost_hyperparameters(self.checkpoint.config, written.config)
         elif self.checkpoint.config is not None or training:
             training = None
             notes = (
@@ -336,34 +353,6 @@ def _with(comparison: Comparison, findings: Iterable[Finding]) -> Comparison:
     joined = [*comparison.findings, *findings]
     joined.sort(key=lambda finding: FINDING_KINDS.index(finding.kind))
     return replace(comparison, findings=tuple(joined))
-
-
-def _lost_hyperparameters(
-    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
-) -> list[Finding]:
-    """What the original's configuration says and the saved one does not say, or says otherwise."""
-    ours, theirs = (
-        dict(_leaves(disclosed(plain_hyperparameters(side or {})))) for side in (before, after)
-    )
-    return [
-        Finding(
-            kind="hyperparameter",
-            key=key,
-            expected=repr(value),
-            actual=repr(theirs[key]) if key in theirs else "nothing",
-        )
-        for key, value in ours.items()
-        # NaN is no other than itself
-        if key not in theirs or (theirs[key] != value and repr(theirs[key]) != repr(value))
-    ]
-
-
-def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(config, Mapping) and config:
-        for key, child in config.items():
-            yield from _leaves(child, f"{path}.{key}" if path else str(key))
-    elif config is not None or path:
-        yield path, config
 
 
 _NO_OUTPUTS = (

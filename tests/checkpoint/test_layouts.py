@@ -70,6 +70,12 @@ def touch(folder: Path, *names: str) -> None:
             {"model": "model.safetensors", "model_1": "model_1.safetensors"},
             ("optimizer.bin", "scheduler.bin"),
         ),
+        # sentence-transformers without its list of modules.
+        (
+            ["model.safetensors", "2_Dense/model.safetensors"],
+            {"": "model.safetensors", "2_Dense": "2_Dense/model.safetensors"},
+            (),
+        ),
         # A pipeline of diffusers: a part per component.
         (
             [
@@ -97,7 +103,11 @@ def touch(folder: Path, *names: str) -> None:
         ),
         # A trainer's folder of checkpoints is no checkpoint.
         (["checkpoint-1/model.safetensors", "checkpoint-2/model.safetensors"], {}, ()),
-        (["model.safetensors", "checkpoint-1/model.safetensors"], {"": "model.safetensors"}, ()),
+        (
+            ["model.safetensors", "checkpoint-1/model.safetensors"],
+            {"": "model.safetensors"},
+            ("checkpoint-1/",),
+        ),
         (["notes.txt"], {}, ()),
     ],
 )
@@ -164,3 +174,13 @@ def test_a_folder_of_checkpoints_names_the_last(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a folder of several checkpoints") as caught:
         open_checkpoint(tmp_path)
     assert caught.value.hint == f"give one of them: {tmp_path / 'checkpoint-10'}"
+
+
+def test_a_file_of_empty_tensors_alone_is_refused(tmp_path: Path) -> None:
+    state = {"module": {"w": torch.empty(0), "b": torch.empty(0, 4)}, "step": 3}
+    path = tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="2 of 2 tensors are empty: the weights are in"):
+        open_checkpoint(path)
+    torch.save({**state, "module": {**state["module"], "c": torch.ones(1)}}, path)  # type: ignore[dict-item]
+    open_checkpoint(path).close()

@@ -231,6 +231,22 @@ def test_a_section_goes_into_the_model(tmp_path: Path, harness: Harness) -> None
     assert run.code == 0, run.out
 
 
+def test_the_section_that_fits_the_model_is_taken_and_named(
+    tmp_path: Path, harness: Harness
+) -> None:
+    path, target = tmp_path / "two.pt", f"{HERE}:Bare"
+    torch.save({"net": nn.Conv1d(2, 2, 1).state_dict(), "net2": Bare().state_dict()}, path)
+    run = harness("roundtrip", path, "--model", target, "--reload")
+    assert (run.code, run.out.count("ok identical")) == (0, 2)
+    assert "note: section net2 is taken, which fits the model: net does not" in run.out
+    # A golden says which section it is of: another one is no answer.
+    run = harness("record", path, "--model", target, "--load", "-g", tmp_path / "g.safetensors")
+    assert (run.code, "--section net2" in run.err) == (2, True)
+    assert harness("record", path, "-g", tmp_path / "g.safetensors").code == 0
+    asked = ["verify", path, "-g", tmp_path / "g.safetensors", "--model", target, "--load"]
+    assert harness(*asked).code == 1
+
+
 @pytest.mark.parametrize("command", ["record", "verify", "roundtrip"])
 def test_a_traceback_of_the_models_code_is_shown_where_it_is_asked_for(
     command: str, bare: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch

@@ -75,6 +75,11 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         inside = {name.partition("/")[2] or name for name in entries}
+        if any("data/aotinductor/" in name for name in entries):
+            raise CheckpointError(
+                f"{source.name}: a package of AOTInductor, which holds compiled code",
+                hint="give the checkpoint of the model that it was compiled from",
+            )
         for mark in inside & _OTHER_ARCHIVES.keys():
             raise CheckpointError(
                 f"{source.name}: an archive of {_OTHER_ARCHIVES[mark]}, not a checkpoint",

@@ -266,3 +266,12 @@ def test_a_state_dict_that_is_an_unknown_class_with_items_reads(tmp_path: Path) 
     path = write_torch_zip(tmp_path / "w.pt", named(state_dict=body))
     with open_checkpoint(path) as checkpoint:
         assert list(checkpoint.tensors) == ["w"]
+
+
+def test_a_package_of_compiled_code_is_named_as_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt2"
+    with zipfile.ZipFile(path, "w") as package:
+        package.writestr("net/archive_format", "pt2")
+        package.writestr("net/data/aotinductor/model/net.so", b"\x7fELF")
+    with pytest.raises(CheckpointError, match="a package of AOTInductor, which holds compiled"):
+        open_checkpoint(path)
