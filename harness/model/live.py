@@ -17,7 +17,7 @@ from torch import nn
 
 from harness.checkpoint.tensors import Checkpoint
 from harness.errors import UsageError
-from harness.model.state import as_checkpoint, is_cut, transient_buffers
+from harness.model.state import as_checkpoint, is_cut, plain_tensors, transient_buffers
 from harness.model.values import with_values
 
 Live: TypeAlias = nn.Module | Mapping[str, torch.Tensor]
@@ -35,7 +35,7 @@ def call_with(live: Live, verb: Callable[[Checkpoint], _Result]) -> _Result:
     storage, TeamError, and what the verb raises.
     """
     state, name = _state_of(live)
-    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = plain_tensors(state)
 
     def call_whole(checkpoint: Checkpoint) -> _Result:
         whole = with_values(checkpoint, state)

@@ -65,8 +65,7 @@ def as_checkpoint(tensors: Mapping[str, torch.Tensor], name: str) -> Checkpoint:
 def state_of(module: nn.Module, name: str) -> Checkpoint:
     """The state dict of a module."""
     state = module.state_dict()
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    return with_values(as_checkpoint(tensors, name), state)
+    return with_values(as_checkpoint(plain_tensors(state), name), state)
 
 
 def transient_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -77,6 +76,19 @@ def transient_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
             if buffer is not None and name in child._non_persistent_buffers_set and buffer.numel():
                 found[f"{path}.{name}" if path else name] = buffer
     return found
+
+
+def plain_tensors(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict but those that are made of others, as of torchao.
+
+    Those are read as their file would be, with what is no tensor.
+    """
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+        and (is_cut(value) or not hasattr(value, "__tensor_flatten__"))
+    }
 
 
 def is_cut(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,57 @@
+"""Live tensors whose class makes them of others are read as those of their file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness import api
+
+
+class Scaled(torch.Tensor):
+    """Holds values and a scale, and has no storage of its own, as those of torchao."""
+
+    values: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scale: Tensor) -> Any:
+        made = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+        made.values, made.scale = values, scale
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["values", "scale"], None
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        return Scaled, (self.values, self.scale)
+
+    def detach(self) -> Scaled:
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(str(func))
+
+
+class Net(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(3))
+        self.factor = factor
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        weight = Scaled(torch.arange(6).to(torch.int8), torch.tensor([self.factor]))
+        return {**super().state_dict(*args, **options), "weight": weight}
+
+
+def test_a_tensor_made_of_others_is_compared_by_them(tmp_path: Path) -> None:
+    torch.save(Net(2.0).state_dict(), tmp_path / "net.pt")
+    golden = api.record(tmp_path / "net.pt", tmp_path / "golden.safetensors")
+    assert len(golden.fingerprint.tensors) == 3
+    assert api.verify(Net(2.0), golden).verdict == "identical"
+    (finding,) = api.verify(Net(3.0), golden).findings
+    assert (finding.kind, finding.key.startswith("weight")) == ("different", True)
