@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -333,3 +334,22 @@ def test_a_prefix_is_looked_for_at_the_start_of_a_key_alone() -> None:
         one, other = harness.fingerprint(plain), harness.fingerprint(wrapped)
         found = compare(one, other, Policy(), BySketches(one.block_nbytes))
         assert [finding.kind for finding in found.findings] == kinds
+
+
+def test_of_very_many_keys_those_that_begin_alike_are_compared_with_a_typo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[int] = []
+    close = difflib.get_close_matches
+
+    def spied(word: str, candidates: list[str], count: int) -> list[str]:
+        compared.append(len(candidates))
+        return close(word, candidates, count)
+
+    monkeypatch.setattr("difflib.get_close_matches", spied)
+    found = harness.fingerprint({f"layers.{i}.weight": torch.zeros(1) for i in range(3000)})
+    policy = Policy(ignore=("layers.2345.wieght",))
+    with pytest.raises(UsageError) as caught:
+        compare(found, found, policy, BySketches(found.block_nbytes))
+    assert caught.value.hint == "did you mean layers.2345.weight?"
+    assert compared == [500]
