@@ -22,8 +22,9 @@ from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.policy import STAGES, Policy, check_stage, check_type
 from harness.errors import NoSection, UsageError
 from harness.fingerprints.scan import fingerprint
+from harness.golden.file import read_golden
 from harness.golden.golden import Golden, LiveRecord
-from harness.golden.places import GOLDEN_FOLDER, check_not_golden
+from harness.golden.places import GOLDEN_FOLDER, check_not_golden, choose_golden
 from harness.text.shell import quoted
 
 if TYPE_CHECKING:
@@ -230,3 +231,8 @@ def of_live_ones_too(verb: Callable[_Given, _Result]) -> Callable[_Given, _Resul
         return call_with(subject, call_opened)
 
     return call
+
+
+def golden_of(subject: Subject | None, golden: Location | Golden | None) -> Golden:
+    """The golden that is given, or named, or else that of the checkpoint's name."""
+    return golden if isinstance(golden, Golden) else read_golden(choose_golden(subject, golden))

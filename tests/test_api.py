@@ -242,7 +242,7 @@ def test_overwriting_another_checkpoint_is_refused_before_anything_is_read(
 ) -> None:
     save_model(net, "other.safetensors")
     before = Path("other.safetensors").read_bytes()
-    monkeypatch.setattr(api, "opened", None)
+    monkeypatch.setattr("harness.api.recording.opened", None)
     message, hint = refused(
         GoldenError, partial(api.record, file, "other.safetensors", overwrite=True)
     )

@@ -539,7 +539,7 @@ def test_whatever_ends_a_command_is_no_difference(
     def end(*_: object, **__: object) -> None:
         raise raised
 
-    monkeypatch.setattr("harness.api._verify", end)
+    monkeypatch.setattr("harness.api.verifying._verify", end)
     run = harness("verify", "models/nest.nemo")
     assert run.code == 2
     assert said in run.err

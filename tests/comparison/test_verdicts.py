@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from harness import api
+from harness.api import verifying
 from harness.comparison.comparison import Comparison
 from harness.comparison.policy import Policy
 from harness.golden.golden import Golden
@@ -268,7 +269,7 @@ def pairs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(autouse=True)
 def _without_causes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What happened is not asked here, and looking for it takes as long again."""
-    monkeypatch.setattr(api, "with_causes", lambda comparison, *_, **__: comparison)
+    monkeypatch.setattr(verifying, "with_causes", lambda comparison, *_, **__: comparison)
 
 
 @pytest.mark.parametrize(("atol", "rtol"), TOLERANCES)
