@@ -12,14 +12,17 @@ from harness.errors import NotInstalled
 
 
 def not_installed(*packages: str) -> NotInstalled | None:
-    """The error to raise where a package of the extra `live` is missing; imports none of them."""
+    """The error to raise where a package that runs models is missing; imports none of them."""
     missing = [package for package in packages if find_spec(package) is None]
     if not missing:
         return None
     return NotInstalled(
         "models, state dicts, runs of several ranks and the stages after --file need what is not "
         f"installed: {', '.join(missing)}",
-        hint="pip install 'checkpoint-harness[live]'",
+        # Its callback alone takes it: whoever uses that has it.
+        hint="pip install transformers"
+        if missing == ["transformers"]
+        else "pip install 'checkpoint-harness[live]'",
     )
 
 

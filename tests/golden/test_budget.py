@@ -11,6 +11,7 @@ import torch
 
 from harness import api
 from harness.checkpoint import open_checkpoint
+from harness.comparison.policy import Policy
 from harness.errors import UsageError
 from harness.golden.budget import Holding, Sizes, choose, default_max_nbytes, held_by, said_of
 from harness.golden.golden import Golden
@@ -115,7 +116,7 @@ def test_the_recorded_tolerance_is_that_of_a_later_verify(path: Path) -> None:
     policy = api.verify(path, golden.path).policy
     assert (policy.atol, policy.rtol) == (1e-2, 0.0)
     assert api.verify(path, golden.path).verdict == "close"
-    strict = api.Policy(atol=1e-5, rtol=1e-5)
+    strict = Policy(atol=1e-5, rtol=1e-5)
     assert api.verify(path, golden.path, policy=strict).verdict == "different"
-    beside = api.Policy(rtol=1e-5, tolerances=(("large*", 1e-4, None),))
+    beside = Policy(rtol=1e-5, tolerances=(("large*", 1e-4, None),))
     assert api.verify(path, golden.path, policy=beside).verdict == "different"
