@@ -250,10 +250,10 @@ def compare_activations(
 
 
 def _is_input(key: str) -> bool:
-    return not _is_output(key)
+    return not is_output(key)
 
 
-def _is_output(key: str) -> bool:
+def is_output(key: str) -> bool:
     return key.partition(":")[2].partition(".")[0] == "out"
 
 
@@ -268,7 +268,7 @@ def _check_selection(selection: Selection, keys: Sequence[str]) -> None:
                 else f"they are named like {', '.join(keys[-2:]) or 'nothing: it computes none'}",
             )
     taken = [key for key in keys if selection.takes(key) and not selection.ignores(key)]
-    if keys and not (taken if selection.activations == "all" else any(map(_is_output, taken))):
+    if keys and not (taken if selection.activations == "all" else any(map(is_output, taken))):
         raise UsageError(
             "--only and --ignore leave no output to compare",
             hint="inputs alone are compared with --activations all"
@@ -309,8 +309,8 @@ def first_divergence(comparison: Comparison, alone: Collection[str] = ()) -> Div
     if not findings:
         return None
     # Where the output agrees all the same, the input does not matter.
-    without = {module_of(k) for k in comparison.expected.tensors if _is_output(k)}.difference(
-        module_of(key) for key in findings if _is_output(key)
+    without = {module_of(k) for k in comparison.expected.tensors if is_output(k)}.difference(
+        module_of(key) for key in findings if is_output(key)
     )
     failing = {key: f for key, f in findings.items() if module_of(key) not in without} or findings
     undecided = {f.key for f in comparison.findings if f.kind == "undecided"}

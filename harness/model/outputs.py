@@ -10,19 +10,22 @@ deterministic algorithms; all of that is put back afterwards.
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 
 from harness.checkpoint.tensors import Tensor
+from harness.errors import ModelError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.scan import fingerprint
-from harness.model.activations import ROOT, is_final
+from harness.model.activations import ROOT, is_final, is_output
 from harness.model.inputs import SEED, Arguments, named_arguments
 from harness.model.loading import seeded
 from harness.model.state import as_checkpoint
@@ -70,6 +73,14 @@ def outputs_of(
                 recorder.after("")(module, positional, module(*positional, **keyword))
             else:
                 module(*positional, **keyword)
+    # A model that puts out nothing may still be compared by its modules.
+    puts_out = is_final if recorder.kind != "NoneType" else is_output
+    if not any(map(puts_out, recorder.prints)):
+        raise ModelError(
+            f"running {type(module).__name__} on its inputs: what it puts out "
+            f"({recorder.kind}) holds no tensor to compare",
+            hint="let its forward return tensors, or stop before outputs: --reload",
+        )
     return Fingerprint(
         name="outputs",
         container="live outputs",
@@ -90,6 +101,7 @@ class _Recorder:
         self._see = see
         self.prints: dict[str, TensorFingerprint] = {}
         self._first: dict[bytes, str] = {}
+        self.kind = "nothing"  # of the model's own output
         self._calls: Counter[str] = Counter()
         self._running: dict[int, list[str]] = defaultdict(list)  # by thread
 
@@ -105,12 +117,19 @@ class _Recorder:
 
     def after(self, path: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if not path:
+                self.kind = type(output).__name__
             self._record(f"{self._running[threading.get_ident()].pop()}:out", output)
 
         return hook
 
     def _record(self, key: str, value: Any) -> None:
-        tensors = dict(flatten(key, value))
+        tensors: dict[str, torch.Tensor] = {}
+        for place, value_there in flatten(key, value):
+            alike = (
+                sum(name.partition("#")[0] == place for name in tensors) if place in tensors else 0
+            )
+            tensors[f"{place}#{alike + 1}" if alike else place] = value_there
         if tensors:
             with as_checkpoint(tensors, "outputs") as live:
                 found = fingerprint(
@@ -140,12 +159,16 @@ def _is_kept(tensor: Tensor) -> bool:
 
 
 def flatten(key: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name the tensors in nested outputs: fields, keys and indices joined by dots."""
+    """Name the tensors in nested outputs: fields, keys and indices joined by dots.
+
+    Of what the model itself puts out, arrays and numbers are tensors as well, and objects are
+    their attributes.
+    """
     if isinstance(value, torch.Tensor):
         yield from _strided(key, value)
     elif isinstance(value, Mapping):
         for name, child in value.items():
-            yield from flatten(f"{key}.{name}", child)
+            yield from flatten(f"{key}.{_spelled(name)}", child)
     elif hasattr(value, "_fields"):
         for name in value._fields:
             yield from flatten(f"{key}.{name}", getattr(value, name))
@@ -155,6 +178,20 @@ def flatten(key: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from flatten(f"{key}.{field.name}", getattr(value, field.name))
+    elif is_final(key):
+        if isinstance(value, (bool, int, float, complex, np.ndarray, np.generic)):
+            with suppress(TypeError):  # of strings and objects
+                yield key, torch.as_tensor(np.asarray(value))
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+            for name, child in vars(value).items():
+                yield from flatten(f"{key}.{_spelled(name)}", child)
+
+
+def _spelled(name: object) -> str:
+    """A key of a mapping, so that no two are alike: `a`, `"a.b"`, `[0]`."""
+    if not isinstance(name, str):
+        return f"[{name}]"
+    return json.dumps(name) if set(name) & set('."[]') or not name else name
 
 
 def _strided(key: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison, render
 from harness.comparison.measuring import BySketches
 from harness.comparison.policy import Policy
+from harness.errors import ModelError
 from harness.golden.golden import Golden
 from harness.model.activations import OutputPolicy, WhileRunning, first_divergence
 from harness.model.options import LiveOptions
@@ -121,3 +124,42 @@ def test_an_update_keeps_the_recorded_tolerance(golden: Golden) -> None:
         assert updated.live is not None
         assert updated.live.outputs is not None
         assert updated.live.outputs.tolerance == (1.0, 1e-4)
+
+
+class Puts(nn.Module):
+    """Puts out whatever is made of its input plus `by`."""
+
+    def __init__(self, make: Callable[[torch.Tensor, torch.Tensor], object], by: float = 0) -> None:
+        super().__init__()
+        self.make, self.by = make, by
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.make(x + self.by, x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda changed, same: SimpleNamespace(logits=changed),
+        lambda changed, same: {"a.b": changed, "a": {"b": same}},
+        lambda changed, same: {"a": {"b": same}, "a.b": changed},
+        lambda changed, same: {0: changed, "0": same},
+        lambda changed, same: {"[0]": same, 0: changed, "": same},
+        lambda changed, same: float(changed.sum()),
+        lambda changed, same: [same.numpy(), {"x": changed.numpy()}],
+    ],
+)
+def test_no_change_of_what_a_model_puts_out_passes_unseen(
+    make: Callable[[torch.Tensor, torch.Tensor], object],
+) -> None:
+    recorded, same, changed = (outputs_of(Puts(make, by), INPUTS) for by in (0, 0, 100))
+    assert recorded.root == same.root != changed.root
+    assert recorded.tensors.keys() == changed.tensors.keys()
+
+
+@pytest.mark.parametrize("make", [lambda *_: None, lambda *_: "text", lambda x, _: {x}])
+def test_a_model_that_puts_out_nothing_to_compare_is_refused(
+    make: Callable[[torch.Tensor, torch.Tensor], object],
+) -> None:
+    with pytest.raises(ModelError, match="holds no tensor to compare"):
+        outputs_of(Puts(make), INPUTS)
