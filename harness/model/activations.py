@@ -254,6 +254,7 @@ def _is_input(key: str) -> bool:
 
 
 def is_output(key: str) -> bool:
+    """Whether an activation is an output of some module."""
     return key.partition(":")[2].partition(".")[0] == "out"
 
 
