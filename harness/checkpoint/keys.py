@@ -17,7 +17,7 @@ class Component:
 def format_key(path: Sequence[object]) -> str:
     """Render the place of a tensor in nested containers as one unambiguous string.
 
-    A plain string key stays as it is (`encoder.weight`); further steps follow in brackets as
+    A plain string key stays unchanged (`encoder.weight`); further steps follow in brackets as
     Python would write them (`state[0]["exp.avg"]`), parts of composite tensors without quotes
     (`weight[int_repr]`). A first key that holds a bracket is quoted, so no two paths collide.
     The result is always valid text: what UTF-8 cannot encode is escaped.

@@ -327,6 +327,6 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except HarnessError as error:  # of which the rest is told when the command has ended
+        except HarnessError as error:  # the rest is shown when the command has ended
             echo_traceback(error)
             raise

@@ -297,7 +297,7 @@ def _read_items(folder: AnyPath, plan: _Plan, budget: Budget) -> tuple[_Items, l
 
 
 def _value(folder: AnyPath, key: str, table: _Table | None, items: _Items) -> Any:
-    """A tensor from its chunks, or a value as it is."""
+    """A tensor from its chunks, or a value unchanged."""
     if table is None:
         return items[key, None].file.root
     pieces = []

@@ -41,7 +41,7 @@ def unit_roundoff(dtype: DType) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Vector:
-    """A tensor as far as it is known: all of its `values`, or else a sketch of its blocks.
+    """What is known of a tensor: all of its `values`, or else a sketch of its blocks.
 
     `rows` (n, k) are added up and compared, `norms` (n,) are of the blocks (of the elements).
     """
@@ -179,7 +179,7 @@ def _simple(factor: float, offset: float) -> Iterator[tuple[float, float]]:
 
 
 def simple_numbers(number: float) -> list[float]:
-    """A number as a person would have chosen it: with few digits, as a fraction, then as it is."""
+    """A number as a person would have chosen it: with few digits, as a fraction, then in full."""
     if not math.isfinite(number) or number == 0:
         return []
     found = [float(f"{number:.{digits}g}") for digits in (1, 2, 3, 4, 6)]
