@@ -30,7 +30,7 @@ Triple: TypeAlias = "tuple[TensorFingerprint, TensorFingerprint, Tolerance]"
 
 @dataclass(frozen=True)
 class _Exact:
-    """A pair of tensors whose values are both at hand, as work for `map_chunks`."""
+    """A pair of tensors whose values can both be read, as work for `map_chunks`."""
 
     expected: Tensor | TensorFingerprint
     actual: Tensor
@@ -104,7 +104,7 @@ class AgainstCheckpoint:
 class AgainstGolden:
     """Measures an open checkpoint against a golden: by kept values, by sketches, by a reference.
 
-    `reference` is the recorded checkpoint, where it is at hand: CheckpointError where it is another
+    `reference` is the recorded checkpoint, where it is given: CheckpointError where it is another
     one. `partial_reference` is one that need not be: what is in it as recorded is used. `details`
     are filled with what was read of the actual side in the golden's blocks, for those who ask on.
     """

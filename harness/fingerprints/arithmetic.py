@@ -1,7 +1,7 @@
 """Numbers as floats, their sums and those of squares and of products with a matrix, in float64.
 
 In: finite float32 or float64 values. Out: float64, each sum of n terms off by at most n 2**-53 of
-the sum of their sizes. float32 is multiplied as it is, and its products added up in float64, by
+the sum of their sizes. float32 is multiplied unconverted, and its products added up in float64, by
 NumKong: in half the time of numpy, which would have to widen it first. The same float32 values give
 the same bits, whatever stands beside them; those of float64 do, cut in the same way.
 """

@@ -125,11 +125,11 @@ class _Recorder:
 
     def _record(self, key: str, value: Any) -> None:
         tensors: dict[str, torch.Tensor] = {}
-        for place, value_there in flatten(key, value):
-            alike = (
-                sum(name.partition("#")[0] == place for name in tensors) if place in tensors else 0
-            )
-            tensors[f"{place}#{alike + 1}" if alike else place] = value_there
+        for place, tensor in flatten(key, value):
+            name = place
+            while name in tensors:  # of keys that print alike
+                name += "'"
+            tensors[name] = tensor
         if tensors:
             with as_checkpoint(tensors, "outputs") as live:
                 found = fingerprint(
@@ -140,13 +140,13 @@ class _Recorder:
                 ).tensors
                 if self._see is not None:
                     self._see(found, live.tensors)
-            for name, tensor in found.items():
+            for name, made in found.items():
                 # Most inputs are what another module has just put out: keep each only once.
-                first = self._first.setdefault(tensor.digest or b"", name)
-                if is_final(name) and first in self.prints and tensor.values is not None:
+                first = self._first.setdefault(made.digest or b"", name)
+                if is_final(name) and first in self.prints and made.values is not None:
                     # Of the model's own outputs the values are kept, also where another's are not.
-                    self.prints[first] = dataclasses.replace(tensor, key=first)
-                kept = self.prints.get(first, tensor)
+                    self.prints[first] = dataclasses.replace(made, key=first)
+                kept = self.prints.get(first, made)
                 alias_of = None if first == name else first
                 self.prints[name] = dataclasses.replace(kept, key=name, alias_of=alias_of)
 
@@ -215,7 +215,7 @@ def _strided(key: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor
 def _quiet_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode and deterministic algorithms, put back afterwards, module by module.
 
-    What is compiled runs as it is written: fused, submodules have no outputs of their own.
+    What is compiled runs uncompiled: fused, submodules have no outputs of their own.
     """
     modes = [(child, child.training) for child in module.modules()]
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -220,7 +220,7 @@ class _Live:
                 f"a {type(module).__name__} keeps no hyperparameters or optimizers: not compared",
             )
         found = replace(found, notes=notes)
-        # What the load did to them is told there.
+        # What the load did to them is reported there.
         gradients = _changed_gradients(_parameters(module), again)
         return _with(found, [*gradients, *(training or []), *order, *lost])
 
