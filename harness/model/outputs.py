@@ -10,14 +10,12 @@ deterministic algorithms; all of that is put back afterwards.
 from __future__ import annotations
 
 import dataclasses
-import json
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -28,8 +26,10 @@ from harness.fingerprints.scan import fingerprint
 from harness.model.activations import ROOT, is_final, is_output
 from harness.model.inputs import SEED, Arguments, named_arguments
 from harness.model.loading import seeded
-from harness.model.state import as_checkpoint
+from harness.model.nested import leaves
+from harness.model.state import keyed
 from harness.model.targets import user_code
+from harness.model.values import with_keyed_values
 from harness.streaming.workers import Workers
 
 OUTPUT_TOLERANCE = 1e-4, 1e-4  # atol, rtol
@@ -86,6 +86,7 @@ def outputs_of(
         container="live outputs",
         section="",
         tensors=recorder.prints,
+        unread=tuple(recorder.unread),
         keeps_aliases=False,
         tolerance=tolerance,
     )
@@ -101,6 +102,7 @@ class _Recorder:
         self._see = see
         self.prints: dict[str, TensorFingerprint] = {}
         self._first: dict[bytes, str] = {}
+        self.unread: list[str] = []
         self.kind = "nothing"  # of the model's own output
         self._calls: Counter[str] = Counter()
         self._running: dict[int, list[str]] = defaultdict(list)  # by thread
@@ -125,20 +127,24 @@ class _Recorder:
 
     def _record(self, key: str, value: Any) -> None:
         tensors: dict[str, torch.Tensor] = {}
-        for place, tensor in flatten(key, value):
-            name = place
-            while name in tensors:  # of keys that print alike
-                name += "'"
-            tensors[name] = tensor
-        if tensors:
-            with as_checkpoint(tensors, "outputs") as live:
+        rest: dict[str, object] = {}
+        for name, leaf in leaves(key, value, whole=is_final(key)):
+            if isinstance(leaf, torch.Tensor):
+                tensors[name] = leaf
+            elif isinstance(leaf, Set) and any(isinstance(item, torch.Tensor) for item in leaf):
+                self.unread.append(f"{name} (tensors of a {type(leaf).__name__}, in no order)")
+            elif leaf is not None or name != key:  # a model may put out nothing
+                rest[name] = leaf
+        if tensors or rest:
+            with with_keyed_values(keyed(tensors, "outputs"), rest) as live:
+                self.unread += live.unread
                 found = fingerprint(
                     live,
                     keep_values=_is_kept,
                     residues=self._tolerance,  # outputs agree to rounding only
                     workers=Workers(jobs=1),
                 ).tensors
-                if self._see is not None:
+                if self._see is not None and found:
                     self._see(found, live.tensors)
             for name, made in found.items():
                 # Most inputs are what another module has just put out: keep each only once.
@@ -156,59 +162,6 @@ def _is_kept(tensor: Tensor) -> bool:
     if is_final(tensor.key):
         return tensor.nbytes <= _MAX_FINAL_NBYTES
     return tensor.numel <= _MAX_KEPT_NUMEL
-
-
-def flatten(key: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name the tensors in nested outputs: fields, keys and indices joined by dots.
-
-    Of what the model itself puts out, arrays and numbers are tensors as well, and objects are
-    their attributes.
-    """
-    if isinstance(value, torch.Tensor):
-        yield from _strided(key, value)
-    elif isinstance(value, Mapping):
-        for name, child in value.items():
-            yield from flatten(f"{key}.{_spelled(name)}", child)
-    elif hasattr(value, "_fields"):
-        for name in value._fields:
-            yield from flatten(f"{key}.{name}", getattr(value, name))
-    elif isinstance(value, (tuple, list)):
-        for index, child in enumerate(value):
-            yield from flatten(f"{key}.{index}", child)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from flatten(f"{key}.{field.name}", getattr(value, field.name))
-    elif is_final(key):
-        if isinstance(value, (bool, int, float, complex, np.ndarray, np.generic)):
-            with suppress(TypeError):  # of strings and objects
-                yield key, torch.as_tensor(np.asarray(value))
-        elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
-            for name, child in vars(value).items():
-                yield from flatten(f"{key}.{_spelled(name)}", child)
-
-
-def _spelled(name: object) -> str:
-    """A key of a mapping, so that no two are alike: `a`, `"a.b"`, `[0]`."""
-    if not isinstance(name, str):
-        return f"[{name}]"
-    return json.dumps(name) if set(name) & set('."[]') or not name else name
-
-
-def _strided(key: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of other layouts by those that they are made of."""
-    if tensor.is_nested:
-        yield from flatten(key, tensor.unbind())
-    elif tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
-        yield from ((f"{key}.indices", tensor.indices()), (f"{key}.values", tensor.values()))
-    elif tensor.layout == torch.sparse_csr:
-        yield from (
-            (f"{key}.rows", tensor.crow_indices()),
-            (f"{key}.columns", tensor.col_indices()),
-        )
-        yield f"{key}.values", tensor.values()
-    else:
-        yield key, tensor.int_repr() if tensor.is_quantized else tensor
 
 
 @contextmanager

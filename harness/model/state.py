@@ -38,12 +38,19 @@ class _Memory(Source):
 
 
 def as_checkpoint(tensors: Mapping[str, torch.Tensor], name: str) -> Checkpoint:
-    """Wrap live tensors; tied ones are aliases. Nothing is copied but strided ones of devices."""
+    """Wrap live tensors, under the keys that a file would give to these names."""
+    return keyed({format_key((key,)): tensor for key, tensor in tensors.items()}, name)
+
+
+def keyed(tensors: Mapping[str, torch.Tensor], name: str) -> Checkpoint:
+    """Wrap live tensors under their keys as they are; tied ones are aliases.
+
+    Nothing is copied but strided ones of devices.
+    """
     storages: dict[tuple[int, int], Storage] = {}
 
     def each() -> Iterator[Tensor]:
-        for name, tensor in tensors.items():
-            key = format_key((name,))
+        for key, tensor in tensors.items():
             try:
                 wrapped = _wrap(key, tensor, storages)
             except (RuntimeError, ValueError, NotImplementedError) as error:  # as its class has it

@@ -17,20 +17,33 @@ from harness.checkpoint.formats.torchfile import read_torch_zip
 from harness.checkpoint.keys import format_key
 from harness.checkpoint.sections import find_section
 from harness.checkpoint.tensors import Checkpoint, Tensor
-from harness.checkpoint.unpickling.rebuild import literal
+from harness.checkpoint.unpickling.rebuild import literal, value_tensor
+from harness.checkpoint.unpickling.values import ValueText
 from harness.errors import CheckpointError
+
+_PLAIN = (str, bool, int, float, bytes, type(None))
+_PLACE = "value"  # what stands for a key while its value is read
 
 
 def with_values(checkpoint: Checkpoint, state: Mapping[str, object]) -> Checkpoint:
     """Add what the checkpoint lacks of `state`: what is no tensor, copied in memory."""
+    lacking = {format_key((key,)): value for key, value in state.items()}
+    return with_keyed_values(
+        checkpoint, {k: v for k, v in lacking.items() if k not in checkpoint.tensors}
+    )
+
+
+def with_keyed_values(checkpoint: Checkpoint, values: Mapping[str, object]) -> Checkpoint:
+    """Add values, copied in memory, under their keys as they are."""
     found: dict[str, Tensor] = {}
     unread: list[str] = []
-    for key, value in state.items():
-        if format_key((key,)) in checkpoint.tensors:
+    for key, value in values.items():
+        if type(value) in _PLAIN:
+            found[key] = value_tensor(key, ValueText().of(value))
             continue
         file = io.BytesIO()
         try:
-            torch.save({key: value}, file)
+            torch.save({_PLACE: value}, file)
             root = read_torch_zip(literal(file.getbuffer()))
             section = find_section(root, checkpoint.name, ".")
         except CheckpointError as error:
@@ -38,8 +51,9 @@ def with_values(checkpoint: Checkpoint, state: Mapping[str, object]) -> Checkpoi
         except Exception as error:  # whatever the object's own pickling raises
             unread.append(f"{key} (cannot be pickled: {type(error).__name__})")
         else:
-            found |= {tensor.key: tensor for tensor in section.tensors}
-            unread += section.unread
+            held = (t.named(key + t.key.removeprefix(_PLACE)) for t in section.tensors)
+            found |= {tensor.key: tensor for tensor in held}
+            unread += (key + entry.removeprefix(_PLACE) for entry in section.unread)
     if not found and not unread:
         return checkpoint
     return replace(checkpoint, tensors={**checkpoint.tensors, **found}, unread=tuple(unread))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from fractions import Fraction
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,8 +20,15 @@ from harness.comparison.comparison import Comparison, render
 from harness.comparison.measuring import BySketches
 from harness.comparison.policy import Policy
 from harness.errors import ModelError
+from harness.fingerprints.fingerprint import Fingerprint
 from harness.golden.golden import Golden
-from harness.model.activations import OutputPolicy, WhileRunning, first_divergence
+from harness.model.activations import (
+    OutputPolicy,
+    Selection,
+    WhileRunning,
+    compare_activations,
+    first_divergence,
+)
 from harness.model.options import LiveOptions
 from harness.model.outputs import outputs_of
 from tests.model.variants import Plain
@@ -137,6 +146,24 @@ class Puts(nn.Module):
         return self.make(x + self.by, x)
 
 
+class Named(dict[str, object]):
+    """A dict with attributes of its own."""
+
+    def __init__(self, items: dict[str, object], **attributes: object) -> None:
+        super().__init__(items)
+        vars(self).update(attributes)
+
+
+def quantized(x: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_tensor(x / x.abs().max(), float(x.abs().max()) / 64, 0, torch.qint8)
+
+
+def of_itself(x: torch.Tensor) -> list[object]:
+    found: list[object] = [x]
+    found.append(found)
+    return found
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -145,19 +172,54 @@ class Puts(nn.Module):
         lambda changed, same: {"a": {"b": same}, "a.b": changed},
         lambda changed, same: {0: changed, "0": same},
         lambda changed, same: {"[0]": same, 0: changed, "": same},
+        lambda changed, same: {Fraction(1, 2): same, "[1/2]": same, PurePath("1/2"): changed},
+        lambda changed, same: {(0, "a"): changed, None: same, True: same, b"[": same, 1.5: same},
+        lambda changed, same: {"\ud800": changed, "\n": same},
         lambda changed, same: float(changed.sum()),
         lambda changed, same: [same.numpy(), {"x": changed.numpy()}],
+        lambda changed, same: changed.numpy()[::-1].astype(">f4"),
+        lambda changed, same: Named({"x": same}, aux=changed),
+        lambda changed, same: deque([same, {"x": changed}.values()]),
+        lambda changed, same: [same, str(changed.sum()), None],
+        lambda changed, same: [same, {"b", "a", repr(changed.sum())}],
+        lambda changed, same: [same, Fraction(int(changed.sum()), 7)],
+        lambda changed, same: [same, [10**30 + int(changed.sum())]],
+        lambda changed, same: [same, [()] if changed.sum() > same.sum() else [{}]],
+        lambda changed, same: [same, np.array([str(changed.sum())])],
+        lambda changed, same: of_itself(changed),
+        lambda changed, same: quantized(changed),
+        lambda changed, same: changed.to_sparse_csr(),
+        lambda changed, same: changed.to_sparse_csc(),
+        lambda changed, same: torch.nested.as_nested_tensor([same, changed], layout=torch.jagged),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype|deprecated)")
 def test_no_change_of_what_a_model_puts_out_passes_unseen(
     make: Callable[[torch.Tensor, torch.Tensor], object],
 ) -> None:
-    recorded, same, changed = (outputs_of(Puts(make, by), INPUTS) for by in (0, 0, 100))
-    assert recorded.root == same.root != changed.root
-    assert recorded.tensors.keys() == changed.tensors.keys()
+    def run(by: float, seen: Fingerprint | None = None) -> Fingerprint:
+        measure = None if seen is None else WhileRunning(expected=seen, policy=OutputPolicy())
+        found = outputs_of(Puts(make, by), INPUTS, see=None if measure is None else measure.see)
+        if measure is not None:
+            compared = compare_activations(measure, found, Selection(activations="final"))
+            assert compared.ok == (by == 0)
+        return found
+
+    recorded = run(0)
+    assert recorded.tensors.keys() == run(0, recorded).tensors.keys()
+    assert recorded.root != run(100, recorded).root
+    assert not recorded.unread
 
 
-@pytest.mark.parametrize("make", [lambda *_: None, lambda *_: "text", lambda x, _: {x}])
+def test_what_of_an_output_cannot_be_compared_is_named() -> None:
+    found = outputs_of(Puts(lambda x, _: [x, {x}, (y for y in [x])]), INPUTS)
+    assert found.unread == (
+        "(model):out.1 (tensors of a set, in no order)",
+        "(model):out.2 (cannot be pickled: TypeError)",
+    )
+
+
+@pytest.mark.parametrize("make", [lambda *_: None, lambda x, _: {x}])
 def test_a_model_that_puts_out_nothing_to_compare_is_refused(
     make: Callable[[torch.Tensor, torch.Tensor], object],
 ) -> None:
