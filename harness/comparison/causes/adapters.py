@@ -27,12 +27,12 @@ from harness.comparison.cause import Cause
 from harness.comparison.causes.linear import (
     ROUNDINGS,
     UPPER,
+    Roundoff,
     Vector,
     are_comparable,
     ceiling,
     of_sketch,
     simple_numbers,
-    unit_roundoff,
     vector_of,
 )
 from harness.errors import CheckpointError
@@ -158,7 +158,7 @@ def sum_of(
     ours, theirs = vector_of(expected, block_nbytes), vector_of(actual, block_nbytes)
     if ours is None or theirs is None or not are_comparable(ours, theirs):
         return None
-    roundoff = max(unit_roundoff(expected.dtype), unit_roundoff(actual.dtype))
+    roundoff = Roundoff.of(expected.dtype, actual.dtype)
     if (up.shape[0], down.shape[1]) == expected.shape:
         factors = _floats(up), _floats(down)
     elif (down.shape[1], up.shape[0]) == expected.shape:
@@ -167,7 +167,7 @@ def sum_of(
         return None
     product = _product(*factors, ours, block_numel(expected.dtype, block_nbytes))
     squares = float(np.square(product.rows).sum())
-    if not squares or not math.isfinite(squares) or roundoff > 2.0**-8:
+    if not squares or not math.isfinite(squares) or roundoff.is_coarse:
         return None
     scale = float((product.rows * (theirs.rows - ours.rows)).sum()) / squares
     for s in ([own] if own is not None else []) + simple_numbers(scale):
@@ -205,17 +205,19 @@ def _runs(one: Array, other: Array, block: int) -> Iterator[Array]:
 
 
 def _bound(
-    ours: Vector, theirs: Vector, product: Vector, scale: float, roundoff: float
+    ours: Vector, theirs: Vector, product: Vector, scale: float, roundoff: Roundoff
 ) -> float | None:
     away = np.linalg.norm(theirs.rows - ours.rows - scale * product.rows, axis=1)
     size = theirs.norms + ours.norms + abs(scale) * product.norms
     if ours.is_exact:
         # The product was summed up in the type of the factors, and rounded at each step.
         steps = 4 * size + 16 * abs(scale) * float(product.norms.max())
-        holds = bool(np.all(away <= roundoff * steps))
+        holds = bool(np.all(away <= roundoff.relative * steps + 3 * roundoff.absolute))
     else:
         away = away * UPPER
-        holds = bool(np.all(away <= ROUNDINGS * roundoff * size))
+        numel = min(ours.block, ours.numel)
+        allowed = ROUNDINGS * (roundoff.relative * size + roundoff.absolute * math.sqrt(numel))
+        holds = bool(np.all(away <= allowed))
     total = float(np.linalg.norm(theirs.norms))
     effect = abs(scale) * float(np.linalg.norm(product.rows))
     if not holds or not total or effect <= 4 * float(np.linalg.norm(away)):

@@ -33,10 +33,27 @@ UPPER = 2.0358
 ROUNDINGS = 12.0
 
 
-def unit_roundoff(dtype: DType) -> float:
-    """The greatest relative error of rounding to a dtype."""
-    bits = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
-    return 2.0 ** -bits.get(dtype.name, 0)
+@dataclass(frozen=True)
+class Roundoff:
+    """The greatest errors of rounding to a dtype: relative, and absolute near zero."""
+
+    relative: float
+    absolute: float
+
+    @classmethod
+    def of(cls, *dtypes: DType) -> Roundoff:
+        """That of the dtype with the greatest."""
+        bits = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
+        least = {"float64": 0.0, "float16": 2.0**-25}
+        return cls(
+            max(2.0 ** -bits.get(dtype.name, 0) for dtype in dtypes),
+            max(least.get(dtype.name, 2.0**-134) for dtype in dtypes),
+        )
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether so much fits within it that nothing is proved."""
+        return self.relative > 2.0**-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +156,15 @@ def linear(
     if is_constant(expected.stats) or is_constant(actual.stats):
         return None
     ours, theirs = vector_of(expected, block_nbytes), vector_of(actual, block_nbytes)
-    roundoff = max(unit_roundoff(expected.dtype), unit_roundoff(actual.dtype))
-    if ours is None or theirs is None or not are_comparable(ours, theirs) or roundoff > 2.0**-8:
+    roundoff = Roundoff.of(expected.dtype, actual.dtype)
+    if ours is None or theirs is None or not are_comparable(ours, theirs) or roundoff.is_coarse:
         return None
-    if (expected.numel - 1) * -math.log2(roundoff) < _MIN_BITS:
+    if (expected.numel - 1) * -math.log2(roundoff.relative) < _MIN_BITS:
         return None
     for factor, offset in _fits(ours, theirs):
         # The best fit tells whether any number is near enough.
-        if _holds(ours, theirs, factor, offset, 4 * roundoff) is None:
+        coarse = Roundoff(4 * roundoff.relative, 4 * roundoff.absolute)
+        if _holds(ours, theirs, factor, offset, coarse) is None:
             continue
         for one, other in _simple(factor, offset):
             bound = _holds(ours, theirs, one, other, roundoff)
@@ -193,7 +211,7 @@ def simple_numbers(number: float) -> list[float]:
 
 
 def _holds(
-    ours: Vector, theirs: Vector, factor: float, offset: float, roundoff: float
+    ours: Vector, theirs: Vector, factor: float, offset: float, roundoff: Roundoff
 ) -> float | None:
     """The relative bound within which actual = factor · expected + offset, None where beyond."""
     terms = [(factor, ours)]
@@ -209,7 +227,9 @@ def _holds(
 
 
 @np.errstate(all="ignore")
-def is_sum(theirs: Vector, terms: Sequence[tuple[float, Vector]], roundoff: float) -> float | None:
+def is_sum(
+    theirs: Vector, terms: Sequence[tuple[float, Vector]], roundoff: Roundoff
+) -> float | None:
     """The relative bound within which a tensor is the sum of factors times others; None: beyond."""
     rest = theirs.rows - sum(factor * vector.rows for factor, vector in terms)
     size = theirs.norms + sum(abs(factor) * vector.norms for factor, vector in terms)
@@ -219,7 +239,8 @@ def is_sum(theirs: Vector, terms: Sequence[tuple[float, Vector]], roundoff: floa
         steps = [abs(factor) * vector.norms for factor, vector in terms]
         inexact = sum(s for s, (factor, _) in zip(steps, terms, strict=True) if abs(factor) != 1)
         several = (len(terms) > 1) * inexact + max(0, len(terms) - 2) * sum(steps)
-        allowed = roundoff * (1.5 * theirs.norms + several) + 2.0**-23 * sum(steps) + 1e-45
+        allowed = roundoff.relative * (1.5 * theirs.norms + several) + 2.0**-23 * sum(steps)
+        allowed += (1 + len(terms)) * roundoff.absolute
         holds = bool(np.all(away <= allowed))
     else:
         numels = np.full(len(away), float(theirs.block))
@@ -227,7 +248,8 @@ def is_sum(theirs: Vector, terms: Sequence[tuple[float, Vector]], roundoff: floa
         # Products of the sketch were rounded, too: some 1e-9 of the norms at the most.
         noise = numels * 2.0**-53 * size * np.sqrt(numels * NUM_PROJECTIONS * 2)
         away = (away + noise) * UPPER
-        holds = bool(np.all(away <= ROUNDINGS * roundoff * size + 2 * UPPER * noise))
+        allowed = ROUNDINGS * (roundoff.relative * size + roundoff.absolute * np.sqrt(numels))
+        holds = bool(np.all(away <= allowed + 2 * UPPER * noise))
     total = float(np.linalg.norm(theirs.norms))
     return float(np.linalg.norm(away)) / total if holds and total else None
 

@@ -26,7 +26,7 @@ from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.hashes import unordered_sums
 from harness.fingerprints.residues import Grid, encode
 
-_MAX_NAMED = 4
+_MAX_NAMED, _MAX_RUNS = 4, 8
 _SAMPLED_ROWS = 16
 _MAX_SORTED_NBYTES = 64 << 20
 _READ_NBYTES, _READ_NUMEL = 4 << 20, 1 << 19
@@ -235,8 +235,10 @@ def _changed_alone(
 ) -> Cause | None:
     """Some rows that differ, where most do not."""
     name = ("row", "column")[axis]
-    if len(changed) > count // 4 or count < 4 or (not len(changed) and not added):
+    if count < 4 or len(changed) > 3 * count // 4 or (not len(changed) and not added):
         return None
+    if len(changed) > count // 4 and len(_runs(changed.tolist())) > _MAX_RUNS:
+        return None  # here and there some agree
     more = f", {added:,} added" if added else ""
     if not len(changed):
         text = f"{name}s 0 to {count - 1} are the golden's{more}"
@@ -258,12 +260,26 @@ def _changed_alone(
 
 
 def _named(places: Sequence[int], name: str) -> str:
-    shown = ", ".join(map(str, places[:_MAX_NAMED]))
-    more = f" and {len(places) - _MAX_NAMED:,} more" if len(places) > _MAX_NAMED else ""
-    return f"{name}{'s' if len(places) > 1 else ''} {shown}{more}"
+    """Indices in words, neighbours as a range."""
+    runs = _runs(places)
+    said = [f"{a} to {b - 1}" if b - a > 2 else ", ".join(map(str, range(a, b))) for a, b in runs]
+    rest = sum(b - a for a, b in runs[_MAX_NAMED:])
+    more = f" and {rest:,} more" if rest else ""
+    return f"{name}{'s' if len(places) > 1 else ''} {', '.join(said[:_MAX_NAMED])}{more}"
 
 
-def _ranges(changed: Sequence[int], count: int) -> tuple[tuple[int, int], ...]:
+def _runs(places: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending indices as half-open ranges."""
+    found: list[tuple[int, int]] = []
+    for place in places:
+        if found and found[-1][1] == place:
+            found[-1] = found[-1][0], place + 1
+        else:
+            found.append((place, place + 1))
+    return found
+
+
+def _ranges(changed: Iterable[int], count: int) -> tuple[tuple[int, int], ...]:
     """The half-open ranges between changed places."""
     ends = [-1, *changed, count]
     return tuple((one + 1, other) for one, other in pairwise(ends) if one + 1 < other)
@@ -293,12 +309,14 @@ def _of_sketch(
             if begins_as(as_floats(data, expected.dtype), sketch, block, place):
                 continue
         rows |= dict.fromkeys(range(first // width, (last - 1) // width + 1))
-        if len(rows) > count // 4:
+        if len(rows) > 3 * count // 4:
             return None
     changed = sorted(rows)
+    if len(changed) > count // 4 and len(_runs(changed)) > _MAX_RUNS:
+        return None
     if not changed or (len(changed) == 1 and not more):
         return _changed_alone(np.array(changed, int), count, 0, added=more, proof="sketch")
-    spans = ", ".join(f"{a} to {b - 1}" for a, b in _ranges(_complement(changed, count), count))
+    spans = _named(changed, "row").partition(" ")[2]
     added = f", {more:,} added" if more else ""
     return Cause(
         kind="rows",
@@ -309,10 +327,6 @@ def _of_sketch(
         rows=_ranges(changed, count),
         num_added=more or None,
     )
-
-
-def _complement(places: Sequence[int], count: int) -> list[int]:
-    return sorted(set(range(count)) - set(places))
 
 
 def reordered(

@@ -17,12 +17,12 @@ from harness.checkpoint.dtypes import Array
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence, detailed, is_constant
 from harness.comparison.causes.linear import (
+    Roundoff,
     Vector,
     are_comparable,
     ceiling,
     is_sum,
     simple_numbers,
-    unit_roundoff,
     vector_of,
 )
 from harness.comparison.causes.regrouped import NUMBER, names
@@ -60,17 +60,17 @@ class Sums:
         if theirs is None or actual.numel < _MIN_NUMEL or is_constant(actual.stats):
             return None
         basis = self._basis(key, actual, theirs)
-        roundoff = unit_roundoff(actual.dtype)
-        if basis is None or roundoff > 2.0**-8:
+        roundoff = Roundoff.of(actual.dtype)
+        if basis is None or roundoff.is_coarse:
             return None
         wanted = theirs.rows.ravel()[: len(basis.columns)]
         factors = np.linalg.solve(basis.gram, basis.columns.T @ wanted)
         size = float(np.linalg.norm(wanted))
         away = float(np.linalg.norm(wanted - basis.columns @ factors))
-        if not size or not away <= 16 * roundoff * size:
+        if not size or not away <= 16 * roundoff.relative * size:
             return None
         sizes = np.sqrt(np.diag(basis.gram))
-        counted = np.abs(factors) * sizes > max(1e-3, 16 * roundoff) * size
+        counted = np.abs(factors) * sizes > max(1e-3, 16 * roundoff.relative) * size
         terms = np.flatnonzero(counted).tolist()
         if not 2 <= len(terms) <= _MAX_TERMS:
             return None

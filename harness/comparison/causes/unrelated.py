@@ -28,9 +28,10 @@ from harness.fingerprints.sketch import NUM_PROJECTIONS
 from harness.fingerprints.stats import Stats
 
 _MIN_NUMEL = 16
-# What is printed as ± is two standard errors. Three are how far chance goes; four and a half how
-# far one tensor of a group may be off. What may be correlated by 0.8 is not unrelated.
-_SHOWN, _CHANCE, _ALONE = 2.0, 3.0, 4.5
+# What is printed as ± is two standard errors. Four are how far chance takes a group, of which a
+# model has some; four and a half how far it takes one tensor. What may be correlated by 0.8, three
+# errors on, is not unrelated.
+_SHOWN, _MARGIN, _CHANCE, _ALONE = 2.0, 3.0, 4.0, 4.5
 _RELATED = math.atanh(0.8)
 # Of a sketch: the greatest square of an element, in mean squares, and as a share of all.
 _MAX_PEAK, _MAX_SHARE = 64.0, 0.5
@@ -135,7 +136,7 @@ def unrelated(found: Sequence[Correlation]) -> Cause | None:
     value = sum(one.value * one.weight for one in found) / weight
     error = 1 / math.sqrt(weight)
     distance = _distance(value)
-    if distance > _CHANCE * error or distance + _CHANCE * error > _RELATED:
+    if distance > _CHANCE * error or distance + _MARGIN * error > _RELATED:
         return None
     said = f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
     text = (

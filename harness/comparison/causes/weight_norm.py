@@ -17,7 +17,7 @@ from harness.checkpoint.dtypes import Array
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence
-from harness.comparison.causes.linear import unit_roundoff, vector_of
+from harness.comparison.causes.linear import Roundoff, vector_of
 from harness.comparison.causes.views import View
 from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
@@ -131,7 +131,7 @@ def _is_plain(
         return None
     weight = g.array() * direction / norms
     size = float(np.linalg.norm(weight))
-    allowed = _ROUNDINGS * unit_roundoff(whole.dtype)
+    allowed = _ROUNDINGS * Roundoff.of(whole.dtype).relative
     if plain is not None:
         away = float(np.linalg.norm(plain.array() - weight))
     else:

@@ -17,7 +17,7 @@ from harness.errors import UsageError
 
 State = dict[str, torch.Tensor]
 Change = Callable[[State], State]
-FORMS = [(torch.float32, 96), (torch.float32, 16), (torch.bfloat16, 96)]
+FORMS = [(torch.float32, 96), (torch.float16, 16), (torch.bfloat16, 96)]
 
 
 def state(dtype: torch.dtype, width: int = 96) -> State:
@@ -128,9 +128,16 @@ ROWS: list[tuple[str, Change, str, str]] = [
     ("layers.0.q.weight", stack, "stacked", "q = layers.{0,1}.q.weight, stacked"),
     (Q, at(Q, interleave), "rows", "RoPE half-split, now interleaved (4 heads"),
     (EMBED, at(EMBED, lambda t: torch.cat([t, t[:8]])), "rows", "8 added"),
+    (
+        EMBED,
+        at(EMBED, lambda t: torch.cat([shuffled(t)[: len(t) // 2], t[len(t) // 2 :]])),
+        "rows",
+        "rows 0 to ",
+    ),
     (Q, at(Q, torch.zeros_like), "constant", "all zero"),
     (Q, at(Q, torch.ones_like), "constant", "all 1"),
     (Q, at(Q, lambda t: t * 0.5), "scaled", "0.5 × the golden"),
+    (Q, at(Q, lambda t: t * 0.3), "scaled", "0.3 × the golden"),
     (Q, at(Q, lambda t: -t), "scaled", "−the golden"),
     (NORM, at(NORM, lambda t: t - 1), "shifted", "the golden − 1"),
     (EMBED, reset, "unrelated", "unrelated values (correlation "),
