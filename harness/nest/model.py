@@ -300,7 +300,7 @@ class EncDecDenoiseMaskedTokenPredModel(pl.LightningModule):
         return features
 
     def golden_inputs(self) -> dict[str, Any]:
-        """Make fixed keyword arguments for `forward`: two synthetic items of about 2 s.
+        """Make fixed keyword arguments for `forward`: two synthetic items of about 1.6 s.
 
         Whole numbers scaled by a power of two, so the same bits on every machine, and never silent:
         silence would be normalised to rounding noise. Of the clean signal no token is of padding
@@ -310,7 +310,7 @@ class EncDecDenoiseMaskedTokenPredModel(pl.LightningModule):
         config = self.config.preprocessor
         rate, hop, padded_to = config.sample_rate, config.hop_length, max(1, int(config.pad_to))
         # The spectrogram has one frame more, which is not valid: so many fill it to the end.
-        numel = (-(-2 * rate // (hop * padded_to)) * padded_to - 1) * hop
+        numel = (-(-8 * rate // (5 * hop * padded_to)) * padded_to - 1) * hop
         num_samples = torch.tensor([numel, numel])
         num_noisy = torch.tensor([numel, numel * 5 // 8])
         draw = np.random.RandomState(0)

@@ -62,7 +62,7 @@ def test_a_checkpoint_s_model_is_asked_and_a_file_is_not_replaced_unasked(
 ) -> None:
     file = tmp_path / "inputs.safetensors"
     shapes = api.write_inputs(data / "nest_tiny.nemo", file)
-    assert shapes["noisy_input_signal"] == (2, 33120)
+    assert shapes["noisy_input_signal"] == (2, 25440)
     before = file.read_bytes()
     with pytest.raises(UsageError, match="is there already"):
         api.write_inputs(f"{HERE}:Scaled", file)
