@@ -31,7 +31,7 @@ from harness.model.inputs import inputs_of
 from harness.model.lightning import quiet
 from harness.model.loading import Loader
 from harness.model.options import LiveOptions, remembered
-from harness.model.outputs import flatten, outputs_of
+from harness.model.outputs import outputs_of
 from tests.conftest import Run
 from tests.model import variants
 
@@ -642,27 +642,6 @@ def test_scripted_modules_are_run_but_not_looked_into() -> None:
     around = torch.nn.Sequential(scripted, torch.nn.ReLU())
     found = outputs_of(around, ((x,), {})).tensors
     assert list(found) == ["(model):in.input", "1:in.input", "1:out", "(model):out"]
-
-
-@pytest.mark.filterwarnings("ignore:.*(beta|prototype|deprecated)")
-def test_tensors_of_other_layouts_are_recorded_by_their_parts() -> None:
-    x = torch.eye(2)
-    made = {
-        "coo": x.to_sparse(),
-        "csr": x.to_sparse_csr(),
-        "nested": torch.nested.nested_tensor([x[0], x[1, :1]]),
-        "quantized": torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
-    }
-    assert [f"{key} {list(part.shape)} {part.dtype}" for key, part in flatten("out", made)] == [
-        "out.coo.indices [2, 2] torch.int64",
-        "out.coo.values [2] torch.float32",
-        "out.csr.rows [3] torch.int64",
-        "out.csr.columns [2] torch.int64",
-        "out.csr.values [2] torch.float32",
-        "out.nested.0 [2] torch.float32",
-        "out.nested.1 [1] torch.float32",
-        "out.quantized [2, 2] torch.uint8",
-    ]
 
 
 class Twice(torch.nn.Module):
