@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["pytester"]
 
+# One process a core: more threads than that wait for one another in a loop, which costs more than
+# the arithmetic. Said before numpy and torch are imported, and to the processes that tests start.
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ[f"{library}_NUM_THREADS"] = "1"
+
 REPOSITORY = Path(__file__).parent.parent
 
 
