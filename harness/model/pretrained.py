@@ -61,14 +61,20 @@ def load_pretrained(make: Any, folder: Path, *, base: Path | None = None) -> Any
                 )
             return make.from_pretrained(_model_in(base), str(folder), local_files_only=True)
         options = {"local_files_only": True, "trust_remote_code": False}
-        if make.__module__.startswith("diffusers."):  # which keeps what it does not know
+        if _is_of(make, "diffusers"):  # which keeps what it does not know
             del options["trust_remote_code"]
         return make.from_pretrained(str(folder), **options)
 
 
-def _takes_a_model(make: Any) -> bool:
-    names = list(inspect.signature(make.from_pretrained).parameters)
-    return names[:1] == ["model"]
+def _is_of(make: type, library: str) -> bool:
+    return any(base.__module__.partition(".")[0] == library for base in make.__mro__)
+
+
+def _takes_a_model(make: type) -> bool:
+    """Whether a class puts an adapter onto a model; one of the user's may hide it by `*args`."""
+    loads = (vars(base).get("from_pretrained") for base in make.__mro__)
+    functions = (getattr(load, "__func__", load) for load in loads if load is not None)
+    return any([*inspect.signature(one).parameters][1:2] == ["model"] for one in functions)
 
 
 def _model_in(folder: Path) -> nn.Module:

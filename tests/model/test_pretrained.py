@@ -180,6 +180,17 @@ def test_an_adapter_is_put_onto_the_base_that_is_named(
     other.save_pretrained("base")
     run = harness("verify")
     assert (run.code, "outputs" in run.out, "diverges" in run.out) == (1, True, True)
+    other.save_pretrained("other")
+    run = harness("roundtrip", "adapter", "--model", f"{HERE}:AdaptedByAny", "--base", "other")
+    assert run.code == 0, run
+
+
+class AdaptedByAny(Adapted):
+    """Passes on whatever it is given, as a class of the user's may."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Self:
+        return super().from_pretrained(*args, **options)
 
 
 class Bare(nn.Module):
