@@ -163,8 +163,9 @@ def live_record(
     from harness.model.stages import record_live
 
     place = to_local(golden.path, KEPT)
-    options = live or remembered(golden)
-    return record_live(to_local(path, LOADED), checkpoint, options, stage, place, weights)
+    options, before = live or remembered(golden), golden.live
+    path = to_local(path, LOADED)
+    return record_live(path, checkpoint, options, stage, place, weights, before=before)
 
 
 # What the arguments of verbs are; paths are told by `to_path`.

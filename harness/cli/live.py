@@ -58,7 +58,6 @@ _CODE = [
     ),
 ]
 _RUN = [click.option("--keep", is_flag=True, help="Keep the saved file beside the checkpoint.")]
-_OF_OUTPUTS = "of outputs (default: as recorded, else 1e-4)."
 _LIVE = [
     *_CODE[:-2],
     click.option(
@@ -68,13 +67,15 @@ _LIVE = [
         help="safetensors of forward's keyword arguments.",
     ),
     *_CODE[-2:],
-    click.option("--output-atol", type=float, help=f"As --atol, {_OF_OUTPUTS}"),
-    click.option("--output-rtol", type=float, help=f"As --rtol, {_OF_OUTPUTS}"),
+    click.option(
+        "--output-rel",
+        type=float,
+        help="Allowed of outputs: a share of each one's own rms (default: as recorded, or 1e-4),",
+    ),
+    click.option("--output-atol", type=float, help="or so much of all, as --atol,"),
+    click.option("--output-rtol", type=float, help="and as --rtol (as recorded, or 1e-4)."),
 ]
 _RUN += [
-    click.option(
-        "--output-rel", type=float, help="In their place, a share of each activation's own rms."
-    ),
     click.option(
         "--output-tolerance",
         "output_tolerances",

@@ -51,6 +51,11 @@ class TensorFingerprint:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    @property
+    def rms(self) -> float:
+        """The root of its mean square; 0 where that is not known."""
+        return 0.0 if self.stats is None else self.stats.rms(self.numel)
+
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with logical bytes from `start`, if the values are kept."""
         if self.values is None:
@@ -81,7 +86,7 @@ class Fingerprint:
     not, with how many tensors they hold: see `harness.checkpoint.tensors.Checkpoint`.
 
     `tolerance` (atol, rtol) is what residues were kept for, and what a comparison with this allows
-    by default.
+    by default; to atol comes `rel`, as a share of each tensor's own rms.
     """
 
     name: str
@@ -93,6 +98,7 @@ class Fingerprint:
     keeps_aliases: bool = True
     block_nbytes: int = DEFAULT_BLOCK_NBYTES
     tolerance: tuple[float, float] = DEFAULT_TOLERANCE
+    rel: float = 0.0
     config: Mapping[str, Any] | None = None
     members: Mapping[str, str] = field(default_factory=dict)
 
@@ -101,6 +107,11 @@ class Fingerprint:
         """Whether there are residues beside sketches, or would be."""
         sketched = [t for t in self.tensors.values() if t.sketch is not None]
         return not sketched or any(tensor.residues is not None for tensor in sketched)
+
+    def tolerance_of(self, tensor: TensorFingerprint) -> tuple[float, float]:
+        """(atol, rtol) of one tensor: what its residues are kept for."""
+        atol, rtol = self.tolerance
+        return atol + self.rel * tensor.rms, rtol
 
     def __repr__(self) -> str:
         has_root = all(tensor.digest is not None for tensor in self.tensors.values())

@@ -177,6 +177,33 @@ def statistics(
     return [stats_of([m for part in parts for m in part.moments]) for parts in scanned]
 
 
+def with_residues(
+    found: Fingerprint, checkpoint: Checkpoint, tolerance: tuple[float, float], rel: float
+) -> Fingerprint:
+    """Add residues for a tolerance (atol, rtol) that grows by `rel` of each tensor's own rms.
+
+    Beside sketches, as `fingerprint` does; each of these tensors is read again.
+    """
+    found = replace(found, tolerance=tolerance, rel=rel)
+    tensors = {}
+    for key, one in found.tensors.items():
+        grid = None if one.sketch is None else Grid.of(one.dtype, *found.tolerance_of(one))
+        if grid is not None:
+            one = replace(one, residues=_residues(checkpoint.tensors[key], grid))
+        tensors[key] = one
+    return replace(found, tensors=tensors)
+
+
+def _residues(tensor: Tensor, grid: Grid) -> Residues | None:
+    found = []
+    for chunk in chunks(tensor.nbytes):
+        data = buffers.get("chunk", chunk.nbytes)
+        tensor.read_into(chunk.start, data.data)
+        parts = _parts(data, tensor.dtype, None)
+        found += [encode(as_floats(part, tensor.dtype), grid) for part in parts]
+    return Residues.joined(found)
+
+
 @dataclass(frozen=True, slots=True)
 class _ChunkPrint:
     digest: bytes

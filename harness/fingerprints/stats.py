@@ -44,6 +44,10 @@ class Stats:
         """The greatest magnitude among the finite elements."""
         return max(abs(self.min), abs(self.max))
 
+    def rms(self, numel: int) -> float:
+        """The root of the mean square of `numel` elements; 0 of none."""
+        return min(self.l2 / math.sqrt(numel), self.absmax) if numel else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:

@@ -39,6 +39,7 @@ class Form(NamedTuple):
     dtype: DType
     shape: tuple[int, ...]
     part: Part
+    stats: Stats | None = None
 
     @property
     def numel(self) -> int:
@@ -79,7 +80,12 @@ class Field:
 
 
 def _residues(form: Form, packed: NDArray[np.uint8], digests: NDArray[np.uint8]) -> Residues:
-    grid = Grid.of(form.dtype, *form.part.tolerance)
+    atol, rtol = form.part.tolerance
+    if form.part.rel:
+        if form.stats is None:
+            raise ValueError("residues of a tensor without statistics")
+        atol += form.part.rel * form.stats.rms(form.numel)
+    grid = Grid.of(form.dtype, atol, rtol)
     if grid is None:
         raise ValueError(f"residues of {form.dtype}, of which there can be none")
     return Residues(grid=grid, packed=packed, digests=digests)
@@ -271,13 +277,12 @@ class _Reader:
         return known
 
     def _original(self, row: Row, form: Form) -> TensorFingerprint:
-        kept = {
-            field.name: field.from_rows(
-                form, *(self._take(column, row, form) for column in field.columns)
-            )
-            for field in FIELDS
-            if field.name in row.keeps
-        }
+        kept: dict[str, Any] = {}
+        for field in FIELDS:
+            if field.name in row.keeps:
+                taken = (self._take(column, row, form) for column in field.columns)
+                kept[field.name] = field.from_rows(form, *taken)
+                form = form._replace(stats=kept.get("stats"))
         if len(kept) != len(row.keeps) or "digest" not in kept:
             raise ValueError(f"{row.key!r} keeps {', '.join(row.keeps) or 'nothing'}")
         tensor = TensorFingerprint(key=row.key, dtype=form.dtype, shape=form.shape, **kept)

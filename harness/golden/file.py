@@ -223,6 +223,7 @@ def _header(golden: Golden) -> Header:
                 keeps_aliases=part.keeps_aliases,
                 block_nbytes=part.block_nbytes,
                 tolerance=(float(part.tolerance[0]), float(part.tolerance[1])),
+                rel=float(part.rel),
             )
             for name, part in golden.parts.items()
         },
@@ -374,6 +375,7 @@ def _parse(path: AnyPath, columns: dict[str, NDArray[Any]], text: str) -> Golden
                 tensors=tensors[name],
                 block_nbytes=part.block_nbytes,
                 tolerance=part.tolerance,
+                rel=part.rel,
                 config=contents.config if name == "weights" else None,
                 members=contents.members if name == "weights" else {},
             )

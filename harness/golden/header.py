@@ -44,16 +44,20 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     section: str | None
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Part(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """How one fingerprint was made: that of the `weights`, `buffers` or `outputs`.
 
-    `tolerance` is the (atol, rtol) of its residues.
+    `tolerance` is the (atol, rtol) of its residues; `rel` is added to atol, as a share of each
+    tensor's own rms.
     """
 
     container: str
     keeps_aliases: bool
     block_nbytes: Annotated[int, msgspec.Meta(gt=0, le=CHUNK_NBYTES)]
     tolerance: tuple[_Tolerance, _Tolerance]
+    rel: _Tolerance = 0.0
 
 
 class Live(

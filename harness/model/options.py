@@ -6,8 +6,7 @@ a loader, the tolerances of outputs. Refused: targets, files and globs that are 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.checkpoint import open_checkpoint
@@ -19,7 +18,7 @@ from harness.golden.golden import Golden
 from harness.model.activations import Activations, OutputPolicy, Selection
 from harness.model.config import load_config
 from harness.model.loading import Loader
-from harness.model.outputs import OUTPUT_TOLERANCE
+from harness.model.outputs import OutputTolerance
 from harness.model.targets import resolve
 
 
@@ -30,10 +29,10 @@ class LiveOptions:
     `target` is `package.module:Name`, None for what the registry has; `config` is a YAML
     that replaces the model's configuration; `inputs` is a safetensors file of keyword arguments;
     `base` is the folder of the model that an adapter is for; `keep` leaves the saved checkpoint
-    beside the original as `NAME.test.*`; `trust` lets Lightning unpickle. `output_atol` and
-    `output_rtol` are the tolerance of outputs, None that of the golden, or 1e-4; `output_rel`
-    replaces them by a share of each activation's own rms, `output_tolerances` (GLOB, ATOL, RTOL)
-    those of some. `activations` and `only`: see `harness.model.activations.Selection`.
+    beside the original as `NAME.test.*`; `trust` lets Lightning unpickle. `output_rel`
+    (a share of each activation's own rms, which is added to `output_atol`) and `output_rtol` are
+    the tolerance of outputs, None that of the golden, or 1e-4; `output_tolerances` (GLOB, ATOL,
+    RTOL) that of some. `activations` and `only`: see `harness.model.activations.Selection`.
     """
 
     target: str | None = None
@@ -62,23 +61,26 @@ class LiveOptions:
             if file is not None:
                 open_checkpoint(file).close()
 
-    def output_tolerance(self, recorded: Fingerprint | None = None) -> tuple[float, float]:
-        """(atol, rtol) of outputs: as asked for, else as recorded."""
-        atol, rtol = OUTPUT_TOLERANCE if recorded is None else recorded.tolerance
-        return (
-            atol if self.output_atol is None else self.output_atol,
-            rtol if self.output_rtol is None else self.output_rtol,
-        )
+    def output_tolerance(self, recorded: Fingerprint | None = None) -> OutputTolerance:
+        """As asked for, else as recorded; whoever asks for one of atol and rel has no other."""
+        found = OutputTolerance()
+        if recorded is not None:
+            atol, rtol = recorded.tolerance
+            found = OutputTolerance(atol=atol, rtol=rtol, rel=recorded.rel)
+        if self.output_rtol is not None:
+            found = replace(found, rtol=self.output_rtol)
+        if self.output_atol is None and self.output_rel is None:
+            return found
+        return replace(found, atol=self.output_atol or 0.0, rel=self.output_rel or 0.0)
 
     def output_policy(self, recorded: Fingerprint, policy: Policy) -> OutputPolicy:
-        """The tolerances of outputs, and of single activations where they differ in scale."""
-        atol, rtol = self.output_tolerance(recorded)
+        """The tolerances of outputs, and of single activations, which differ in scale."""
+        allowed = self.output_tolerance(recorded)
+        atol, rtol = allowed.atol, allowed.rtol
         by_key = {}
-        if self.output_rel is not None and not policy.exact:
+        if allowed.rel and not policy.exact:
             for key, tensor in recorded.tensors.items():
-                if tensor.stats is not None and tensor.numel:
-                    rms = tensor.stats.l2 / math.sqrt(tensor.numel)
-                    by_key[key] = Tolerance(atol=self.output_rel * rms, rtol=0.0)
+                by_key[key] = Tolerance(atol=atol + allowed.rel * tensor.rms, rtol=rtol)
         globs = () if policy.exact else self.output_tolerances
         for key in recorded.tensors if globs else ():
             for glob, its_atol, its_rtol in globs:
@@ -111,15 +113,12 @@ class LiveOptions:
 
 
 def remembered(golden: Golden) -> LiveOptions:
-    """The options under which a golden was recorded."""
+    """The options under which a golden was recorded, but for tolerances, which its outputs have."""
     if golden.live is None:
         return LiveOptions()
-    outputs = golden.live.outputs
     return LiveOptions(
         target=golden.live.target,
         config=golden.beside(golden.live.config),
         inputs=golden.beside(golden.live.inputs),
         base=golden.beside(golden.live.base),
-        output_atol=None if outputs is None else outputs.tolerance[0],
-        output_rtol=None if outputs is None else outputs.tolerance[1],
     )

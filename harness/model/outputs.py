@@ -9,11 +9,11 @@ deterministic algorithms; all of that is put back afterwards.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 from harness.checkpoint.tensors import Tensor
 from harness.errors import ModelError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
-from harness.fingerprints.scan import fingerprint
+from harness.fingerprints.scan import fingerprint, with_residues
 from harness.model.activations import ROOT, is_final, is_output
 from harness.model.inputs import SEED, Arguments, named_arguments
 from harness.model.loading import seeded
@@ -32,25 +32,38 @@ from harness.model.targets import user_code
 from harness.model.values import with_keyed_values
 from harness.streaming.workers import Workers
 
-OUTPUT_TOLERANCE = 1e-4, 1e-4  # atol, rtol
 _MAX_KEPT_NUMEL = 256
 _MAX_FINAL_NBYTES = 4 << 20  # of an output of the model itself
 # Called with the inputs, or the outputs, of one call, and with their values.
 See: TypeAlias = "Callable[[Mapping[str, TensorFingerprint], Mapping[str, Tensor]], None]"
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutputTolerance:
+    """How far outputs may move: atol + rel * rms + rtol * |y|, the rms that of each activation.
+
+    Activations differ in scale by orders of magnitude. Other kernels and instruction sets move
+    float32 by 1e-5 of an activation's rms at most; `atol` is for those that cancel out to nothing.
+    """
+
+    atol: float = 1e-8
+    rtol: float = 1e-4
+    rel: float = 1e-4
+
+
 def outputs_of(
     module: nn.Module,
     arguments: Arguments,
     *,
-    tolerance: tuple[float, float] = OUTPUT_TOLERANCE,
+    tolerance: OutputTolerance | None = None,
     see: See | None = None,
 ) -> Fingerprint:
     """Run the model once and fingerprint what every submodule got and gave.
 
-    `tolerance` (atol, rtol) is what residues are kept for. `see` is called with the inputs, or
-    the outputs, of each call and their values, which are gone afterwards.
+    `tolerance` is what residues are kept for. `see` is called with the inputs, or the outputs, of
+    each call and their values, which are gone afterwards.
     """
+    tolerance = tolerance or OutputTolerance()
     recorder = _Recorder(tolerance, see)
     positional, keyword = arguments
     with ExitStack() as stack:
@@ -88,16 +101,13 @@ def outputs_of(
         tensors=recorder.prints,
         unread=tuple(recorder.unread),
         keeps_aliases=False,
-        tolerance=tolerance,
+        tolerance=(tolerance.atol, tolerance.rtol),
+        rel=tolerance.rel,
     )
 
 
 class _Recorder:
-    def __init__(
-        self,
-        tolerance: tuple[float, float],
-        see: See | None,
-    ) -> None:
+    def __init__(self, tolerance: OutputTolerance, see: See | None) -> None:
         self._tolerance = tolerance
         self._see = see
         self.prints: dict[str, TensorFingerprint] = {}
@@ -138,11 +148,10 @@ class _Recorder:
         if tensors or rest:
             with with_keyed_values(keyed(tensors, "outputs"), rest) as live:
                 self.unread += live.unread
-                found = fingerprint(
-                    live,
-                    keep_values=_is_kept,
-                    residues=self._tolerance,  # outputs agree to rounding only
-                    workers=Workers(jobs=1),
+                made_of = fingerprint(live, keep_values=_is_kept, workers=Workers(jobs=1))
+                allowed = self._tolerance
+                found = with_residues(
+                    made_of, live, (allowed.atol, allowed.rtol), allowed.rel
                 ).tensors
                 if self._see is not None and found:
                     self._see(found, live.tensors)
@@ -151,10 +160,10 @@ class _Recorder:
                 first = self._first.setdefault(made.digest or b"", name)
                 if is_final(name) and first in self.prints and made.values is not None:
                     # Of the model's own outputs the values are kept, also where another's are not.
-                    self.prints[first] = dataclasses.replace(made, key=first)
+                    self.prints[first] = replace(made, key=first)
                 kept = self.prints.get(first, made)
                 alias_of = None if first == name else first
-                self.prints[name] = dataclasses.replace(kept, key=name, alias_of=alias_of)
+                self.prints[name] = replace(kept, key=name, alias_of=alias_of)
 
 
 def _is_kept(tensor: Tensor) -> bool:

@@ -65,20 +65,22 @@ def record_live(
     stage: str,
     golden: Path,
     weights: Fingerprint,
+    *,
+    before: LiveRecord | None,
 ) -> LiveRecord:
     """Load the checkpoint and record what the model makes of it, up to a stage.
 
     `golden` is the file that the record goes into: the files that it names are kept relative to it.
-    Of buffers as much is kept as of its `weights`.
+    Of buffers as much is kept as of its `weights`. The tolerance of outputs, where none is asked
+    for, is that of the record `before`.
     """
     loader = options.loader(checkpoint)
     module = loader.load(path, seed=_FIRST_SEED, section=checkpoint.section)
     buffers = transient_buffers(module)
     outputs = None
     if stage == "outputs":
-        outputs = outputs_of(
-            module, inputs_of(module, options.inputs), tolerance=options.output_tolerance()
-        )
+        tolerance = options.output_tolerance(None if before is None else before.outputs)
+        outputs = outputs_of(module, inputs_of(module, options.inputs), tolerance=tolerance)
     return LiveRecord(
         target=options.target,
         stages=STAGES[: STAGES.index(stage) + 1],

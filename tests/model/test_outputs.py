@@ -30,7 +30,7 @@ from harness.model.activations import (
     first_divergence,
 )
 from harness.model.options import LiveOptions
-from harness.model.outputs import outputs_of
+from harness.model.outputs import OutputTolerance, outputs_of
 from tests.model.variants import Plain
 
 
@@ -58,7 +58,8 @@ INPUTS = ((torch.randn(64, 64, generator=torch.Generator().manual_seed(0)),), {}
 
 
 def compared(size: float, atol: float = 1e-4, *, by_sketches: bool = False) -> Comparison:
-    recorded = outputs_of(bumped(0.0), INPUTS)
+    absolute = OutputTolerance(atol=1e-4, rel=0.0)
+    recorded = outputs_of(bumped(0.0), INPUTS, tolerance=absolute)
     policy = Policy(atol=atol, rtol=0.0 if by_sketches else 1e-4)
     measure = WhileRunning(expected=recorded, policy=OutputPolicy(atol=atol, rtol=1e-4))
     found = outputs_of(bumped(size), INPUTS, see=measure.see)
@@ -127,12 +128,86 @@ def test_the_recorded_tolerance_is_that_of_a_later_verify(golden: Golden) -> Non
 def test_an_update_keeps_the_recorded_tolerance(golden: Golden) -> None:
     assert golden.checkpoint is not None
     state = torch.load(golden.checkpoint)
-    torch.save({key: value + 1 for key, value in state.items()}, golden.checkpoint)
-    live = LiveOptions(target="tests.model.variants:Plain")
-    for updated in (api.update(None, golden.path), api.update(None, golden.path, live=live)):
+    for live in (None, LiveOptions(target="tests.model.variants:Plain")):
+        state = {key: value + 1 for key, value in state.items()}
+        torch.save(state, golden.checkpoint)
+        updated = api.update(None, golden.path, live=live)
         assert updated.live is not None
         assert updated.live.outputs is not None
         assert updated.live.outputs.tolerance == (1.0, 1e-4)
+
+
+class Small(nn.Module):
+    """Activations of any scale, one of which may be off by a share of itself."""
+
+    def __init__(self, scale: float = 1e-4, share: float = 0.0) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64, bias=False)
+        self.act = nn.Identity() if share == 0 else Shifted(share)
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.act(self.first(x) * self.scale)
+        return found
+
+    def golden_inputs(self) -> torch.Tensor:
+        return INPUTS[0][0]
+
+
+class Shifted(nn.Module):
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.share * x.square().mean().sqrt()
+
+
+def tiny() -> nn.Module:
+    return Small()
+
+
+def tiny_and_off() -> nn.Module:
+    return Small(share=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize(("share", "verdict"), [(1e-3, "different"), (2e-5, "close")])
+def test_what_an_activation_may_move_is_a_share_of_its_own_scale(
+    scale: float, share: float, verdict: str
+) -> None:
+    torch.manual_seed(0)
+    expected, actual = Small(scale), Small(scale, share)
+    actual.load_state_dict(expected.state_dict())
+    recorded = outputs_of(expected, INPUTS)
+    measure = WhileRunning(
+        expected=recorded, policy=LiveOptions().output_policy(recorded, Policy())
+    )
+    found = compare_activations(measure, outputs_of(actual, INPUTS, see=measure.see), Selection())
+    assert found.verdict == verdict
+    if verdict == "different":
+        assert found.divergence is not None
+        assert found.divergence.diverging_module == "act"
+
+
+def test_a_recorded_share_is_kept_and_is_that_of_a_later_verify(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.pt"
+    torch.save(tiny().state_dict(), path)
+
+    def verdict(rel: float | None, **options: float) -> str:
+        target = f"{__name__}:tiny"
+        live = LiveOptions(target=target, output_rel=rel)
+        golden = api.record(
+            path, tmp_path / "golden.safetensors", stage="outputs", live=live, overwrite=True
+        )
+        live = LiveOptions(target=f"{__name__}:tiny_and_off", **options)
+        return [*api.verify_stages(None, golden.path, live=live)][-1].verdict
+
+    assert verdict(None) == "different"
+    assert verdict(1e-2) == "close"
+    assert verdict(1e-2, output_atol=0.0) == "different"
+    assert verdict(1e-2, output_rel=1e-6) == "different"
+    assert verdict(1e-2, output_rtol=0.0) == "close"
 
 
 class Puts(nn.Module):
