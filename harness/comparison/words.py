@@ -328,11 +328,11 @@ def _size(difference: Difference) -> str:
     """The greatest difference: a number, one that is about so much, or an interval."""
     from harness.comparison.difference import round_outward
 
-    low, high = difference.max_abs
-    if difference.about is None:
+    (low, high), about = difference.max_abs, difference.about
+    error = 0.0 if about is None else max(high - about, about - low)
+    if about is None or (low > 0.0 and error > about):  # an interval says more
         return _interval(round_outward((low, high)))
-    more, less = high - difference.about, difference.about - low
-    return f"{difference.about:.1e} ± {round_outward((0.0, max(more, less)))[1]:.0e}"
+    return f"{about:.1e} ± {round_outward((0.0, error))[1]:.1e}"
 
 
 def _interval(ends: tuple[float, float]) -> str:

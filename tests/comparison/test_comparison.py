@@ -15,7 +15,9 @@ from safetensors.numpy import save_file
 
 from harness import api
 from harness.comparison.comparison import headline, render
+from harness.comparison.difference import Difference
 from harness.comparison.findings import Finding
+from harness.comparison.policy import Tolerance
 from harness.text.fitting import PLAIN, Style, cells
 from tests.conftest import Harness, on_terminal
 from tests.report.samples import HOSTILE, comparison, diverged, missing
@@ -213,3 +215,29 @@ def test_new_names_in_another_order_are_listed_one_by_one() -> None:
         "    layers.2.weight",
         "      is now blocks.0.weight",
     ]
+
+
+@pytest.mark.parametrize(
+    ("ends", "about", "said"),
+    [
+        ((0.0, 1.0), 0.25, "2.5e-01 ± 7.5e-01"),
+        ((0.5, 1.0), 0.75, "7.5e-01 ± 2.5e-01"),
+        ((0.5, 4.0), 0.75, "5.0e-01 to 4.0e+00"),
+    ],
+)
+def test_a_size_whose_error_is_greater_than_itself_is_an_interval(
+    ends: tuple[float, float], about: float, said: str
+) -> None:
+    difference = Difference(
+        verdict="undecided",
+        why="its greatest difference is near the tolerance",
+        is_exact=False,
+        tolerance=Tolerance(),
+        numel=4,
+        max_abs=ends,
+        min_atol=ends,
+        rms=0.01,
+        about=about,
+    )
+    finding = Finding(kind="undecided", key="a", expected="float32 [4]", difference=difference)
+    assert f"max |actual - expected| {said}, rms" in render(comparison(finding), PLAIN)
