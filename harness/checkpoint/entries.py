@@ -12,15 +12,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+from blake3 import blake3
+
+from harness.checkpoint.dtypes import decode
 from harness.checkpoint.formats.torchfile import TorchFile, is_module
 from harness.checkpoint.keys import Component, format_key
 from harness.checkpoint.limits import MAX_TENSORS
 from harness.checkpoint.sources.source import too_many
 from harness.checkpoint.tensors import Tensor
 from harness.checkpoint.unpickling.dtensors import LocalPart, local_part
-from harness.checkpoint.unpickling.inert import Global, OpaqueKey, Record
+from harness.checkpoint.unpickling.inert import Global, OpaqueKey, Record, Table
 from harness.checkpoint.unpickling.numpy_arrays import array_of
-from harness.checkpoint.unpickling.rebuild import Composite, is_unknown_tensor, value_tensor
+from harness.checkpoint.unpickling.rebuild import (
+    Composite,
+    StorageRef,
+    is_unknown_tensor,
+    value_tensor,
+)
 from harness.checkpoint.unpickling.values import ValueText
 from harness.errors import CheckpointError
 
@@ -31,6 +40,7 @@ _MAX_DEPTH = 128
 _MAX_STEPS = 2_000_000
 _MAX_NAMED = 64_000
 _MAX_KEY_LENGTH = 4096
+_MAX_KEY_TEXT = 200  # of one that is an object
 _MAX_TEXT_LENGTH = 8 << 20
 _NBYTES_PER_TENSOR = 64
 
@@ -56,6 +66,7 @@ class Tree:
         self._hollow: set[int] = set()
         self._made: dict[int, Tensor | LocalPart | None] = {}
         self._texts = ValueText()
+        self._key_texts: dict[Global | OpaqueKey, str] = {}
 
     def entries(self, target: Any) -> Iterator[tuple[KeyPath, Tensor | LocalPart]]:
         """List what is below `target` in order, values as tensors of their text."""
@@ -154,15 +165,17 @@ class Tree:
 
     def _read(self, value: Any) -> Tensor | LocalPart | None:
         """What a record or composite is one of by itself: an array, or a part of a DTensor."""
-        if not isinstance(value, (Record, Composite)):
+        if not isinstance(value, (Record, Composite, StorageRef)):
             return None
         if id(value) not in self._made:
             self._made[id(value)] = self._make(value)
         return self._made[id(value)]
 
-    def _make(self, value: Record | Composite) -> Tensor | LocalPart | None:
+    def _make(self, value: Record | Composite | StorageRef) -> Tensor | LocalPart | None:
         if isinstance(value, Record):
             return array_of(value)
+        if isinstance(value, StorageRef):
+            return value.tensor()
         try:
             return local_part(value)
         except ValueError as error:
@@ -171,6 +184,43 @@ class Tree:
                 hint="save the whole tensors (full_tensor(), or get_model_state_dict with "
                 "full_state_dict=True)",
             ) from error
+
+    def _steps_of(self, values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+        """Keys as steps; those that are no plain values by their text, or as `[key 2]`."""
+        counts: Counter[str] = Counter()
+        for key, child in values.items():
+            if not isinstance(key, (Global, OpaqueKey)):
+                yield key, child
+            elif isinstance(key, OpaqueKey) and isinstance(key.value, int):
+                yield key.value, child
+            else:
+                name = self._key_text(key)
+                counts[name] += 1
+                yield Component(name if counts[name] == 1 else f"{name} {counts[name]}"), child
+
+    def _key_text(self, key: Global | OpaqueKey) -> str:
+        known = self._key_texts.get(key)
+        if known is None:
+            try:
+                known = self._number(key) or self._texts.of(key)
+                data = known.encode()
+            except ValueError:
+                known = "key"
+            else:
+                if len(known) > _MAX_KEY_TEXT:
+                    known = f"{known[:_MAX_KEY_TEXT]}… {blake3(data).hexdigest()[:16]}"
+            self._key_texts[key] = known
+        return known
+
+    def _number(self, key: Global | OpaqueKey) -> str | None:
+        """The number that a scalar of numpy is, however its version pickles it."""
+        record = key.value if isinstance(key, OpaqueKey) else None
+        made = array_of(record) if isinstance(record, Record) else None
+        if made is None or made.shape:
+            return None
+        data = bytearray(made.nbytes)
+        made.read_into(0, memoryview(data))
+        return str(decode(np.frombuffer(data, np.uint8), made.dtype)[0])
 
     def is_script(self, value: Any) -> bool:
         return (
@@ -192,17 +242,27 @@ class Tree:
             yield from self._module_children(value.state)
         elif self.is_script(value):
             yield from self._script_children(value)
-        elif isinstance(value, Record):
-            yield from _steps(value.pairs)
-            yield from enumerate(value.items)
-            if isinstance(value.state, (dict, list, tuple, Record)):
-                yield Component("state"), value.state
-            if value.args:
-                yield Component("args"), value.args
-        elif isinstance(value, dict):
-            yield from _steps(value)
+        elif isinstance(value, (Record, dict)):
+            yield from self._object_children(value)
         elif isinstance(value, (list, tuple)):
             yield from enumerate(value)
+
+    def _object_children(self, value: Record | dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
+        """The items of an object, and whatever else it was made of."""
+        rest: dict[str, Any] = {}
+        if isinstance(value, Record):
+            yield from self._steps_of(value.pairs)
+            yield from enumerate(value.items)
+            rest = {"state": value.state, "args": value.args, "kwargs": value.kwargs}
+            if not isinstance(value.callee, Global):
+                rest["callee"] = value.callee
+        else:
+            yield from self._steps_of(value)
+            if isinstance(value, Table):
+                rest = {"state": value.state}
+        for name, part in rest.items():
+            if part is not None and part != () and part != {}:
+                yield Component(name), part
 
     def _module_children(self, state: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
         """A module's state dict: its parameters, its persistent buffers, its children."""
@@ -302,20 +362,6 @@ def _joined(path: KeyPath, step: Any) -> KeyPath:
     if path and isinstance(step, _Dotted) and isinstance(path[-1], _Dotted):
         return (*path[:-1], _Dotted(f"{path[-1]}.{step}"))
     return (*path, step)
-
-
-def _steps(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    """Keys as steps; of those that are no plain values, the second of a kind is `[key kind 2]`."""
-    counts: Counter[str] = Counter()
-    for key, child in values.items():
-        if isinstance(key, OpaqueKey) and not isinstance(key.value, int):
-            kind = f"key {type(key.value).__name__}"
-            counts[kind] += 1
-            yield Component(kind if counts[kind] == 1 else f"{kind} {counts[kind]}"), child
-        elif isinstance(key, OpaqueKey):
-            yield key.value, child
-        else:
-            yield Component(str(key)) if isinstance(key, Global) else key, child
 
 
 def spelled(step: Any) -> str:

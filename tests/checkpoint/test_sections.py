@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 
 from harness.checkpoint import open_checkpoint
 from harness.errors import CheckpointError
@@ -85,9 +86,14 @@ def test_keys_with_dots_newlines_and_brackets_are_all_there(tmp_path: Path) -> N
 
 
 def test_keys_that_are_no_plain_values_are_told_apart(tmp_path: Path, assert_reads: Assert) -> None:
-    value = {np.int64(n): torch.full((n,), 1.0) for n in (1, 2, 3)}
+    long = frozenset({"s" * 300})
+    value = {
+        key: torch.full((n,), 1.0)
+        for n, key in enumerate([np.int64(7), 1 + 2j, torch.device("cpu"), long], 1)
+    }
     torch.save({"w": torch.ones(1), "bank": value}, tmp_path / "w.pt")
-    steps = ["key Record", "key Record 2", "key Record 3"]
+    digest = blake3(('{"' + "s" * 300 + '"}').encode()).hexdigest()[:16]
+    steps = ["7", "builtins.complex(1.0, 2.0)", 'torch.device("cpu")', f'{{"{"s" * 198}… {digest}']
     expected = {f"bank[{step}]": child for step, child in zip(steps, value.values(), strict=True)}
     assert_reads(tmp_path / "w.pt", {"w": torch.ones(1), **expected})
 

@@ -39,6 +39,22 @@ class Items(list[Any]):
     __slots__ = ()
 
 
+class Table(dict[Any, Any]):
+    """An OrderedDict, and what else is made by a call: its items, and the state it was given."""
+
+    __slots__ = ("state",)
+
+    def __init__(self, items: Any = ()) -> None:
+        super().__init__(items)
+        self.state: Any = None
+
+    def build(self, state: Any) -> None:
+        """Take a state, but torch's versions of modules, which say who wrote it."""
+        if isinstance(state, dict) and "_metadata" in state:
+            state = {name: value for name, value in state.items() if name != "_metadata"}
+        self.state = state or None
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class OpaqueKey:
     """A dictionary key that is neither text nor a number: kept, but equal to itself only."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from harness.checkpoint.unpickling.inert import Global, Record, plain_key
+from harness.checkpoint.unpickling.inert import Global, Record, Table, plain_key
 from harness.errors import CheckpointError
 
 _MAX_LINE_NBYTES = 4 << 20
@@ -204,6 +204,8 @@ class Machine:
             target[key if type(key) is str else plain_key(key)] = items[index + 1]
 
     def build(self, target: Any, state: Any) -> None:
-        # What a constructor of ours made (an OrderedDict with its _metadata) needs no state.
+        # What else a constructor of ours made needs no state.
         if isinstance(target, Record):
             target.state = state
+        elif isinstance(target, Table):
+            target.build(state)

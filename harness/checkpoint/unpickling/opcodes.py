@@ -29,6 +29,7 @@ from harness.errors import CheckpointError
 MAX_STRUCTURE_NBYTES = 128 << 20
 _COST_PER_BYTE = 48
 _MAX_COST_NBYTES = 2 << 30
+_MAX_INTEGER_NBYTES = 1024
 
 
 def structure_limit(pickle_nbytes: int, least: int = MAX_STRUCTURE_NBYTES) -> int:
@@ -131,8 +132,12 @@ def _protocol(m: Machine, version: int) -> None:
 
 def _long(m: Machine, nbytes: int) -> None:
     raw = m.take(nbytes)
-    if len(raw) > 1024:
-        m.fail(f"holds an integer of {len(raw)} bytes")
+    if len(raw) > _MAX_INTEGER_NBYTES:
+        m.fail(
+            f"holds an integer of {len(raw):,} bytes; of more than {_MAX_INTEGER_NBYTES:,} none is "
+            "read",
+            "save a number of that size as text",
+        )
     m.spend(2 * len(raw))
     m.push(int.from_bytes(raw, "little", signed=True))
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeGuard
 from harness.checkpoint.dtypes import DTYPES, DType
 from harness.checkpoint.sources.source import Source
 from harness.checkpoint.tensors import Storage, Tensor
-from harness.checkpoint.unpickling.inert import Global, Items, Record, plain_key
+from harness.checkpoint.unpickling.inert import Global, Items, Record, Table, plain_key
 from harness.checkpoint.unpickling.machine import Constructors
 
 # torch.storage._dtype_to_storage_type_map, turned around
@@ -81,6 +81,12 @@ class StorageRef:
     storage: Storage
     dtype: DType
     offset: int = 0
+
+    def tensor(self) -> Tensor:
+        """All of it as one row, for what was saved as a storage itself."""
+        dtype = DTYPES["uint8"] if self.dtype.name in _PER_BYTE else self.dtype
+        numel = max(0, self.storage.nbytes // dtype.itemsize - self.offset)
+        return Tensor(key="", dtype=dtype, shape=(numel,), storage=self.storage, offset=self.offset)
 
 
 def brief(value: Any) -> str:
@@ -369,8 +375,9 @@ def _mapping(*args: Any) -> dict[Any, Any]:
     """OrderedDict, defaultdict, Counter: items follow, or come as pairs (Python 2) or a dict."""
     items = args[-1] if args else []
     if isinstance(items, dict):
-        return dict(items)
-    return {plain_key(key): value for key, value in (items if isinstance(items, list) else [])}
+        return Table(items)
+    pairs = items if isinstance(items, list) else []
+    return Table((plain_key(key), value) for key, value in pairs)
 
 
 def _passed_through(value: Any, *rest: Any) -> Any:

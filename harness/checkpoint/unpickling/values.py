@@ -16,7 +16,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from harness.checkpoint.unpickling.inert import Global, Items, OpaqueKey, Record
+from harness.checkpoint.unpickling.inert import Global, Items, OpaqueKey, Record, Table
 
 _MAX_DEPTH = 64
 _MAX_SHORT_NBYTES = 64
@@ -59,7 +59,9 @@ class ValueText:
         if isinstance(value, OpaqueKey):
             return self._write(value.value, depth + 1)
         if isinstance(value, Mapping):
-            return "{" + ", ".join(sorted(self._pairs(value, depth))) + "}"
+            text = "{" + ", ".join(sorted(self._pairs(value, depth))) + "}"
+            state = value.state if isinstance(value, Table) else None
+            return f"{text} + {self._write(state, depth + 1)}" if state else text
         if isinstance(value, Items):
             return "{" + ", ".join(sorted({self._write(v, depth + 1) for v in value})) + "}"
         if isinstance(value, (list, tuple)):
