@@ -57,25 +57,25 @@ if TYPE_CHECKING:
     from harness.streaming.workers import Group
 
 
-_GOLDEN = click.option("-g", "--golden", type=PATH, help="The golden file.")
+_GOLDEN = click.option("-g", "--golden", type=PATH, help="The golden, or the folder of goldens.")
 _ROOT = click.option(
     "--root",
     type=click.Path(path_type=Path),
     multiple=True,
     expose_value=False,
     callback=remember_roots,
-    help="A folder outside of the project that checkpoints are below. Repeatable.",
+    help="A folder outside the project that holds checkpoints. Repeatable.",
 )
 _ADAPTER = click.option(
     "--adapter",
     type=PATH,
     metavar="FILE",
-    help="A LoRA adapter: says what is the golden plus B·A, scaled.",
+    help="A LoRA adapter: name the tensors that are the expected ones plus its scaled B·A.",
 )
 _JOBS = click.option(
     "--jobs",
     type=click.IntRange(min=1),
-    help="Threads; by default all the cores allowed, shared among ranks.",
+    help="Number of threads; by default all available cores, shared among ranks.",
 )
 
 
@@ -142,20 +142,24 @@ def import_numpy() -> None:
     "--max-size",
     callback=size,
     metavar="SIZE",
-    help="What the golden may take, such as 57MB (default: 8MB or 1 %, up to 100MB).",
+    help="Largest size of the golden, such as 57MB; by default 8MB, or 1 % up to 100MB.",
 )
-@click.option("--atol", type=float, help="Decide allclose at this atol (default 1e-5).")
-@click.option("--rtol", type=float, help="Decide allclose at this rtol (default 1e-5).")
+@click.option(
+    "--atol", type=float, help="Absolute tolerance that the golden decides; by default 1e-5."
+)
+@click.option(
+    "--rtol", type=float, help="Relative tolerance that the golden decides; by default 1e-5."
+)
 @click.option(
     "--values",
     type=click.Choice(["small", "all", "none"]),
     default="small",
     show_default=True,
-    help="Which tensors are kept in full (small: up to 4096 elements).",
+    help="Which tensors to keep in full; small ones have up to 4096 elements.",
 )
 @stage_options
 @live_options
-@click.option("--overwrite", is_flag=True, help="Replace a golden, and forget its history.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing golden and its history.")
 @_JOBS
 @click.pass_obj
 def record(
@@ -165,9 +169,9 @@ def record(
     golden: AnyPath | None,
     **options: Any,
 ) -> int:
-    """Record the golden of each CHECKPOINT.
+    """Record a golden of each CHECKPOINT.
 
-    It goes to golden/<stem>.safetensors unless --golden says otherwise.
+    Writes golden/<stem>.safetensors, or what --golden names.
 
     Example: harness record models/*.nemo
     """
@@ -194,11 +198,11 @@ def record(
 @section_options
 @policy_options
 @click.option(
-    "--reference", type=PATH, metavar="CKPT", help="The recorded checkpoint: decides exactly."
+    "--reference", type=PATH, metavar="CKPT", help="The recorded checkpoint: decides every tensor."
 )
 @_ADAPTER
-@click.option("--update-golden", is_flag=True, help="Show the differences, then accept them.")
-@click.option("--reason", default="", help="Why the golden is updated; kept in its history.")
+@click.option("--update-golden", is_flag=True, help="Show the differences, then record them.")
+@click.option("--reason", default="", help="Why the golden changes; kept in its history.")
 @stage_options
 @live_options
 @run_options
@@ -223,8 +227,8 @@ def verify(
 ) -> int:
     """Compare each CHECKPOINT with its golden.
 
-    Without CHECKPOINT, every golden in golden/ and its folders (or in the folder given with -g) is
-    compared with the checkpoint that it names, in all the stages that it was recorded with.
+    Without CHECKPOINT, compares every golden below golden/ (or below the folder given with -g) with
+    the checkpoint that it was recorded from, in all the stages that it holds.
 
     Example: harness verify models/nest.nemo
     """
@@ -282,7 +286,7 @@ def verify(
 def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **options: Any) -> int:
     """Load, save, reload and run CHECKPOINT.
 
-    Each is compared with the file itself, and the outputs with each other: no golden is needed.
+    Compares each state with the file, and the outputs with each other. Needs no golden.
 
     Example: harness roundtrip models/nest.nemo
     """
@@ -310,9 +314,9 @@ def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **optio
 @click.argument("expected", type=PATH)
 @click.argument("actual", type=PATH)
 @section_options
-@click.option("--section-b", metavar="NAME", help="Another part of ACTUAL than of EXPECTED.")
+@click.option("--section-b", metavar="NAME", help="The same for ACTUAL, where it differs.")
 @_ADAPTER
-@click.option("--table", is_flag=True, help="Add how much each tensor changed.")
+@click.option("--table", is_flag=True, help="Show how much each tensor changed.")
 @click.option("--unchanged", is_flag=True, help="List the tensors that did not change.")
 @policy_options
 @report_options
@@ -335,7 +339,7 @@ def diff(
 ) -> int:
     """Compare two checkpoints or goldens.
 
-    Two checkpoints are compared element by element, a golden by what it keeps.
+    Compares two checkpoints element by element; a golden decides as much as it holds.
 
     Example: harness diff before.ckpt after.ckpt
     """
@@ -374,10 +378,10 @@ def diff(
 
 @cli.command()
 @click.argument("file", type=PATH)
-@click.option("--json", "as_json", is_flag=True, help="As JSON, with stats.")
-@click.option("--stats", is_flag=True, help="Add statistics of the values.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with statistics.")
+@click.option("--stats", is_flag=True, help="Show statistics of the values.")
 @section_options
-@click.option("--textconv", is_flag=True, help="For git: what cannot be read is one line.")
+@click.option("--textconv", is_flag=True, help="For git: a file that cannot be read is one line.")
 @_JOBS
 @click.pass_obj
 def show(asked: Invocation, /, file: AnyPath, textconv: bool, **options: Any) -> None:
@@ -439,9 +443,7 @@ def _show(
 
 @cli.command()
 def schema() -> None:
-    """Print the JSON Schema of what programs read.
-
-    These are reports, show --json, and a golden's header.
+    """Print the JSON Schema of reports, of show --json, and of goldens' headers.
 
     Example: harness schema > harness.schema.json
     """

@@ -19,12 +19,12 @@ from harness.text.shell import quoted
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="The file to write."
 )
 @code_options
-@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def inputs(model: str, output: Path, overwrite: bool, **options: Any) -> None:
     """Write the example inputs of MODEL as safetensors.
 
-    MODEL is a checkpoint, or MODULE:NAME where that is built without arguments. Give the file to
-    'harness record --outputs --inputs FILE', here or where another implementation is installed.
+    MODEL is a checkpoint, or the MODULE:NAME of a class or function that takes no arguments. Give
+    the file to 'harness record --outputs --inputs FILE', here or with another implementation.
 
     Example: harness inputs nest.nemo -o inputs.safetensors
     """
@@ -32,7 +32,7 @@ def inputs(model: str, output: Path, overwrite: bool, **options: Any) -> None:
 
     written = api.write_inputs(model, output, live=live_of(options), overwrite=overwrite)
     names = ", ".join(f"{name} {list(shape)}" for name, shape in written.items())
-    click.echo(escaped(f"written {output}: {names}"))
+    click.echo(escaped(f"wrote {output}: {names}"))
     is_file = Path(model).exists()
     record = f"harness record {quoted(model if is_file else 'CKPT')} --outputs"
     click.echo(f"next: {record} --inputs {quoted(str(output))}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.options import Place, add_options, tolerances
+from harness.cli.options import Place, add_options, tolerances, under
 from harness.cli.terminal import TRACEBACK
 from harness.comparison.policy import STAGES
 from harness.errors import UsageError
@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from harness.model.options import LiveOptions
 
 
+_of_model, _of_outputs = under("Model"), under("Outputs")
+
+
 def _stage(name: str, text: str) -> Any:
-    return click.option(f"--{name}", "stage", flag_value=name, help=text)
+    return _of_model(f"--{name}", "stage", flag_value=name, help=text)
 
 
 _STAGE_FLAGS = [
-    _stage("file", "Stop at the file itself."),
-    _stage("load", "Also load it into the model."),
-    _stage("reload", "Also save and load again."),
-    _stage("outputs", "Also compare what it computes."),
+    _stage("file", "Only the file: run no model code."),
+    _stage("load", "Also load the file into the model."),
+    _stage("reload", "Also save the loaded model, and load that."),
+    _stage("outputs", "Also run the model: inputs and outputs of every module."),
 ]
 
 
@@ -33,64 +36,79 @@ def _remember_traceback(ctx: click.Context, param: click.Parameter, wanted: bool
 
 
 _CODE = [
-    click.option("--model", "target", metavar="MODULE:NAME", help="The model's class or factory."),
-    click.option(
+    _of_model(
+        "--model",
+        "target",
+        metavar="MODULE:NAME",
+        help="The model's class, or a function that returns the model.",
+    ),
+    _of_model(
         "--config",
         type=Place("--config"),
         metavar="YAML",
-        help="Replaces the model's configuration.",
+        help="Configuration to use in place of the checkpoint's.",
     ),
-    click.option(
+    _of_model(
         "--base",
         type=Place("--base"),
         metavar="FOLDER",
-        help="The model that an adapter is for.",
+        help="The base model of an adapter.",
     ),
-    click.option(
-        "--trust-checkpoint", is_flag=True, help="Let Lightning unpickle: runs what the file says."
+    _of_model(
+        "--trust-checkpoint",
+        is_flag=True,
+        help="Let Lightning unpickle the file, which can run code from it.",
     ),
-    click.option(
+    _of_model(
         "--traceback",
         is_flag=True,
         expose_value=False,
         callback=_remember_traceback,
-        help="Show where the model's code failed.",
+        help="Show the traceback where the model's code fails.",
     ),
 ]
-_RUN = [click.option("--keep", is_flag=True, help="Keep the saved file beside the checkpoint.")]
+_RUN = [
+    _of_model(
+        "--keep", is_flag=True, help="Keep the file that the reload saves, beside the checkpoint."
+    )
+]
 _LIVE = [
-    *_CODE[:-2],
-    click.option(
+    *_CODE,
+    _of_outputs(
         "--inputs",
         type=Place("--inputs"),
         metavar="FILE",
-        help="safetensors of forward's keyword arguments.",
+        help="A safetensors file of forward's keyword arguments.",
     ),
-    *_CODE[-2:],
-    click.option(
+    _of_outputs(
         "--output-rel",
         type=float,
-        help="Allowed of outputs: a share of each one's own rms (default: as recorded, or 1e-4),",
+        help="Tolerance: this share of each activation's own rms. By default as recorded, or 1e-4.",
     ),
-    click.option("--output-atol", type=float, help="or so much of all, as --atol,"),
-    click.option("--output-rtol", type=float, help="and as --rtol (as recorded, or 1e-4)."),
+    _of_outputs(
+        "--output-atol", type=float, help="Absolute tolerance, in place of a share of the rms."
+    ),
+    _of_outputs(
+        "--output-rtol", type=float, help="Relative tolerance. By default as recorded, or 1e-4."
+    ),
 ]
 _RUN += [
-    click.option(
+    _of_outputs(
         "--output-tolerance",
         "output_tolerances",
         multiple=True,
         callback=tolerances,
         metavar="GLOB=ATOL[,RTOL]",
-        help="Another tolerance for some activations. Repeatable.",
+        help="Tolerance for matching activations. Repeatable.",
     ),
-    click.option(
+    _of_outputs(
         "--activations",
         type=click.Choice(["common", "all", "final"]),
-        help="Which must agree: what both sides have (default), all, the model's own outputs.",
+        help="Which must agree: those of modules that both sides have (the default), all, or only "
+        "the model's own outputs.",
     ),
-    click.option(
-        "--only", multiple=True, metavar="GLOB", help="Compare these activations alone. Repeatable."
+    _of_outputs(
+        "--only", multiple=True, metavar="GLOB", help="Compare only these activations. Repeatable."
     ),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,59 +143,85 @@ def _words(ctx: click.Context, param: click.Parameter, given: Any) -> tuple[str,
     return tuple(dict.fromkeys(words))
 
 
+class Option(click.Option):
+    """An option that `--help` shows under a heading."""
+
+    def __init__(self, *args: Any, heading: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.heading = heading
+
+
+def under(heading: str) -> Callable[..., Any]:
+    """As `click.option`, for options under one heading."""
+    return partial(click.option, cls=Option, heading=heading)
+
+
+_compared = under("Comparison")
 _POLICY = [
-    click.option("--atol", type=float, show_default="recorded", help="As in allclose."),
-    click.option("--rtol", type=float, show_default="recorded", help="As in allclose."),
-    click.option("--exact", is_flag=True, help="Allow no difference at all."),
-    click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out keys. Repeatable."),
-    click.option(
+    _compared(
+        "--atol", type=float, show_default="as recorded", help="Absolute tolerance, as in allclose."
+    ),
+    _compared(
+        "--rtol", type=float, show_default="as recorded", help="Relative tolerance, as in allclose."
+    ),
+    _compared("--exact", is_flag=True, help="Fail on any difference, however small."),
+    _compared("--ignore", multiple=True, metavar="GLOB", help="Skip matching keys. Repeatable."),
+    _compared(
         "--tolerance",
         "tolerances",
         multiple=True,
         callback=tolerances,
         metavar="GLOB=ATOL[,RTOL]",
-        help="Another tolerance for some keys; the last that fits wins. Repeatable.",
+        help="Tolerance for matching keys; the last match wins. Repeatable.",
     ),
-    click.option(
+    _compared(
         "--map",
         "key_map",
         multiple=True,
         callback=_key_map,
         metavar="OLD=NEW",
-        help="The golden's key OLD is now NEW; prefixes end in a dot, a * is the same in both.",
+        help="The expected key OLD is now NEW. A prefix ends in a dot; * matches the same text on "
+        "both sides. Repeatable.",
     ),
-    click.option(
+    _compared(
         "--map-file",
         "map_files",
         multiple=True,
         type=Place("--map-file"),
         metavar="FILE",
-        help="Many of them: a line for each, OLD and NEW in two columns. Repeatable.",
+        help="A file of such pairs: OLD and NEW in two columns, one pair a line. Repeatable.",
     ),
-    click.option("--strip-prefix", default="", metavar="P", help="Take P off the new keys."),
-    click.option(
+    _compared(
+        "--strip-prefix", default="", metavar="PREFIX", help="Remove PREFIX from the actual keys."
+    ),
+    _compared(
         "--accept",
         multiple=True,
         callback=_words,
         metavar="CAUSE[,CAUSE]",
-        help="Let pass, where proved: renamed, reshaped, transposed, joined, order, rows, rounded.",
+        help="Accept these changes where they are proved: renamed, reshaped, transposed, joined, "
+        "order, rows, rounded.",
     ),
-    click.option(
-        "--check-config", is_flag=True, help="A changed configuration is a failure, not a note."
+    _compared(
+        "--check-config",
+        is_flag=True,
+        help="Fail on a changed configuration, which is otherwise only noted.",
     ),
-    click.option(
+    _compared(
         "--cast",
         type=click.Choice(CASTS),
         metavar="DTYPE",
-        help="Let pass what is the golden rounded to DTYPE.",
+        help="Accept tensors that are the expected ones rounded to DTYPE.",
     ),
-    click.option(
+    _compared(
         "--must-change",
         multiple=True,
         metavar="GLOB",
-        help="Demand that these keys differ: what is unchanged fails. Repeatable.",
+        help="Fail if a matching key did not change. Repeatable.",
     ),
-    click.option("--no-check-dtype", is_flag=True, help="Compare values across dtypes."),
+    _compared(
+        "--no-check-dtype", is_flag=True, help="Compare values even where the dtypes differ."
+    ),
 ]
 
 
@@ -265,32 +292,37 @@ def _report_paths(ctx: click.Context, param: click.Parameter, paths: Any) -> Any
     return paths
 
 
+_reported = under("Report")
 _REPORT = [
-    click.option(
+    _reported(
         "--format",
         "form",
         type=click.Choice(["text", "json"]),
         default="text",
         show_default=True,
-        help="What is printed.",
+        help="What to print.",
     ),
-    click.option(
+    _reported(
         "--report",
         "reports",
         multiple=True,
         type=Place("--report"),
         callback=_report_paths,
         metavar="FILE",
-        help="Also write a report: .html, .md, .xml (JUnit) or .json. Repeatable.",
+        help="Also write a report to FILE, in the format of its suffix: .html, .md, .xml (JUnit) "
+        "or .json. Repeatable.",
     ),
 ]
 
 
 _SECTION = [
     click.option(
-        "--section", metavar="NAME", help="Another part of the file, such as ema or optimizer."
+        "--section",
+        metavar="NAME",
+        help="Read this part of the file instead of the model's weights, such as "
+        "optimizer_states.0.",
     ),
-    click.option("--all-sections", "section", flag_value=".", help="All that the file holds."),
+    click.option("--all-sections", "section", flag_value=".", help="Read every part of the file."),
 ]
 
 
@@ -305,7 +337,10 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Command(click.Command):
-    """Refuses an option that is given twice where the last one would silently win."""
+    """Shows its options under headings, and refuses one that is given twice.
+
+    Of two the last one would silently win.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(list(args))
@@ -323,6 +358,16 @@ class Command(click.Command):
                 )
             seen.add(param.name)
         return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            row = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if row is not None:
+                rows.setdefault(getattr(param, "heading", "Options"), []).append(row)
+        for heading in sorted(rows, key=lambda heading: heading != "Options"):
+            with formatter.section(heading):
+                formatter.write_dl(rows[heading])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -48,7 +48,7 @@ def test_inputs_are_named_by_forward_and_run_the_model(
     file, target = tmp_path / "inputs.safetensors", f"{HERE}:{name}"
     run = harness("inputs", target, "-o", file)
     assert run.code == 0
-    assert run.out.startswith(f"written {file}: ")
+    assert run.out.startswith(f"wrote {file}: ")
     assert set(load_file(file)) == {"x", "mask"}
     torch.save(Scaled().state_dict(), tmp_path / "scaled.pt")
     golden = tmp_path / "golden.safetensors"
