@@ -236,7 +236,10 @@ def compare_activations(
     divergence = None
     if any(finding.fails for finding in findings):
         divergence = first_divergence(compared, alone)
-    elif passed_over:
+    elif close := {finding.key for finding in findings if finding.kind == "close"}:
+        first = next(key for key in keys if key in close)
+        notes = (*notes, f"the first that is not equal to the bit: {first}")
+    if passed_over and divergence is None:
         inputs = brief_keys([finding.key for finding in passed_over])
         notes = (*notes, f"inputs that differ, of modules whose outputs agree: {inputs}")
     return replace(

@@ -80,7 +80,8 @@ class LiveOptions:
         by_key = {}
         if allowed.rel and not policy.exact:
             for key, tensor in recorded.tensors.items():
-                by_key[key] = Tolerance(atol=atol + allowed.rel * tensor.rms, rtol=rtol)
+                shown = float(f"{atol + allowed.rel * tensor.rms:.2e}")  # as a report has it
+                by_key[key] = Tolerance(atol=shown, rtol=rtol)
         globs = () if policy.exact else self.output_tolerances
         for key in recorded.tensors if globs else ():
             for glob, its_atol, its_rtol in globs:

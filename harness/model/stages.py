@@ -39,7 +39,7 @@ from harness.model.loading import Loader, NotLoaded, Saved, compare_training_sta
 from harness.model.mismatch import brief_keys, of_failed_load
 from harness.model.options import LiveOptions
 from harness.model.outputs import outputs_of
-from harness.model.state import as_checkpoint, state_of, transient_buffers
+from harness.model.state import as_checkpoint, on_meta, state_of, transient_buffers
 
 _FIRST_SEED, _SECOND_SEED = 1, 2
 
@@ -126,6 +126,10 @@ def live_stages(
             yield of_failed_load(error, expected.weights.name, policy.policy, "load")
             return
         load = stages.compare_load(module)
+        if on_meta(module):
+            note = "the next stages did not run: what has no values is neither saved nor run"
+            yield replace(load, notes=(*load.notes, note))
+            return
         yield load
         if last == "load":
             check_used(policy, load.expected, load.actual)
@@ -199,7 +203,12 @@ class _Live:
             )
         if self.loader.is_strict(module):
             found = _restored(found)
-        return _with(found, _changed_gradients(self._parameters_now(module), module))
+        empty = [
+            Finding(kind="unwritten", key=key, expected="values", actual="on the meta device")
+            for key in on_meta(module)
+        ]
+        gradients = _changed_gradients(self._parameters_now(module), module)
+        return _with(found, [*empty, *gradients])
 
     def compare_reload(self, module: nn.Module, again: nn.Module, saved: Saved) -> Comparison:
         """The state after saving and loading again, the optimizer's, the hyperparameters."""
@@ -232,16 +241,18 @@ class _Live:
 
     def _state(self, module: nn.Module) -> tuple[Checkpoint, Fingerprint]:
         """The module's state, and what it is compared with: buffers only where both have them."""
-        weights = self.expected.weights
+        weights, empty = self.expected.weights, on_meta(module)
         buffers = self.expected.live.buffers if self.expected.live is not None else None
-        state = self._as_saved(module, state_of(module, f"the loaded {type(module).__name__}"))
-        if buffers is None:
-            return state, weights
-        transient = as_checkpoint(transient_buffers(module), state.name)
-        return (
-            replace(state, tensors={**state.tensors, **transient.tensors}),
-            replace(weights, tensors={**weights.tensors, **buffers.tensors}),
-        )
+        state = state_of(module, f"the loaded {type(module).__name__}")
+        if not empty:  # else it cannot be saved
+            state = self._as_saved(module, state)
+        if buffers is not None:
+            held = {k: v for k, v in transient_buffers(module).items() if k not in empty}
+            transient = as_checkpoint(held, state.name)
+            state = replace(state, tensors={**state.tensors, **transient.tensors})
+            weights = replace(weights, tensors={**weights.tensors, **buffers.tensors})
+        left = {key: tensor for key, tensor in weights.tensors.items() if key not in empty}
+        return state, replace(weights, tensors=left) if empty else weights
 
     def _as_saved(self, module: nn.Module, state: Checkpoint) -> Checkpoint:
         """The state under the keys of the file, where the class writes others than it holds.

@@ -70,9 +70,20 @@ def keyed(tensors: Mapping[str, torch.Tensor], name: str) -> Checkpoint:
 
 
 def state_of(module: nn.Module, name: str) -> Checkpoint:
-    """The state dict of a module."""
-    state = module.state_dict()
+    """The state dict of a module, but for what has no values."""
+    empty = on_meta(module)
+    state = {k: v for k, v in module.state_dict().items() if format_key((k,)) not in empty}
     return with_values(as_checkpoint(plain_tensors(state), name), state)
+
+
+def on_meta(module: nn.Module) -> list[str]:
+    """The tensors of a module that a load left on the meta device, without values."""
+    named = {**module.state_dict(), **transient_buffers(module)}
+    return [
+        format_key((key,))
+        for key, tensor in named.items()
+        if isinstance(tensor, torch.Tensor) and tensor.is_meta
+    ]
 
 
 def transient_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

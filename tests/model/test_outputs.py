@@ -188,6 +188,8 @@ def test_what_an_activation_may_move_is_a_share_of_its_own_scale(
     if verdict == "different":
         assert found.divergence is not None
         assert found.divergence.diverging_module == "act"
+    else:
+        assert found.notes == ("the first that is not equal to the bit: act:out",)
 
 
 def test_a_recorded_share_is_kept_and_is_that_of_a_later_verify(tmp_path: Path) -> None:

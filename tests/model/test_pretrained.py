@@ -193,6 +193,27 @@ class AdaptedByAny(Adapted):
         return super().from_pretrained(*args, **options)
 
 
+class Untied(Tied):
+    """Leaves what was tied without values, as transformers does under another configuration."""
+
+    def read(self, state: dict[str, Tensor]) -> None:
+        super().read(state)
+        self.out.weight = nn.Parameter(self.out.weight.to("meta"))
+
+
+def test_what_a_load_leaves_without_values_is_a_finding(
+    harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Tied().save_pretrained("tied")
+    assert harness("record", "tied", "--outputs", "--model", f"{HERE}:Tied").code == 0
+    run = harness("verify", "--model", f"{HERE}:Untied")
+    assert run.code == 1, run
+    assert "load: 1 identical, 1 unwritten" in run.out
+    assert "out.weight" in run.out
+    assert "reload" not in run.out
+
+
 class Bare(nn.Module):
     """Has no example inputs."""
 
