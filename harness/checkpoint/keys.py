@@ -6,6 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# json.dumps makes an encoder a call, which takes longer than the text of a step.
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
+
 
 @dataclass(frozen=True, slots=True)
 class Component:
@@ -37,11 +40,13 @@ def _bracketed(step: object) -> str:
     if isinstance(step, Component):
         return f"[{step.name}]"
     if isinstance(step, str):
-        return f"[{json.dumps(step, ensure_ascii=False) if _encodes(step) else ascii(step)}]"
+        return f"[{_quoted(step) if _encodes(step) else ascii(step)}]"
     return f"[{step!r}]"
 
 
 def _encodes(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
+
 from tests.checkpoint.builders import (
     call,
     get,
@@ -41,6 +43,15 @@ def bomb(write: Callable[[Path], object]) -> Callable[[Path], object]:
     return write
 
 
+def _numbered(row: bytes, count: int) -> bytes:
+    """The row once for each number below `count`, in the place of its %07d."""
+    rows = np.tile(np.frombuffer(row % 0, np.uint8), (count, 1))
+    first = row.index(b"%07d")
+    for place in range(7):
+        rows[:, first + place] += (np.arange(count) // 10 ** (6 - place) % 10).astype(np.uint8)
+    return rows.tobytes()
+
+
 def _repeated(name: str, unit: bytes, *, before: bytes = b"(", nbytes: int = 6 << 20) -> None:
     """A pickle that is one opcode (or a few) over and over, in a list."""
     count = min(nbytes // len(unit), 8 * MANY)
@@ -64,7 +75,7 @@ _repeated("strings", b"X\x02\x00\x00\x00ab")
 _repeated("wide_strings", b"X\x05\x00\x00\x00\xf0\x9f\x98\x80a")
 _repeated("python2_strings", b"U\xff" + b"\xf0\x9f\x98\x80" + b"a" * 251, nbytes=20 << 20)
 _repeated("byte_strings", b"C\x02ab")
-_repeated("long_byte_strings", b"B\x00\x10\x00\x00" + b"a" * 4096, nbytes=40 << 20)
+_repeated("long_byte_strings", b"B\x00\x10\x00\x00" + b"a" * 4096, nbytes=20 << 20)
 _repeated("marks", b"(")
 _repeated("frames", b"\x80\x02")
 _repeated("dicts_of_one", b"}K\x01K\x01s")
@@ -117,7 +128,9 @@ _repeated(
 
 @bomb
 def pickle_of_many_memo_entries(path: Path) -> None:
-    write_torch_zip(path, b"N" + b"".join(put(index) for index in range(MANY)))
+    puts = np.full(MANY, ord("r"), [("opcode", "u1"), ("index", "<u4")])
+    puts["index"] = np.arange(MANY)
+    write_torch_zip(path, b"N" + puts.tobytes())
 
 
 @bomb
@@ -127,7 +140,7 @@ def pickle_of_memoizes(path: Path) -> None:
 
 @bomb
 def pickle_of_many_globals(path: Path) -> None:
-    write_torch_zip(path, b"(" + b"".join(b"c%x\nb\n0" % index for index in range(MANY)) + b"t")
+    write_torch_zip(path, b"(" + _numbered(b"c%07d\nb\n0", MANY) + b"t")
 
 
 @bomb
@@ -137,7 +150,7 @@ def pickle_with_a_memo_index_of_4_billion(path: Path) -> None:
 
 @bomb
 def pickle_with_a_line_without_an_end(path: Path) -> None:
-    write_torch_zip(path, b"I" + b"1" * (100 << 20))
+    write_torch_zip(path, b"I" + b"1" * (20 << 20))
 
 
 @bomb
@@ -152,7 +165,7 @@ def pickle_with_an_integer_of_megabytes(path: Path) -> None:
 
 @bomb
 def pickle_with_long_wide_text(path: Path) -> None:
-    raw = "😀".encode() + b"a" * (40 << 20)
+    raw = "😀".encode() + b"a" * (20 << 20)
     write_torch_zip(path, b"X" + struct.pack("<I", len(raw)) + raw)
 
 
@@ -312,7 +325,7 @@ def one_text_encoded_many_times(path: Path) -> None:
 
 @bomb
 def one_file_of_bytes_made_a_list(path: Path) -> None:
-    raw = b"B" + struct.pack("<I", 100 << 20) + bytes(100 << 20)
+    raw = b"B" + struct.pack("<I", 20 << 20) + bytes(20 << 20)
     write_torch_zip(path, call(reference("builtins", "list"), raw))
 
 
@@ -496,7 +509,9 @@ def tensor_of_impossible_dimensions(path: Path) -> None:
 
 @bomb
 def tensor_of_a_million_dimensions(path: Path) -> None:
-    write_torch_zip(path, named(w=tensor([1] * 1_000_000, [0] * 1_000_000)))
+    rebuild = reference("torch._utils", "_rebuild_tensor")
+    sizes, strides = (b"(" + step * MANY + b"t" for step in (b"K\x01", b"K\x00"))
+    write_torch_zip(path, named(w=call(rebuild, storage(), integer(0), sizes, strides)))
 
 
 @bomb
@@ -543,19 +558,19 @@ def zip_of_many_entries(path: Path) -> None:
 
 @bomb
 def deflated_storage(path: Path) -> None:
-    body = named(w=tensor((30 << 20,), (1,), of=storage("0", 30 << 20)))
-    write_torch_zip(path, body, {"0": bytes(120 << 20)}, compression=zipfile.ZIP_DEFLATED)
+    body = named(w=tensor((20 << 20,), (1,), of=storage("0", 20 << 20)))
+    write_torch_zip(path, body, {"0": bytes(80 << 20)}, compression=zipfile.ZIP_DEFLATED)
 
 
 @bomb
 def deflated_pickle(path: Path) -> None:
-    write_torch_zip(path, b"]" * (110 << 20), compression=zipfile.ZIP_DEFLATED)
+    write_torch_zip(path, b"]" * (80 << 20), compression=zipfile.ZIP_DEFLATED)
 
 
 @bomb
 def gzipped_zeros(path: Path) -> None:
-    with gzip.open(path, "wb", compresslevel=1) as file:
-        for _ in range(200):
+    with gzip.open(path, "wb", compresslevel=6) as file:
+        for _ in range(80):
             file.write(bytes(1 << 20))
 
 
@@ -593,7 +608,7 @@ def tar_with_many_pax_headers(path: Path) -> None:
 def tar_of_many_folders(path: Path) -> None:
     info = tarfile.TarInfo("folder")
     info.type = tarfile.DIRTYPE
-    path.write_bytes(info.tobuf(tarfile.USTAR_FORMAT) * 400_000 + bytes(1024))
+    path.write_bytes(info.tobuf(tarfile.USTAR_FORMAT) * 10_000 + bytes(1024))
 
 
 def _nemo(path: Path, config: bytes) -> None:
@@ -638,20 +653,18 @@ def yaml_of_a_sexagesimal_number_beyond_floats(path: Path) -> None:
 
 @bomb
 def safetensors_with_a_large_header(path: Path) -> None:
-    row = b'"%07d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    write_safetensors(path, b"{" + b",".join(row % n for n in range(1_100_000)) + b"}")
+    row = b'"%07d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
+    write_safetensors(path, b"{" + _numbered(row, 1_100_000)[:-1] + b"}")
 
 
 @bomb
 def safetensors_with_large_metadata(path: Path) -> None:
-    metadata = b'"a":"",' * 15_000_000 + b'"b":""'
-    tensors = b'"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    write_safetensors(path, b'{"__metadata__":{' + metadata + b"}," + tensors + b"}")
+    write_safetensors(path, b'{"__metadata__":{' + b'"a":"",' * 15_000_000 + b'"b":""}}')
 
 
 @bomb
 def safetensors_with_the_largest_metadata_that_is_read(path: Path) -> None:
-    metadata = b",".join(b'"%x":""' % n for n in range(490_000))
+    metadata = _numbered(b'"%07d":"",', 490_000)[:-1]
     tensors = b'"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     write_safetensors(path, b'{"__metadata__":{' + metadata + b"}," + tensors + b"}")
 
@@ -665,9 +678,8 @@ def safetensors_with_a_wide_header(path: Path) -> None:
 
 @bomb
 def safetensors_with_many_duplicate_names(path: Path) -> None:
-    row = b'"%06d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    rows = [row % n for n in range(100_000)] + [row % 99_999]
-    write_safetensors(path, b"{" + b",".join(rows) + b"}")
+    row = b'"%07d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    write_safetensors(path, b"{" + _numbered(row + b",", 100_000) + row % 99_999 + b"}")
 
 
 @bomb
@@ -678,8 +690,8 @@ def safetensors_with_a_huge_shape(path: Path) -> None:
 
 @bomb
 def index_of_many_keys(path: Path) -> None:
-    rows = b",".join(b'"%x":"a"' % n for n in range(1_500_000))
-    path.write_bytes(b'{"weight_map":{' + rows + b"}}")
+    rows = _numbered(b'"%07d":"a",', 1_500_000)
+    path.write_bytes(b'{"weight_map":{' + rows[:-1] + b"}}")
 
 
 @bomb

@@ -168,5 +168,6 @@ def write_tar(
 
 
 def write_safetensors(path: Path, header: bytes, data: bytes = b"") -> Path:
-    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    with path.open("wb") as file:
+        file.writelines((struct.pack("<Q", len(header)), header, data))
     return path
