@@ -39,7 +39,12 @@ class CheckpointError(HarnessError):
 
 
 class NoSection(CheckpointError):  # noqa: N818 - reads as what is the case
-    """A checkpoint has not the part that is asked for, or none that is its state dict."""
+    """A checkpoint has not the part that is asked for, or none that is its state dict.
+
+    `sections` are those of its parts that may be meant.
+    """
+
+    sections: tuple[str, ...] = ()
 
 
 class GoldenError(HarnessError):

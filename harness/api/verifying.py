@@ -17,6 +17,7 @@ from harness.comparison.comparison import Comparison
 from harness.comparison.matching import check_mapped
 from harness.comparison.measuring import AgainstCheckpoint, AgainstGolden, BySketches, nothing, part
 from harness.comparison.policy import Policy, PolicyOfStages, Stage, check_stage
+from harness.errors import NoSection
 from harness.fingerprints.fingerprint import structure
 from harness.fingerprints.integrity import damages
 from harness.fingerprints.scan import fingerprint as fingerprint_checkpoint
@@ -207,10 +208,17 @@ def roundtrip(
     from harness.model.options import LiveOptions
     from harness.model.stages import Expected, live_stages
 
-    source = to_local(path, LOADED)
-    with opened(source, section) as checkpoint:
+    source, taken = to_local(path, LOADED), section
+    with ExitStack() as stack:
+        try:
+            checkpoint = stack.enter_context(opened(source, section))
+        except NoSection as error:
+            if section is not None or not error.sections:
+                raise
+            taken = error.sections[0]  # the model decides
+            checkpoint = stack.enter_context(opened(source, taken))
         weights = fingerprint_checkpoint(checkpoint, details=nothing)
-    expected = Expected(weights=weights, section=section, is_file=section is None)
+    expected = Expected(weights=weights, section=taken, is_file=section is None)
     stages = PolicyOfStages(policy or Policy())
     check_mapped(stages.policy, list(weights.tensors), weights.name)
     yield from live_stages(source, expected, stages, live or LiveOptions(), stage)

@@ -6,8 +6,10 @@ Refused: files without tensors, and sections that do not exist.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.checkpoint.entries import Tree, spelled
@@ -33,6 +35,17 @@ KNOWN_SECTIONS = (
     "ema",
 )
 _MAX_NAME = 200  # of a section that is not known
+# What training code puts right beside the weights, as torchtitan and Megatron do: as a container,
+# or flattened into keys, those of a parameter's own state among them (`state.head.weight.exp_avg`).
+_TRAINING = re.compile(
+    r"optim(?:izers?)?(?:_states?|_state_dict)?|(?:lr_)?schedulers?|dataloader|train(?:er)?_state"
+    r"|rng_states?|(?:grad_)?scaler"
+)
+_FLAT = re.compile(
+    r"(?P<name>(?:chained_\d+\.)?optim\w*)\.(?:.*\.)?(?:state|param_groups|distributed)\..*",
+    re.DOTALL,
+)
+_OF_PARAMETER = re.compile(r"(?P<name>state|param_groups)\.(?P<of>.+)\.\w+", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +89,13 @@ def find_section(file: TorchFile, name: str, section: str | None) -> Parts:
         return found
     state_dict = finder.state_dict()
     if state_dict is None:
-        raise NoSection(f"{name}: no state dict found in it", hint=finder.hint())
+        error = NoSection(f"{name}: no state dict found in it", hint=finder.hint())
+        error.sections = tuple(finder.named())
+        raise error
     path, target = state_dict
-    return finder.parts(".".join(path), path, target)
+    target, beside = finder.without_training(target)
+    found = finder.parts(".".join(path), path, target)
+    return replace(found, others=(*found.others, *beside))
 
 
 class _Finder:
@@ -107,6 +124,33 @@ class _Finder:
             if len(path) < 3:
                 pending.extend(((*path, key), child) for key, child in nested)
         return self._only_weights()
+
+    def without_training(self, target: Any) -> tuple[Any, list[tuple[str, int]]]:
+        """A state dict without what training code puts beside its weights, and what that is."""
+        if not isinstance(target, dict):
+            return target, []
+        names = {key for key, child in target.items() if self.tree.is_tensor(child)}
+        kept, beside = {}, Counter[str]()
+        for key, child in target.items():
+            name = self._training_in(key, child, names)
+            if name is None:
+                kept[key] = child
+            else:
+                beside[name] += self.tree.count(child)
+        if not beside or not any(map(self.tree.is_tensor, kept.values())):
+            return target, []
+        return kept, [(name, count) for name, count in beside.items() if count]
+
+    def _training_in(self, key: Any, child: Any, names: set[Any]) -> str | None:
+        """The name of the state of a training, which an entry is or belongs to."""
+        if not isinstance(key, str) or len(key) > _MAX_NAME:
+            return None
+        if isinstance(child, (dict, list, tuple, Record)) and _TRAINING.fullmatch(key):
+            return key
+        if (flat := _FLAT.fullmatch(key)) is not None:
+            return flat["name"]
+        own = _OF_PARAMETER.fullmatch(key)
+        return own["name"] if own is not None and own["of"] in names else None
 
     def _only_weights(self) -> tuple[tuple[str, ...], Any] | None:
         found: list[tuple[tuple[str, ...], Any]] = []
@@ -156,6 +200,8 @@ class _Finder:
         value, above = self.root, ""
         for taken in steps:
             children = [(spelled(step), child) for step, child in self.tree.children(value)]
+            if taken not in dict(children):  # what begins so, of a flat state dict
+                return
             for name, child in children:
                 count = self.tree.count(child)
                 if name != taken and count:
@@ -164,12 +210,16 @@ class _Finder:
             above = f"{above}{taken}."
 
     def resolve(self, section: str) -> tuple[tuple[str, ...], Any]:
-        """Follow a dotted path; keys that hold dots themselves are matched whole."""
+        """Follow a dotted path; keys that hold dots themselves are matched whole, or in front."""
         value, rest = self.root, section
         steps: tuple[str, ...] = ()
         while rest:
             children = {spelled(step): child for step, child in self.tree.children(value)}
             fitting = [key for key in children if rest == key or rest.startswith(key + ".")]
+            # Of a flat state dict: what has keys that begin so.
+            below = {k[len(rest) + 1 :]: v for k, v in children.items() if k.startswith(f"{rest}.")}
+            if not fitting and below:
+                return (*steps, rest), below
             if not fitting:
                 raise NoSection(
                     f"{self.tree.name}: has no section {section!r}: {rest!r} is not among "
@@ -179,6 +229,12 @@ class _Finder:
             key = max(fitting, key=len)
             value, rest, steps = children[key], rest[len(key) + 1 :], (*steps, key)
         return steps, value
+
+    def named(self) -> Iterator[str]:
+        """The parts at the top that hold weights."""
+        for step, child in self.tree.children(self.root):
+            if isinstance(step, str) and self._is_weights(child):
+                yield step
 
     def hint(self) -> str:
         """Name the sections that hold tensors, for an error's next step."""

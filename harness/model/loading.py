@@ -29,12 +29,13 @@ from torch import nn
 
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.keys import format_key
+from harness.checkpoint.sections import KNOWN_SECTIONS
 from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.compare import compare
 from harness.comparison.findings import Finding
 from harness.comparison.measuring import AgainstCheckpoint
 from harness.comparison.policy import Policy
-from harness.errors import CheckpointError, ModelError
+from harness.errors import CheckpointError, ModelError, NoSection
 from harness.fingerprints.scan import fingerprint
 from harness.model.lightning import (
     data_of,
@@ -310,9 +311,15 @@ def _fitting_section(path: Path, module: nn.Module) -> str | None:
         format_key((k,)): v.shape for k, v in module.state_dict().items() if torch.is_tensor(v)
     }
     try:
-        with open_checkpoint(path) as checkpoint:
-            others = checkpoint.others
-        for name, _ in others:
+        try:
+            with open_checkpoint(path) as checkpoint:
+                others = [name for name, _ in checkpoint.others]
+                # Of a flat state dict, as of a Megatron save: what has keys that begin so.
+                words = {key.partition(".")[0] for key in checkpoint.tensors}
+                others += [name for name in KNOWN_SECTIONS if name in words and len(words) > 1]
+        except NoSection as error:
+            others = [*error.sections]
+        for name in others:
             with open_checkpoint(path, section=name) as other:
                 tensors = other.tensors.values()
                 if {t.key: t.shape for t in tensors if not t.dtype.is_value} == wanted:

@@ -126,6 +126,9 @@ def live_stages(
             yield of_failed_load(error, expected.weights.name, policy.policy, "load")
             return
         load = stages.compare_load(module)
+        if expected.is_file and expected.section is not None:
+            note = f"section {expected.section} is taken, which fits the model"
+            load = replace(load, notes=(*load.notes, note))
         if on_meta(module):
             note = "the next stages did not run: what has no values is neither saved nor run"
             yield replace(load, notes=(*load.notes, note))

@@ -70,6 +70,55 @@ def test_an_unknown_section_names_the_candidates(path: Path) -> None:
     assert "optimizer_states (6 tensors)" in str(caught.value.hint)
 
 
+def flat(model: torch.nn.Module) -> dict[str, Any]:
+    """The state of an optimizer as torch flattens it."""
+    named = [(f"{name}.{leaf}", torch.ones(2)) for name in model.state_dict() for leaf in ("step",)]
+    return {
+        **{f"state.{key}": value for key, value in named},
+        **{f"param_groups.{key.rpartition('.')[0]}.betas": (0.9, 0.99) for key, _ in named},
+    }
+
+
+@pytest.mark.parametrize(
+    ("beside", "others"),
+    [
+        (lambda model: {"optimizer": flat(model), "lr_scheduler": {"last": 3}}, {"optimizer": 2}),
+        (flat, {"state": 2}),
+        (
+            lambda model: {f"chained_0.optimizer.{key}": v for key, v in flat(model).items()},
+            {"chained_0.optimizer": 2},
+        ),
+        (
+            lambda model: {f"optimizer.state.exp_avg.{key}": torch.ones(2) for key in ("a", "b")},
+            {"optimizer": 2},
+        ),
+    ],
+)
+def test_a_training_that_lies_beside_the_weights_is_no_part_of_them(
+    tmp_path: Path, assert_reads: Assert, beside: Any, others: dict[str, int]
+) -> None:
+    model = torch.nn.Linear(3, 2)
+    torch.save({**model.state_dict(), **beside(model)}, tmp_path / "w.pt")
+    checkpoint = assert_reads(tmp_path / "w.pt", dict(model.state_dict()))
+    assert dict(checkpoint.others) == others
+    for name, count in others.items():
+        with open_checkpoint(tmp_path / "w.pt", section=name) as other:
+            assert sum(not tensor.dtype.is_value for tensor in other.tensors.values()) == count
+
+
+@pytest.mark.parametrize("name", ["optimizer.weight", "state.head.weight", "scheduler.state"])
+def test_a_module_by_the_name_of_a_training_keeps_its_weights(tmp_path: Path, name: str) -> None:
+    torch.save({"head.weight": torch.ones(2), name: torch.ones(3)}, tmp_path / "w.pt")
+    with open_checkpoint(tmp_path / "w.pt") as checkpoint:
+        assert list(checkpoint.tensors) == ["head.weight", name]
+
+
+def test_of_flat_keys_a_section_is_what_begins_so(tmp_path: Path) -> None:
+    torch.save({"model.a": torch.ones(2), "ema.a": torch.zeros(2)}, tmp_path / "w.pt")
+    with open_checkpoint(tmp_path / "w.pt", section="ema") as checkpoint:
+        assert list(checkpoint.tensors) == ["a"]
+
+
 def test_a_section_without_tensors_is_refused(path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no tensors"):
         open_checkpoint(path, section="hyper_parameters")

@@ -263,6 +263,18 @@ def test_a_section_goes_into_the_model(tmp_path: Path, harness: Harness) -> None
     assert run.code == 0, run.out
 
 
+@pytest.mark.parametrize(("names", "said"), [("ab", "model: a does not"), ("ba", "model")])
+def test_where_no_section_has_a_known_name_the_model_decides(
+    tmp_path: Path, harness: Harness, names: str, said: str
+) -> None:
+    other, own = names
+    states = {other: nn.Conv1d(2, 2, 1).state_dict(), own: Bare().state_dict()}
+    torch.save({name: states[name] for name in "ab"}, tmp_path / "two.pt")
+    run = harness("roundtrip", tmp_path / "two.pt", "--model", f"{HERE}:Bare", "--reload")
+    assert run.code == 0
+    assert f"note: section {own} is taken, which fits the {said}\n" in run.out
+
+
 def test_the_section_that_fits_the_model_is_taken_and_named(
     tmp_path: Path, harness: Harness
 ) -> None:
