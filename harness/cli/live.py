@@ -81,12 +81,12 @@ _LIVE = [
         help="A safetensors file of forward's keyword arguments.",
     ),
     _of_outputs(
-        "--output-rel",
-        type=float,
-        help="Tolerance: this share of each activation's own rms. By default as recorded, or 1e-4.",
+        "--output-atol", type=float, help="Absolute tolerance. By default as recorded, or 1e-4."
     ),
     _of_outputs(
-        "--output-atol", type=float, help="Absolute tolerance, in place of a share of the rms."
+        "--output-rel",
+        type=float,
+        help="In place of the absolute tolerance, this share of each activation's own rms.",
     ),
     _of_outputs(
         "--output-rtol", type=float, help="Relative tolerance. By default as recorded, or 1e-4."
