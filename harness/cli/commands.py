@@ -235,10 +235,10 @@ def verify(
     from harness.report.outcome import Result
 
     if reason and not update_golden:
-        raise UsageError("--reason goes with --update-golden")
+        raise UsageError("--reason needs --update-golden", hint="add --update-golden")
     if section is not None and update_golden:
         raise UsageError(
-            "--section does not go with --update-golden, which keeps the golden's section",
+            "--section cannot be combined with --update-golden, which keeps the golden's section",
             hint="record the other section: harness record CKPT --section NAME -g GOLDEN",
         )
     policy = policy_of(options)
@@ -420,7 +420,7 @@ def _show(
     if is_golden(file):
         if section is not None:
             raise UsageError(
-                f"--section does not go with {file}: a golden is of the one that was recorded",
+                f"--section cannot be combined with {file}: a golden holds one section only",
                 hint=f"harness show {quoted(str(file))}",
             )
         recorded = api.read_golden(file)

@@ -61,7 +61,7 @@ def expanded(paths: Sequence[AnyPath]) -> list[AnyPath]:
             pattern = str(path.relative_to(path.anchor))
             fitting = sorted(base.glob(pattern), key=natural)
             if not fitting:
-                raise UsageError(f"{path}: no file fits", hint="check the pattern")
+                raise UsageError(f"{path}: no file matches", hint="check the pattern")
             found += fitting
         else:
             found.append(path)
@@ -248,7 +248,7 @@ def policy_of(options: dict[str, Any]) -> Policy:
         if options["exact"] and options.get(name) not in (None, ()):
             flag = f"--{name.replace('_', '-')}".replace("tolerances", "tolerance")
             raise UsageError(
-                f"--exact allows no difference at all, and {flag} some",
+                f"--exact cannot be combined with {flag}",
                 hint=f"leave out --exact, or {flag}",
             )
     given = {n: options[n] for n in ("atol", "rtol") if options[n] is not None}
@@ -278,9 +278,9 @@ def check_update(policy: Policy) -> None:
     for option, value in zip(NOT_ON_UPDATE, given, strict=True):
         if value:
             raise UsageError(
-                f"{option} does not go with --update-golden, which accepts the whole checkpoint "
-                "under the keys that it has",
-                hint=f"leave out {option}, and what it looks past is shown before it is accepted",
+                f"{option} cannot be combined with --update-golden, which records the whole "
+                "checkpoint under its own keys",
+                hint=f"leave out {option}",
             )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.comparison.comparison import Comparison
-from harness.report.steps import GET_IT_AGAIN, MEND_THE_CODE, is_of_the_code, ways_past
+from harness.report.steps import advice, converted, ways_past
 from harness.text.shell import command_line, quoted
 
 
@@ -25,17 +25,22 @@ def as_options(policy: Mapping[str, Any]) -> list[str]:
 
 
 def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
-    """Lines that run a command again, so that it looks past what was found."""
-    if comparison.count("damaged"):
-        return [GET_IT_AGAIN]
+    """Lines that run a command again, so that it looks past what was found; else what to do."""
     lines = []
-    for what, policy in ways_past(comparison):
+    for what, policy in () if comparison.count("damaged") else ways_past(comparison):
         again = without(command, ["--strip-prefix"]) if "strip_prefix" in policy else command
         again = without(again, ["--accept"]) if "accept" in policy else again
         again = without(again, ["--map", "--map-file"]) if "key_map" in policy else again
         options = command_line(as_options(policy))
         lines.append(f"to {what}:  {with_options(again, options)}")
-    return lines
+    names, said = converted(comparison), advice(comparison)
+    if names is not None:
+        golden, options = quoted(comparison.expected.name), command_line(as_options(names))
+        again = f"harness verify CONVERTED_CKPT -g {golden} {options}"
+        lines.append(
+            f"if modules were renamed on purpose, convert the checkpoint to the new names:  {again}"
+        )
+    return lines if said is None else [*lines, said]
 
 
 def without(command: Sequence[str], options: Sequence[str]) -> list[str]:
@@ -74,9 +79,7 @@ def next_steps(
     if comparison.ok:
         return []
     lines = past_lines(comparison, command)
-    if is_of_the_code(comparison):
-        return [*lines, MEND_THE_CODE]
-    if lines == [GET_IT_AGAIN]:
+    if advice(comparison) is not None:
         return lines
     if comparison.verdict == "undecided" and comparison.stage == "file":
         decide = with_options(command, f"--reference {quoted(reference)}")

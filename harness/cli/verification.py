@@ -238,9 +238,9 @@ class Verification:
         stage = stage_of(self.stage, self.options, remembered if repeats else "file")
         if self.updating and STAGES.index(stage) < STAGES.index(remembered):
             raise UsageError(
-                f"--{stage} does not go with --update-golden: the golden holds {remembered}, too, "
-                "and an update records it anew",
-                hint=f"leave out --{stage}, and what it would leave out is shown",
+                f"--{stage} cannot be combined with --update-golden: the golden also holds "
+                f"{remembered}, which an update records anew",
+                hint=f"leave out --{stage}",
             )
         return stage
 
@@ -250,7 +250,8 @@ class Verification:
         beyond = STAGES[STAGES.index(stage) + 1 : STAGES.index(remembered) + 1]
         if comparison.stage != stage or self.stage is not None or not beyond:
             return comparison
-        note = f"the golden holds {', '.join(beyond)}, too: --{remembered} looks at it"
+        them = "them" if len(beyond) > 1 else "it"
+        note = f"the golden also holds {', '.join(beyond)}: add --{remembered} to compare {them}"
         return replace(comparison, notes=(*comparison.notes, note))
 
     def _live(self, golden: Golden, stage: Any) -> LiveOptions | None:

@@ -117,7 +117,7 @@ class Comparison:
         """Raise GoldenMismatch, with the report as its message, unless the verdict passes."""
         if not self.ok:
             raise GoldenMismatch(
-                render(self), hint="update the golden if the change is meant", comparison=self
+                render(self), hint="if this change is intended, update the golden", comparison=self
             )
         return self
 
@@ -219,15 +219,17 @@ def sides(comparison: Comparison) -> list[str]:
 def nan_note(comparison: Comparison) -> str:
     """How many tensors are NaN in part, "" where none is."""
     count = comparison.num_nan
-    return f"{count:,} of the expected tensors hold NaN" if count else ""
+    if not count:
+        return ""
+    return f"{count:,} expected tensor{' contains' if count == 1 else 's contain'} NaN"
 
 
 def chance_note(comparison: Comparison) -> str:
     """How sure the verdicts are, "" where they are exact."""
     chance = sum(f.difference.chance for f in comparison.findings if f.difference is not None)
     return (
-        f"verdicts by sketch: for changes that were not made to fool it, the chance that any is "
-        f"wrong is below {chance:.0e}"
+        f"decided by sketch: unless a change was made to fool it, the chance of a wrong verdict "
+        f"is below {chance:.0e}"
         if chance
         else ""
     )
@@ -238,8 +240,10 @@ def finding_sections(comparison: Comparison, style: Style) -> Iterator[Section]:
     for kind in FINDING_KINDS:
         findings = [finding for finding in comparison.findings if finding.kind == kind]
         if findings and not _is_aftermath(kind, comparison):
+            is_guess = kind == "renamed" and comparison.is_unloaded
+            said = "renamed: the same shape, and a similar name" if is_guess else HEADINGS[kind]
             yield Section(
-                heading=f"{HEADINGS[kind]} ({comparison.count(kind):,})",
+                heading=f"{said} ({comparison.count(kind):,})",
                 lines=tuple(map(escaped, finding_lines(findings, style))),
             )
 

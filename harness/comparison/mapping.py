@@ -66,8 +66,14 @@ def read_map(file: Path) -> tuple[Pair, ...]:
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--map-file {file}: cannot be read: {error}") from error
+    except OSError as error:
+        raise UsageError(
+            f"--map-file {file}: cannot be read: {error.strerror}", hint="check the path"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--map-file {file}: not UTF-8 text", hint="a line for each pair: OLD NEW"
+        ) from error
     pairs = []
     for number, line in enumerate(lines, 1):
         columns = line.split("#")[0].split()

@@ -90,8 +90,8 @@ def match(expected: Fingerprint, actual: Fingerprint, policy: Policy) -> Matchin
     found = {k: t for k, t in theirs.items() if not policy.ignores(k) and k not in ignored}
     if ignored and not kept and not found:
         raise UsageError(
-            f"--ignore {' --ignore '.join(policy.ignore)}: leaves nothing of {expected.name}",
-            hint="ignore less: what compares nothing would always pass",
+            f"--ignore {' --ignore '.join(policy.ignore)}: ignores every key of {expected.name}",
+            hint="ignore fewer keys: a comparison of nothing always passes",
         )
 
     pairs = [Pair(tensor, found[key]) for key, tensor in kept.items() if key in found]
@@ -143,7 +143,7 @@ def check_used(stages: PolicyOfStages, expected: Fingerprint, actual: Fingerprin
             match(expected, actual, unused)
         except UsageError as error:
             raise UsageError(f"{error}, at no stage", hint=error.hint) from error
-        raise UsageError(f"{unused.parts[0]}: fits no stage", hint="leave it out")
+        raise UsageError(f"{unused.parts[0]}: applies to no stage", hint="leave it out")
 
 
 def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> None:
@@ -157,12 +157,12 @@ def _check_globs(policy: Policy, expected: Fingerprint, actual: Fingerprint) -> 
         if not fits(glob, candidates):
             escaped = glob.replace("[", "[[]")
             if fits(f"*{glob}*", candidates):
-                hint = f"a glob fits whole keys: '*{glob}*' would fit"
+                hint = f"a glob matches whole keys: use '*{glob}*'"
             elif fits(escaped, candidates):
-                hint = f"brackets in a glob stand for one of what is in them: '{escaped}' would fit"
+                hint = f"[…] in a glob matches one of the characters inside: use '{escaped}'"
             else:
                 hint = _most_alike(glob, candidates)
-            raise UsageError(f"{option} {glob}: fits no key of {expected.name}", hint=hint)
+            raise UsageError(f"{option} {glob}: matches no key of {expected.name}", hint=hint)
 
 
 def _check_map(

@@ -112,7 +112,7 @@ class Policy:
             object.__setattr__(self, name, _texts(name, getattr(self, name), what))
         if self.cast is not None and self.cast not in CASTS:
             raise UsageError(
-                f"cast {self.cast!r}: nothing is known of such a rounding",
+                f"cast {self.cast!r}: not a dtype to round to",
                 hint=f"one of {', '.join(CASTS)}",
             )
         for word in self.accept:
@@ -147,11 +147,12 @@ class Policy:
         for old, new in self.key_map:
             check_pair(old, new)
         for glob, atol, rtol in [("", self.atol, self.rtol), *self.tolerances]:
-            if not all(0 <= given <= _GREATEST for given in (atol, rtol) if given is not None):
-                where = f" for {glob}" if glob else ""
+            for name, number in (("atol", atol), ("rtol", rtol)):
+                if number is None or 0 <= number <= _GREATEST:
+                    continue
+                where = f" of {glob}" if glob else ""
                 raise UsageError(
-                    f"a tolerance must be a finite number from 0 up (in float32), not atol {atol}, "
-                    f"rtol {rtol}{where}",
+                    f"{name}{where} is {number}: a tolerance is 0 or more, and finite in float32",
                     hint="leave it out for 1e-5, or allow no difference at all: --exact",
                 )
 
@@ -260,7 +261,7 @@ class PolicyOfStages:
         """Say what a stage left out."""
         out = [part for part in self.policy.parts if part not in here.parts]
         more = f" and {len(out) - _MAX_NAMED:,} more" if len(out) > _MAX_NAMED else ""
-        return (f"fits nothing here: {', '.join(out[:_MAX_NAMED])}{more}",) if out else ()
+        return (f"no effect at this stage: {', '.join(out[:_MAX_NAMED])}{more}",) if out else ()
 
     @property
     def unused(self) -> Policy:

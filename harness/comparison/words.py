@@ -26,24 +26,24 @@ _MAX_PATTERNS = 6
 _DIGITS = re.compile(r"\d+")
 HEADINGS: dict[FindingKind, str] = {
     "damaged": "damaged: not the bytes that were saved",
-    "missing": "missing: in the golden, not in the checkpoint",
-    "unexpected": "unexpected: in the checkpoint, not in the golden",
+    "missing": "missing: only in expected",
+    "unexpected": "unexpected: only in actual",
     "prefix": "prefix: the same keys under another prefix",
     "renamed": "renamed: equal weights under another key",
     "shape": "shape",
     "dtype": "dtype",
     "value": "value: entries other than tensors changed",
-    "unwritten": "unwritten: left by the load as the model initialised them",
+    "unwritten": "unwritten: the load left them as the model initialised them",
     "different": "different: allclose is false",
     "unchanged": "unchanged: identical, where --must-change demands a change",
     "alias": "alias: tied weights are now separate, or the reverse",
-    "requires_grad": "requires_grad: requires_grad changed",
+    "requires_grad": "requires_grad: frozen, or no longer frozen",
     "optimizer": "optimizer: its state is lost, or belongs to another parameter",
     "hyperparameter": "hyperparameter: lost in the reload",
-    "config": "config: changed beside the weights (a failure with --check-config)",
+    "config": "config: the configuration changed (a failure with --check-config)",
     "undecided": "undecided: the golden cannot tell whether allclose holds",
     "close": "close: within the tolerance, but not identical",
-    "accepted": "accepted: what --accept, --cast or --must-change lets pass",
+    "accepted": "accepted: allowed by --accept, --cast or --must-change",
 }
 
 
@@ -296,7 +296,7 @@ def _differences(differences: Sequence[Difference]) -> Iterator[str]:
     if worst.verdict == "different" and math.isinf(worst.max_abs[1]) and worst.max_abs[0] == 0.0:
         return  # nothing is known but that the digest differs
     endless = math.isinf(worst.max_abs[0])
-    size = "is no number" if endless else _size(worst)
+    size = "is undefined" if endless else _size(worst)
     rms = (
         ""
         if math.isnan(worst.rms) or endless

@@ -267,8 +267,8 @@ def _check_selection(selection: Selection, keys: Sequence[str]) -> None:
         if not fits(glob, keys):
             longer = f"*{glob.strip('*')}*"
             raise UsageError(
-                f"--only {glob}: fits no activation",
-                hint=f"--only '{longer}' would fit"
+                f"--only {glob}: matches no activation",
+                hint=f"--only '{longer}'"
                 if fits(longer, keys)
                 else f"they are named like {', '.join(keys[-2:]) or 'nothing: it computes none'}",
             )

@@ -44,7 +44,7 @@ def inputs_of(module: nn.Module, file: Path | None) -> Arguments:
     if file is not None:
         with open_checkpoint(file) as checkpoint:
             return (), dict(tensors_of(checkpoint))
-    doing, hint = f"the example inputs of {type(module).__name__}", "mend it, or give --inputs FILE"
+    doing, hint = f"the example inputs of {type(module).__name__}", "fix it, or give --inputs FILE"
     with user_code(doing, hint), seeded(SEED), torch.no_grad():
         found = None
         for name in _INPUTS:
@@ -54,7 +54,7 @@ def inputs_of(module: nn.Module, file: Path | None) -> Arguments:
                 break
     if found is None:
         raise NoInputs(
-            f"{type(module).__name__}: has no inputs to compute outputs from",
+            f"{type(module).__name__}: no example inputs to run it on",
             hint="give the model a golden_inputs() method, or pass --inputs FILE.safetensors",
         )
     if isinstance(found, Mapping):
@@ -109,7 +109,7 @@ def write_inputs(module: nn.Module, file: Path, *, overwrite: bool) -> dict[str,
     try:
         write_whole(file, save(tensors), overwrite=overwrite)
     except FileExistsError as error:
-        raise UsageError(f"{file}: is there already", hint="to replace it, add --overwrite") from (
+        raise UsageError(f"{file}: already exists", hint="to replace it, add --overwrite") from (
             error
         )
     except OSError as error:

@@ -124,7 +124,7 @@ class Loader:
         found = target or registered(checkpoint.config)
         if found is None:
             raise ModelError(
-                f"{checkpoint.name}: which model it belongs to is not known",
+                f"{checkpoint.name}: its model is unknown",
                 hint="give --model package.module:ClassOrFactory",
             )
         self.target = found

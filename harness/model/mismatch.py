@@ -81,19 +81,15 @@ def of_failed_load(
     )
     plain = Policy(check_dtype=False)
     compared = compare(expected, actual, plain, BySketches(expected.block_nbytes), stage=stage)
-    renamed = compared.count("renamed")
-    notes = [
-        "it does not load, and the stages that follow did not run: these are keys and shapes, "
-        f"of which {compared.num_identical:,} fit",
-        f"torch says: {error}",
-    ]
-    if renamed:
-        notes.insert(1, "renamed here is what has the same shape and a like name")
     return replace(
         compared,
         policy=policy,
         num_identical=0,
-        notes=tuple(notes),
+        notes=(
+            "it does not load, so only keys and shapes were compared, and no later stage ran: "
+            f"{compared.num_identical:,} of {len(expected.tensors):,} agree",
+            f"torch says: {error}",
+        ),
         no_common_key=False,
         is_unloaded=True,
     )

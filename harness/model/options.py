@@ -91,7 +91,7 @@ class LiveOptions:
         for glob, *_ in globs:
             if not fits(glob, recorded.tensors):
                 raise UsageError(
-                    f"--output-tolerance {glob}: fits no activation",
+                    f"--output-tolerance {glob}: matches no activation",
                     hint=f"they are named like {[*recorded.tensors, 'nothing'][0]}",
                 )
         return OutputPolicy(

@@ -77,7 +77,7 @@ def outputs_of(
             # Also where the call raises, which the model around it may catch.
             after = child.register_forward_hook(recorder.after(path), always_call=True)
             stack.callback(after.remove)
-        hint = "run the same forward in a Python shell for its traceback"
+        hint = "add --traceback to see where, or run the same forward in a Python shell"
         running = f"running {type(module).__name__} on its inputs"
         with user_code(running, hint), torch.no_grad():
             if isinstance(module, torch.jit.ScriptModule):

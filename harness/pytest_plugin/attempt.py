@@ -192,16 +192,15 @@ class Attempt:
 
     def _next_steps(self) -> Iterator[str]:
         from harness.report.outcome import worst_stage
-        from harness.report.steps import GET_IT_AGAIN, MEND_THE_CODE, is_of_the_code, ways_past
+        from harness.report.steps import advice, ways_past
 
         found = worst_stage(self.stages)
         if found is None:
             return
         writer = self.settings.written.get(self.golden)
-        if found.count("damaged"):
-            yield GET_IT_AGAIN
-        elif is_of_the_code(found):
-            yield MEND_THE_CODE
+        said = advice(found)
+        if said is not None:
+            yield said
         elif self.verb != "verified":
             yield (
                 f"the golden was {self.verb} from this, and it does not pass: look at key_map and "

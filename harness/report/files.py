@@ -45,13 +45,13 @@ def check_report(path: Path, option: str = "--report ") -> None:
         )
     if not path.parent.is_dir():
         raise UsageError(
-            f"{option}{path}: there is no folder {path.parent}",
+            f"{option}{path}: no such folder: {path.parent}",
             hint=f"mkdir -p {quoted(str(path.parent))}",
         )
     if path.is_file() and not _may_be_replaced(path):
         other = path.with_name(f"report{path.suffix}")
         raise UsageError(
-            f"{option}{path}: is there, and is no report",
+            f"{option}{path}: exists, and is not a report",
             hint=f"give it another name: {option}{quoted(str(other))}"
             if path.name != other.name
             else f"if it is not needed: rm {quoted(str(path))}",

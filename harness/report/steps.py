@@ -17,22 +17,35 @@ from harness.comparison.findings import Finding
 from harness.comparison.matching import match
 from harness.errors import UsageError
 
-MEND_THE_CODE = (
+_FIX_THE_CODE = (
     "the golden holds the file, not what the code makes of it: fix the code, "
     "or save the model as a new checkpoint and record that"
 )
-GET_IT_AGAIN = "bytes of the checkpoint changed since they were saved: get the file again"
+_CHANGE_THEM = "what --must-change names did not change: change it, or leave out --must-change"
+_GET_IT_AGAIN = "bytes of the checkpoint changed since they were saved: get the file again"
 _MAX_MAPPED = 4  # more make a command that nobody reads
 _MAX_TRIED = 1000  # new names that the first missing one might have
 # A part of a key that is a number, in front of another part.
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 
 
-def is_of_the_code(comparison: Comparison) -> bool:
-    """Whether what fails is what the code makes of a file, which no update can accept."""
-    held = {"requires_grad"} if comparison.stage == "load" else set()
+def advice(comparison: Comparison) -> str | None:
+    """What to do where no update accepts what was found; None where one does."""
     kinds = {finding.kind for finding in comparison.findings if finding.fails}
-    return not comparison.can_be_recorded and bool(kinds - held)
+    if "damaged" in kinds:
+        return _GET_IT_AGAIN
+    held = {"requires_grad"} if comparison.stage == "load" else set()
+    if not comparison.can_be_recorded and kinds - held:
+        return _FIX_THE_CODE
+    return _CHANGE_THEM if kinds == {"unchanged"} else None
+
+
+def converted(comparison: Comparison) -> Mapping[str, Any] | None:
+    """The policy under which a checkpoint with new names verifies, where the old does not load."""
+    if not comparison.is_unloaded:
+        return None
+    new_names = _new_names([f for f in comparison.findings if f.fails], comparison)
+    return None if new_names is None else new_names[1]
 
 
 def ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -70,7 +83,8 @@ def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]
         yield "ignore the dtype", {"check_dtype": False}
     if new_names is not None and kinds == {"renamed"}:
         return
-    words = words_to_accept(comparison)
+    # The new names are there already, in a form that says which.
+    words = [w for w in words_to_accept(comparison) if new_names is None or w != "renamed"]
     if words and all(f.kind != "prefix" for f in failing):
         yield f"accept {', '.join(words)}", {"accept": (*policy.accept, *words)}
     if kinds == {"missing", "unexpected"}:

@@ -169,7 +169,7 @@ def test_a_tensor_zeroed_on_write_stops_the_run_and_is_named(
         (training.zero, "different: allclose is false (1)\n    head.bias"),
         (training.zero_in_place, "different: allclose is false (1)\n    head.bias"),
         (training.halve, "expected float32, actual float16:\n      head.bias"),
-        (training.drop, "missing: in the golden, not in the checkpoint (1)\n    head.bias"),
+        (training.drop, "missing: only in expected (1)\n    head.bias"),
         (
             training.tear,
             "alias: tied weights are now separate, or the reverse (1)\n    head.weight",

@@ -104,7 +104,7 @@ def test_a_renamed_key_is_one_finding(recorded: Path, harness: Harness, data: Pa
 def test_a_missing_key_is_one_finding(recorded: Path, harness: Harness, data: Path) -> None:
     run = harness("verify", data / "nest_tiny_missing_key.nemo", "-g", recorded)
     assert run.code == 1
-    assert "missing: in the golden, not in the checkpoint (1)\n    quantizer.codebooks" in run.out
+    assert "missing: only in expected (1)\n    quantizer.codebooks" in run.out
 
 
 def test_a_cast_is_said_once_above_its_tensors(
@@ -268,16 +268,16 @@ def test_a_golden_of_a_live_model_is_left_out_where_no_file_is_named(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ignore", "nothing.*"], "--ignore nothing.*: fits no key"),
-        (["--tolerance", "nothing.*=1"], "--tolerance nothing.*: fits no key"),
+        (["--ignore", "nothing.*"], "--ignore nothing.*: matches no key"),
+        (["--tolerance", "nothing.*=1"], "--tolerance nothing.*: matches no key"),
         (["--tolerance", "a=b"], "is not ATOL or ATOL,RTOL"),
         (["--tolerance", "a=1,2,3"], "is not ATOL or ATOL,RTOL"),
         (["--map", "nothing=x"], "has no key nothing"),
         (["--map", "nothing"], "OLD=NEW"),
         (["--strip-prefix", "module."], "no key of models/nest.nemo starts with it"),
-        (["--atol", "-1"], "finite number from 0 up"),
-        (["--atol", "nan"], "finite number from 0 up"),
-        (["--reason", "x"], "--reason goes with --update-golden"),
+        (["--atol", "-1"], "a tolerance is 0 or more"),
+        (["--atol", "nan"], "a tolerance is 0 or more"),
+        (["--reason", "x"], "--reason needs --update-golden"),
         (["--nonsense"], "No such option"),
     ],
 )
@@ -292,7 +292,7 @@ def test_options_that_fit_nothing_are_errors(
 def test_a_glob_of_half_a_key_is_told_how_to_fit(recorded: Path, harness: Harness) -> None:
     run = harness("verify", "models/nest.nemo", "--ignore", "conv.pointwise")
     assert run.code == 2
-    assert run.err.endswith("  next: a glob fits whole keys: '*conv.pointwise*' would fit\n")
+    assert run.err.endswith("  next: a glob matches whole keys: use '*conv.pointwise*'\n")
     assert harness("verify", "models/nest.nemo", "--ignore", "*conv.pointwise*").code == 0
 
 
@@ -632,7 +632,7 @@ def test_an_update_does_not_accept_what_an_option_looks_past(
     before = recorded.read_bytes()
     run = harness("verify", "models/nest.nemo", *option, "--update-golden")
     assert (run.code, run.out) == (2, "")
-    assert f"{option[0]} does not go with --update-golden" in run.err
+    assert f"{option[0]} cannot be combined with --update-golden" in run.err
     assert recorded.read_bytes() == before
 
 
@@ -699,10 +699,15 @@ def test_an_update_shows_what_else_it_records_anew(
 
     shutil.copy(data / "nest_tiny_perturbed_1e-3.nemo", "models/nest.nemo")
     run = harness("verify", "models/nest.nemo")
-    assert "note: the golden holds load, reload, outputs, too: --outputs looks at it" in run.out
+    assert (
+        "note: the golden also holds load, reload, outputs: add --outputs to compare them"
+        in run.out
+    )
     run = harness("verify", "models/nest.nemo", "--file", "--update-golden")
     assert run.code == 2
-    assert "--file does not go with --update-golden: the golden holds outputs, too" in run.err
+    assert (
+        "--file cannot be combined with --update-golden: the golden also holds outputs" in run.err
+    )
     assert golden.read_bytes() == before
     run = harness("verify", "models/nest.nemo", "--update-golden", "--reason", "moved")
     assert run.code == 0

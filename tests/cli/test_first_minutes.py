@@ -122,10 +122,10 @@ MISTAKES = [
     (f"{NEST} math:pi", "is a float", "name a class, or a function without arguments"),
     (f"{NEST} json:JSONDecoder", "made a JSONDecoder", "name a class, or a function without"),
     (f"{NEST} torch.nn:Linear", "missing a required argument: 'in_features'", "name a function"),
-    ("roundtrip linear.pt", "which model it belongs to is not known", "give --model package"),
+    ("roundtrip linear.pt", "its model is unknown", "give --model package"),
     ("record models/new.nemo --load --config no.yaml", "no such file or directory", "check the pa"),
     # Options.
-    ("verify models/nest.nemo --reason x", "--reason goes with --update-golden", ""),
+    ("verify models/nest.nemo --reason x", "--reason needs --update-golden", "add --update-golden"),
 ]
 
 

@@ -53,7 +53,7 @@ def test_at_80_columns_long_keys_are_shortened_and_long_lines_go_on_below() -> N
   actual    models/nest.nemo (nemo)
   note: nothing of what is said here at some length is said for any other reason
 
-  missing: in the golden, not in the checkpoint (4)
+  missing: only in expected (4)
     model.….stages.{3,12}.blocks.11.attention.self.query_projection.weight
         float32 [2, 3]  (2 tensors)
     model.….stages.{3,12}.blocks.11.attention.self.key_projection.weight

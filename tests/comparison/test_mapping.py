@@ -80,7 +80,7 @@ def test_each_stage_takes_what_fits_it_and_the_rest_is_known() -> None:
     here = stages.at({"a.w", "x"}, {"a.w", "x"})
     assert here == Policy(ignore=("x",), tolerances=asked.tolerances)
     assert stages.note(here) == (
-        "fits nothing here: --ignore y, --map a.=b., --map a.=c. and 1 more",
+        "no effect at this stage: --ignore y, --map a.=b., --map a.=c. and 1 more",
     )
     assert stages.at({"a.w"}, {"module.b.w"}).key_map == (("a.", "b."),)
     assert stages.unused == Policy(key_map=(("a.", "c."),), ignore=("y",))

@@ -192,7 +192,7 @@ def test_what_changed_under_a_prefix_is_found_too(compared: Compared) -> None:
 
 
 def test_a_policy_that_leaves_nothing_to_compare_is_an_error(compared: Compared) -> None:
-    with pytest.raises(UsageError, match=r"--ignore \*\.\* --ignore \?\*: leaves nothing of"):
+    with pytest.raises(UsageError, match=r"--ignore \*\.\* --ignore \?\*: ignores every key of"):
         compared(state(), Policy(ignore=("*.*", "?*")))
 
 
@@ -258,8 +258,8 @@ def test_a_stripped_prefix_is_no_finding(compared: Compared) -> None:
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (Policy(ignore=("decoder.*",)), r"--ignore decoder\.\*: fits no key"),
-        (Policy(tolerances=(("decoder.*", 1.0, 1.0),)), r"--tolerance decoder\.\*: fits no key"),
+        (Policy(ignore=("decoder.*",)), r"--ignore decoder\.\*: matches no key"),
+        (Policy(tolerances=(("decoder.*", 1.0, 1.0),)), r"--tolerance decoder\.\*: matches no key"),
         (Policy(key_map=(("decoder.", "x."),)), r"--map decoder\.=x\.: .* has no key"),
         (Policy(key_map=(("embed", "x"),)), r"--map embed=x: .* has no key embed"),
         (Policy(key_map=(("embed.weight", "norm.half"),)), "2 keys of .* would become norm.half"),

@@ -130,7 +130,7 @@ def test_write_refuses_other_suffixes_and_other_files(compared: Comparison, tmp_
     assert "--report" not in f"{caught.value}{caught.value.hint}"
     other = tmp_path / "index.json"
     other.write_text('{"weight_map": {}}')
-    with pytest.raises(UsageError, match="is there, and is no report"):
+    with pytest.raises(UsageError, match="exists, and is not a report"):
         compared.write(other)
     assert other.read_text() == '{"weight_map": {}}'
 

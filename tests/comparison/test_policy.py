@@ -36,7 +36,7 @@ def test_a_tolerance_that_is_no_number_is_an_error(bad: float) -> None:
         lambda: Policy(rtol=bad),
         lambda: Policy(tolerances=(("*", 1.0, bad),)),
     ):
-        with pytest.raises(UsageError, match="a tolerance must be a finite number"):
+        with pytest.raises(UsageError, match=r"tol( of \*)? is .*: a tolerance is 0 or more"):
             make()
 
 
@@ -118,5 +118,5 @@ def test_a_key_with_brackets_fits_itself(compared: Compared) -> None:
     assert named(compared(actual, loose, expected=expected)) == [("close", key)]
     with pytest.raises(UsageError) as caught:
         compared(actual, Policy(ignore=("*exp[0]*",)), expected=expected)
-    assert (caught.value.hint or "").endswith("'*exp[[]0]*' would fit")
+    assert (caught.value.hint or "").endswith("use '*exp[[]0]*'")
     assert compared(actual, Policy(ignore=("*exp[[]0]*",)), expected=expected).num_ignored == 1

@@ -255,13 +255,13 @@ def test_globs_select_activations_and_those_that_fit_none_are_errors() -> None:
     found = compared(*models, only=("blocks.0*",))
     assert found.verdict == "identical"
     assert found.num_ignored > 0
-    with pytest.raises(UsageError, match=r"--only blocks\.7: fits no activation"):
+    with pytest.raises(UsageError, match=r"--only blocks\.7: matches no activation"):
         compared(*models, only=("blocks.7",))
     with pytest.raises(UsageError, match="leave no output to compare"):
         compared(*models, only=("blocks.0:in.*",))
     inputs = compared(*models, only=("blocks.0:in.*",), activations="all")
     assert (inputs.verdict, inputs.num_identical) == ("identical", 1)
-    with pytest.raises(UsageError, match=r"--output-tolerance blocks\.7: fits no activation"):
+    with pytest.raises(UsageError, match=r"--output-tolerance blocks\.7: matches no activation"):
         compared(*models, output_tolerances=(("blocks.7", 1.0, None),))
 
 

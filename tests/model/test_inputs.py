@@ -64,7 +64,7 @@ def test_a_checkpoint_s_model_is_asked_and_a_file_is_not_replaced_unasked(
     shapes = api.write_inputs(data / "nest_tiny.nemo", file)
     assert shapes["noisy_input_signal"] == (2, 25440)
     before = file.read_bytes()
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         api.write_inputs(f"{HERE}:Scaled", file)
     assert file.read_bytes() == before
     api.write_inputs(f"{HERE}:Scaled", file, overwrite=True)
@@ -75,7 +75,7 @@ def test_a_checkpoint_s_model_is_asked_and_a_file_is_not_replaced_unasked(
     ("target", "said"),
     [
         (f"{HERE}:Trains", "its example input train is a bool"),
-        ("torch.nn:ReLU", "has no inputs"),
+        ("torch.nn:ReLU", "no example inputs"),
         ("torch.nn:Linear", "cannot be called with no arguments"),
     ],
 )

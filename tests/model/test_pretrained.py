@@ -245,7 +245,7 @@ def test_a_model_without_inputs_ends_after_reload_unless_outputs_are_asked_for(
 ) -> None:
     run = harness("roundtrip", bare, "--model", f"{HERE}:Bare")
     assert run.code == 0
-    assert "note: outputs were not compared: Bare: has no inputs" in run.out
+    assert "note: outputs were not compared: Bare: no example inputs" in run.out
     assert harness("roundtrip", bare, "--model", f"{HERE}:Bare", "--outputs").code == 2
     for stage, count in (("load", 1), ("reload", 2)):
         run = harness("roundtrip", bare, "--model", f"{HERE}:Bare", f"--{stage}")

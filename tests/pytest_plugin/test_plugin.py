@@ -333,9 +333,9 @@ def test_what_cannot_be_read_is_told_in_two_lines(project: Project, mode: str) -
 
 
 WRONG = {
-    '"net.safetensors", ignore=("nowhere",)': "error: --ignore nowhere: fits no key of golden/",
+    '"net.safetensors", ignore=("nowhere",)': "error: --ignore nowhere: matches no key of golden/",
     '"net.safetensors", ignore="*"': "error: ignore takes a tuple of globs, not '*'",
-    '"net.safetensors", atol=-1': "error: a tolerance must be a finite number",
+    '"net.safetensors", atol=-1': "error: atol is -1: a tolerance is 0 or more",
     '"net.safetensors", policy=Policy(), atol=1': "error: give policy=… or its fields as keywords",
     '"net.safetensors", "a/b"': "error: a golden's name is that of a file, not 'a/b'",
     '"net.safetensors", "../b"': "error: a golden's name is that of a file, not '../b'",

@@ -103,7 +103,7 @@ def test_findings_are_folded_away_by_kind_as_the_text_report_groups_them() -> No
     text = render(result(outcome(found)))
     page = Page(text)
     assert page.summaries == [
-        "missing: in the golden, not in the checkpoint (3)",
+        "missing: only in expected (3)",
         "alias: tied weights are now separate, or the reverse (1)",
     ]
     assert text.count("<details open>") == 1
@@ -112,7 +112,7 @@ def test_findings_are_folded_away_by_kind_as_the_text_report_groups_them() -> No
         f"expected  {GOLDEN} (nemo)\n"
         "actual    models/nest.nemo (nemo)\n"
         "note: a note\n"
-        "note: 2 of the expected tensors hold NaN\n",
+        "note: 2 expected tensors contain NaN\n",
         "layers.{0…2}.weight  float32 [2, 3]  (3 tensors)\n",
         "head\n  expected tied to a\n  actual   separate\n",
     ]

@@ -98,11 +98,11 @@ def test_reports_do_not_change_what_is_printed(project: Path, harness: Harness) 
         ("-", "by its suffix", "--report report.html"),
         ("a folder", "is a folder", "--report 'a folder/report.html'"),
         ("", "is a folder", "--report report.html"),
-        ("no folder/out.xml", "there is no folder no folder", "mkdir -p 'no folder'"),
+        ("no folder/out.xml", "no such folder: no folder", "mkdir -p 'no folder'"),
         ("/dev/null", "by its suffix", "--report report.html"),
-        ("README.md", "is there, and is no report", "give it another name: --report report.md"),
-        ("report.md", "is there, and is no report", "if it is not needed: rm report.md"),
-        ("index.html", "is there, and is no report", "give it another name: --report report.html"),
+        ("README.md", "exists, and is not a report", "give it another name: --report report.md"),
+        ("report.md", "exists, and is not a report", "if it is not needed: rm report.md"),
+        ("index.html", "exists, and is not a report", "give it another name: --report report.html"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_told_before_any_work(
@@ -126,7 +126,7 @@ def test_an_index_of_shards_is_no_place_for_a_report(project: Path, harness: Har
     before = index.read_bytes()
     run = harness("verify", index.name, "--report", index.name)
     assert run.code == 2
-    assert "is there, and is no report" in run.err
+    assert "exists, and is not a report" in run.err
     assert index.read_bytes() == before
 
 

@@ -9,24 +9,24 @@ const SEVERITY = [...DATA.kinds, "identical", "ignored"];
 
 const ABOUT = {
   damaged: "not the bytes that were saved",
-  missing: "in the golden, not in the checkpoint",
-  unexpected: "in the checkpoint, not in the golden",
+  missing: "only in expected",
+  unexpected: "only in actual",
   prefix: "the same keys under another prefix",
   renamed: "equal weights under another key",
   shape: "another shape",
   dtype: "another dtype",
-  unwritten: "left by the load as the model initialised it",
+  unwritten: "the load left it as the model initialised it",
   different: "allclose is false",
   unchanged: "identical, where --must-change demands a change",
   alias: "tied weights are now separate, or the reverse",
-  requires_grad: "requires_grad changed",
+  requires_grad: "frozen, or no longer frozen",
   optimizer: "its state is lost, or belongs to another parameter",
   hyperparameter: "lost in the reload",
-  undecided: "what is known cannot tell whether allclose holds",
+  undecided: "the golden cannot tell whether allclose holds",
   close: "within the tolerance, but not identical",
-  accepted: "what --accept, --cast or --must-change lets pass",
+  accepted: "allowed by --accept, --cast or --must-change",
   identical: "the same bytes",
-  ignored: "left out by --ignore",
+  ignored: "skipped by --ignore",
 };
 
 function named(columns, values) {
