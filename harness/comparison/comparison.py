@@ -240,8 +240,11 @@ def finding_sections(comparison: Comparison, style: Style) -> Iterator[Section]:
     for kind in FINDING_KINDS:
         findings = [finding for finding in comparison.findings if finding.kind == kind]
         if findings and not _is_aftermath(kind, comparison):
-            is_guess = kind == "renamed" and comparison.is_unloaded
-            said = "renamed: the same shape, and a similar name" if is_guess else HEADINGS[kind]
+            said = HEADINGS[kind]
+            if kind == "renamed" and comparison.is_unloaded:
+                said = "renamed: the same shape, and a similar name"
+            elif kind == "renamed" and not all(c.accept for f in findings for c in f.causes[:1]):
+                said = "renamed: under another key"  # not all of equal weights
             yield Section(
                 heading=f"{said} ({comparison.count(kind):,})",
                 lines=tuple(map(escaped, finding_lines(findings, style))),

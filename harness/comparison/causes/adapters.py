@@ -24,10 +24,10 @@ from harness.checkpoint.sources.access import open_source, read_file
 from harness.checkpoint.sources.paths import AnyPath, is_there
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
+from harness.comparison.causes.evidence import Roundoff
 from harness.comparison.causes.linear import (
     ROUNDINGS,
     UPPER,
-    Roundoff,
     Vector,
     are_comparable,
     ceiling,

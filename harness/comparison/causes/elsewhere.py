@@ -1,12 +1,19 @@
-"""Hypotheses about one tensor that need no search: its bytes are elsewhere, or it counts.
+"""Hypotheses that one tensor's values are another's, and that it counts.
 
-In: what is known of both sides, and a finding. Out: a `Cause`, or None.
+In: what is known of both sides, and what is missing, unexpected or found different. Out: a `Cause`,
+or None.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
-from harness.comparison.causes.evidence import Evidence, is_constant
+from harness.comparison.causes.evidence import Evidence, are_permutable, is_constant
+from harness.comparison.causes.rounding import ends, recast
+from harness.comparison.causes.same_bytes import seen_otherwise
 from harness.comparison.findings import Finding
 from harness.fingerprints.fingerprint import TensorFingerprint
 
@@ -19,6 +26,56 @@ def moved_from(key: str) -> Cause:
         accept=("renamed",),
         of=(key,),
     )
+
+
+def elsewhere(
+    evidence: Evidence, missing: Mapping[str, TensorFingerprint], unexpected: Mapping[str, Tensor]
+) -> Iterator[tuple[str, str, tuple[Cause, ...]]]:
+    """Pair missing and unexpected tensors that are each other, cast, reshaped or transposed.
+
+    Candidates are those whose least and greatest values agree, which no step on the way changes
+    but a rounding, and that keeps their order.
+    """
+    exact: dict[object, list[str]] = {}
+    cast: dict[object, list[str]] = {}
+    left = {k: t for k, t in missing.items() if t.stats is not None and not is_constant(t.stats)}
+    for key, expected in left.items():
+        for index, is_cast in ((exact, False), (cast, True)):
+            for name in {*ends(expected, is_cast=is_cast)}:
+                index.setdefault((expected.numel, name), []).append(key)
+    for there, tensor in unexpected.items():
+        actual = evidence.actual.get(there)
+        if actual is None:
+            continue
+        names = [(exact, name) for name in {*ends(actual), *ends(actual, is_cast=True)}]
+        names += [(cast, name) for name in ends(actual)]
+        found = (key for index, name in names for key in index.get((actual.numel, name), ()))
+        for key in dict.fromkeys(found):
+            if key in left and (causes := _as_one(evidence, left[key], actual, tensor)):
+                del left[key]
+                yield key, there, causes
+                break
+
+
+def _as_one(
+    evidence: Evidence, expected: TensorFingerprint, actual: TensorFingerprint, tensor: Tensor
+) -> tuple[Cause, ...]:
+    moved = moved_from(expected.key)
+    if expected.shape == tensor.shape:
+        match = recast(evidence, tensor, expected)
+        if match is not None:
+            first, *others = match.of(moved)
+            text = f"{moved.text}: {others[0].text}"
+            return replace(first, text=text), *others
+    if expected.dtype == actual.dtype and not are_permutable(expected.stats, actual.stats):
+        return ()
+    causes = seen_otherwise(evidence, expected, tensor)
+    if not causes:
+        return ()
+    text = f"{moved.text}: {causes[0].text}"
+    accept = ("renamed", *causes[0].accept)
+    first = replace(causes[0], text=text, of=(expected.key,), accept=accept)
+    return first, replace(moved, accept=()), *causes[1:]
 
 
 def copied(evidence: Evidence, finding: Finding, actual: TensorFingerprint) -> Cause | None:

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from harness.checkpoint.dtypes import Array
+from harness.checkpoint.dtypes import Array, DType
 from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.comparison.causes.views import View, are_same, digest_as
 from harness.fingerprints.arithmetic import as_floats
@@ -23,10 +23,37 @@ from harness.fingerprints.stats import Stats
 from harness.streaming.workers import ALL_CORES, Workers
 
 _HEAD_NBYTES = 256
+_ROUNDOFF = {
+    "float64": (2.0**-53, 0.0),
+    "float32": (2.0**-24, 2.0**-150),
+    "float16": (2.0**-11, 2.0**-25),
+    "bfloat16": (2.0**-8, 2.0**-134),
+    "float8_e4m3fn": (2.0**-4, 2.0**-10),
+    "float8_e5m2": (2.0**-3, 2.0**-17),
+}
 
 
 class OutOfTime(Exception):  # noqa: N818 - it ends a search, and is no error
     """The search for causes has taken as long as it may."""
+
+
+@dataclass(frozen=True)
+class Roundoff:
+    """The greatest errors of rounding to a dtype: relative, and absolute near zero."""
+
+    relative: float
+    absolute: float
+
+    @classmethod
+    def of(cls, *dtypes: DType) -> Roundoff:
+        """That of the dtype with the greatest."""
+        found = [_ROUNDOFF.get(dtype.name, (1.0, 0.0)) for dtype in dtypes]
+        return cls(max(one for one, _ in found), max(other for _, other in found))
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether so much fits within it that nothing is proved."""
+        return self.relative > 2.0**-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +72,7 @@ class Evidence:
     block_nbytes: int
     deadline: float
     workers: Workers = ALL_CORES
-    proved: set[str] = field(default_factory=set)
+    proved: set[object] = field(default_factory=set)
     _heads: dict[object, dict[bytes, list[str]]] = field(default_factory=dict)
 
     def check_time(self) -> None:
@@ -88,35 +115,57 @@ class Evidence:
         self.check_time()
         if expected.digest is None or view.nbytes != expected.nbytes:
             return False
-        if not self._begins_as(view, expected):
+        if not self.begins_as(view, expected):
             return False
         return digest_as(view, expected.dtype, expected.shape, self.workers) == expected.digest
 
-    def _begins_as(self, view: View, expected: TensorFingerprint) -> bool:
-        if not expected.nbytes:
+    def begins_as(
+        self, view: View, expected: TensorFingerprint, roundoff: Roundoff | None = None
+    ) -> bool:
+        """Whether a view's first block may be an expected tensor's: its bytes, or rounded so."""
+        if not view.nbytes:
             return True
-        if expected.values is not None:
-            start = bytearray(min(expected.nbytes, 16384))
+        if expected.values is not None and roundoff is None:
+            start = bytearray(min(view.nbytes, 16384))
             view.read_into(0, memoryview(start))
             return expected.values.startswith(start)
-        if expected.sketch is None or expected.dtype.kind != "float":
+        if expected.dtype.kind != "float" or (expected.values is None and expected.sketch is None):
             return True
         numel = block_numel(expected.dtype, self.block_nbytes)
-        data = np.empty(min(expected.nbytes, numel * expected.dtype.itemsize), "|u1")
+        data = np.empty(min(view.nbytes, numel * view.dtype.itemsize), "|u1")
         view.read_into(0, data.data)
-        return begins_as(as_floats(data, expected.dtype), expected.sketch, numel)
+        values = as_floats(data, view.dtype)
+        if expected.values is not None:
+            known = np.frombuffer(expected.values, "|u1")[: values.size * expected.dtype.itemsize]
+            return is_near(values, as_floats(known, expected.dtype), roundoff or Roundoff(0, 0))
+        assert expected.sketch is not None
+        return begins_as(values, expected.sketch, numel, roundoff=roundoff)
 
 
-def begins_as(values: Array, sketch: Sketch, block: int, index: int = 0) -> bool:
-    """Whether a block's values have the golden's sketch, up to its rounding."""
+@np.errstate(all="ignore")
+def is_near(values: Array, known: Array, roundoff: Roundoff) -> bool:
+    """Whether values may be others, rounded; what is not finite is left out."""
+    one, other = (side.astype("<f8") for side in (values, known))
+    finite = np.isfinite(one) & np.isfinite(other)
+    away = np.abs(one - other)[finite]
+    return bool(np.all(away <= 2 * (roundoff.relative * np.abs(other[finite]) + roundoff.absolute)))
+
+
+@np.errstate(all="ignore")
+def begins_as(
+    values: Array, sketch: Sketch, block: int, index: int = 0, roundoff: Roundoff | None = None
+) -> bool:
+    """Whether a block's values have the golden's sketch, up to its rounding and that of a cast."""
     wide = values.astype("<f8")
-    with np.errstate(all="ignore"):
-        wide[~np.isfinite(wide)] = 0.0
-        by = projection(block).numbers[: wide.size]
-        away = np.linalg.norm(wide @ by - sketch.projections[index])
-        # Rounding of the sketch is a millionth of this.
-        size = np.linalg.norm(wide) + sketch.norms[index]
-    return bool(away <= 1e-6 * size) or not np.isfinite(away)
+    wide[~np.isfinite(wide)] = 0.0
+    by = projection(block).numbers[: wide.size]
+    away = np.linalg.norm(wide @ by - sketch.projections[index])
+    # Rounding of the sketch is a millionth of this.
+    size = np.linalg.norm(wide) + sketch.norms[index]
+    allowed = 1e-6 * size
+    if roundoff is not None:  # 16 products are some 4 times what they are of, at most 8 times
+        allowed += 8 * (roundoff.relative * size + roundoff.absolute * np.sqrt(wide.size))
+    return bool(away <= allowed) or not np.isfinite(away)
 
 
 def _head_of(view: View) -> bytes:

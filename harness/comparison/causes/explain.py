@@ -19,7 +19,13 @@ from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.comparison.cause import Cause
 from harness.comparison.causes.accepting import accepted
 from harness.comparison.causes.adapters import Adapter, opened_adapter, sum_of
-from harness.comparison.causes.elsewhere import copied, counter, kept_elsewhere, moved_from
+from harness.comparison.causes.elsewhere import (
+    copied,
+    counter,
+    elsewhere,
+    kept_elsewhere,
+    moved_from,
+)
 from harness.comparison.causes.evidence import (
     Evidence,
     OutOfTime,
@@ -27,12 +33,11 @@ from harness.comparison.causes.evidence import (
     detailed,
     is_constant,
 )
-from harness.comparison.causes.fused import fused
 from harness.comparison.causes.ledger import Ledger
 from harness.comparison.causes.linear import constant, linear
-from harness.comparison.causes.nearby import nearby
+from harness.comparison.causes.nearby import nearby, renamed_alike
 from harness.comparison.causes.regrouped import regrouped
-from harness.comparison.causes.rounding import rounded, rounded_elsewhere
+from harness.comparison.causes.rounding import may_be_cast, nearly, recast
 from harness.comparison.causes.rows import reordered, rows_changed
 from harness.comparison.causes.same_bytes import rows_kept, seen_otherwise
 from harness.comparison.causes.sums import Sums
@@ -140,13 +145,14 @@ def _with_known(comparison: Comparison) -> Comparison:
     if is_common or comparison.num_identical or not renamed:
         return comparison
     total = len(renamed) + comparison.count("missing")
-    equal = (
-        f"no key in common, but {len(renamed):,} of {total:,} tensors are equal under other keys"
-    )
-    if any("rounded" in c.accept for f in comparison.findings for c in f.causes[:1]):
+    firsts = [cause for f in comparison.findings for cause in f.causes[:1]]
+    of_renamed = [f.causes[0] for f in comparison.findings if f.kind == "renamed" and f.causes]
+    are = "are equal"
+    if any(not cause.accept for cause in of_renamed):
+        are = "are equal or nearly so" if all(c.accept or c.bound for c in of_renamed) else "are"
+    equal = f"no key in common, but {len(renamed):,} of {total:,} tensors {are} under other keys"
+    if any("rounded" in cause.accept for cause in firsts):
         equal += ", up to rounding"
-    if any(c.bound for f in comparison.findings if f.kind == "renamed" for c in f.causes[:1]):
-        equal = equal.replace("are equal", "are equal or nearly so")
     if len(renamed) < min(comparison.count("missing"), comparison.count("unexpected")):
         return comparison  # a few counters may be equal in any two models
     notes = tuple(note for note in comparison.notes if not note.startswith("no key in common"))
@@ -230,25 +236,37 @@ class _Search:
                 self.findings.explain(finding, *causes)
         missing, unexpected = self._alone()
         if missing and unexpected:
-            for key, there, causes in rounded_elsewhere(evidence, missing, unexpected):
+            for key, there, causes in elsewhere(evidence, missing, unexpected):
                 self.findings.rename((key,), (there,), causes)
             missing, unexpected = self._alone()
         if missing and unexpected:
-            for group in regrouped(evidence, [*missing.values()], [*unexpected.values()]):
-                self.findings.rename(group.expected, group.actual, (group.cause,))
-            missing, unexpected = self._alone()
-        if missing and unexpected:
-            for group in fused(evidence, missing, unexpected):
-                self.findings.rename(group.expected, group.actual, (group.cause,))
+            for group in regrouped(evidence, missing, unexpected):
+                self.findings.rename(group.expected, group.actual, group.causes)
             missing, unexpected = self._alone()
         if missing and unexpected:
             for keys, cause in folded(evidence, missing, unexpected):
                 for finding in self.findings.of_keys(keys):
                     self.findings.explain(finding, cause)
-            self._moved_and_reshaped(missing, unexpected)
             missing, unexpected = self._alone()
             for key, there, cause in nearby(evidence, missing, unexpected):
                 self.findings.rename((key,), (there,), (cause,))
+            self._renamed_alike()
+
+    def _renamed_alike(self) -> None:
+        """Of keys that differ as known ones do, what happened to their tensors beside."""
+        missing, unexpected = self._alone()
+        renamed = [(f.key, f.actual) for f in self.findings if f.kind == "renamed" and f.actual]
+        for key, there in renamed_alike(renamed, missing, unexpected):
+            self.evidence.check_time()
+            pair = Finding(kind="shape", key=key, actual_key=there)
+            causes = self._causes_of(pair)
+            if causes and causes[0].of != (key,):
+                moved = moved_from(key)
+                accept = ("renamed", *causes[0].accept) if causes[0].accept else ()
+                text = f"{moved.text}: {causes[0].text}"
+                first = replace(causes[0], text=text, of=(key,), accept=accept)
+                others = (replace(cause, accept=()) for cause in (moved, *causes[1:]))
+                self.findings.rename((key,), (there,), (first, *others))
 
     def _alone(self) -> tuple[dict[str, TensorFingerprint], dict[str, Tensor]]:
         """The tensors that only one side has, without a cause so far."""
@@ -264,34 +282,6 @@ class _Search:
             if f.kind == "unexpected" and f.key in evidence.tensors and not f.causes
         }
         return missing, unexpected
-
-    def _moved_and_reshaped(
-        self, missing: Mapping[str, TensorFingerprint], unexpected: Mapping[str, Tensor]
-    ) -> None:
-        """Another key and another shape or order in one step: pairs whose statistics agree."""
-        taken: set[str] = set()
-        of_form: dict[object, list[tuple[str, Tensor]]] = {}
-        for there, tensor in unexpected.items():
-            of_form.setdefault((tensor.dtype, tensor.numel), []).append((there, tensor))
-        for key, expected in missing.items():
-            if is_constant(expected.stats):
-                continue
-            self.evidence.check_time()
-            for there, tensor in of_form.get((expected.dtype, expected.numel), ()):
-                actual = self.evidence.actual.get(there)
-                if there in taken or actual is None or actual.stats is None:
-                    continue
-                if not are_permutable(expected.stats, actual.stats):
-                    continue
-                cause = seen_otherwise(self.evidence, expected, tensor)
-                if cause is not None:
-                    moved = moved_from(key)
-                    text = f"{moved.text}: {cause.text}"
-                    accept = ("renamed", *cause.accept)
-                    first = replace(cause, text=text, of=(key,), accept=accept)
-                    self.findings.rename((key,), (there,), (first, moved))
-                    taken.add(there)
-                    break
 
     def each(self) -> None:
         """Every finding for itself, the cheapest hypotheses first."""
@@ -313,8 +303,9 @@ class _Search:
         if actual is None or actual.dtype.is_value or (expected and expected.dtype.is_value):
             return []
         found = [counter(expected, actual), copied(evidence, finding, actual)]
-        if expected is not None:
-            found.append(rounded(evidence, expected, actual, tensor))
+        if expected is not None and tensor is not None and expected.shape == actual.shape:
+            match = recast(evidence, tensor, expected)
+            found += () if match is None else match.causes
         if finding.kind != "close" and not any(found):
             found.append(constant(expected, actual))
             if expected is not None:
@@ -335,8 +326,10 @@ class _Search:
         found: list[Cause | None] = []
         if is_constant(expected.stats) or is_constant(actual.stats):
             return found
-        if tensor is not None and are_permutable(expected.stats, actual.stats):
-            found.append(seen_otherwise(evidence, expected, tensor))
+        if tensor is not None and (
+            are_permutable(expected.stats, actual.stats) or may_be_cast(expected, actual)
+        ):
+            found += seen_otherwise(evidence, expected, tensor)
         if tensor is not None and expected.shape != actual.shape:
             found.append(rows_kept(evidence, expected, tensor))
         if tensor is not None and not any(found) and not _names_all(finding):
@@ -349,6 +342,9 @@ class _Search:
             found.append(linear(expected, actual, evidence.block_nbytes))
         if not any(found):
             found.append(self.sums.explain(expected.key, actual))
+        if not any(found) and tensor is not None and expected.shape == actual.shape:
+            match = nearly(evidence, tensor, expected)
+            found += () if match is None else match.causes
         return found
 
     def together(self) -> None:

@@ -17,9 +17,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from harness.checkpoint.dtypes import Array, DType, numpy_dtype
+from harness.checkpoint.dtypes import Array, numpy_dtype
 from harness.comparison.cause import Cause
-from harness.comparison.causes.evidence import is_constant
+from harness.comparison.causes.evidence import Roundoff, is_constant
 from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import NUM_PROJECTIONS, Sketch, projection
@@ -31,29 +31,6 @@ _MIN_NUMEL, _MIN_BITS = 8, 40
 UPPER = 2.0358
 # A block's rounding errors, as a share of its norm, make a bound of at most so many of them.
 ROUNDINGS = 12.0
-
-
-@dataclass(frozen=True)
-class Roundoff:
-    """The greatest errors of rounding to a dtype: relative, and absolute near zero."""
-
-    relative: float
-    absolute: float
-
-    @classmethod
-    def of(cls, *dtypes: DType) -> Roundoff:
-        """That of the dtype with the greatest."""
-        bits = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
-        least = {"float64": 0.0, "float16": 2.0**-25}
-        return cls(
-            max(2.0 ** -bits.get(dtype.name, 0) for dtype in dtypes),
-            max(least.get(dtype.name, 2.0**-134) for dtype in dtypes),
-        )
-
-    @property
-    def is_coarse(self) -> bool:
-        """Whether so much fits within it that nothing is proved."""
-        return self.relative > 2.0**-8
 
 
 @dataclass(frozen=True, kw_only=True)

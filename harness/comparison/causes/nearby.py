@@ -1,12 +1,15 @@
-"""The hypothesis that a tensor has another key and nearly the same values: renamed, then trained.
+"""Which of the tensors without a counterpart are each other, though not of equal values.
 
 In: the golden's tensors without a counterpart, and the checkpoint's. Out: pairs that are much
-nearer to each other than to all others, with the `Cause` and how far apart they are at most.
+nearer to each other than to all others, with the `Cause` and how far apart they are at most; and
+pairs whose names differ as those of tensors that are known to be renamed, which proves nothing yet.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 
 import numpy as np
 
@@ -14,6 +17,7 @@ from harness.checkpoint.dtypes import Array
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence, is_constant
 from harness.comparison.causes.linear import UPPER, Vector, are_comparable, vector_of
+from harness.comparison.causes.regrouped import NUMBER
 from harness.fingerprints.fingerprint import TensorFingerprint
 
 _MIN_NUMEL, _MAX_ROWS = 16, 4096
@@ -33,6 +37,42 @@ def nearby(
         theirs = _vectors(evidence, (t for t in found if t.shape == shape))
         if ours and theirs and len(ours) * len(theirs) <= _MAX_PAIRS:
             yield from _pairs(ours, theirs)
+
+
+def renamed_alike(
+    known: Iterable[tuple[str, str]], missing: Iterable[str], unexpected: Iterable[str]
+) -> Iterator[tuple[str, str]]:
+    """Pair keys as those of `known` pairs are: of another layer, or with the same new parts.
+
+    Where both sides of a pair end alike, what is in front of that became another, too.
+    """
+    other_layer: dict[str, str] = {}
+    fronts: dict[str, str] = {}
+    parts: dict[str, str] = {}
+    for key, there in known:
+        if key.count(".") == there.count("."):
+            parts |= zip(key.split("."), there.split("."), strict=True)
+        other_layer[NUMBER.sub("#", key)] = NUMBER.sub("#", there)
+        alike = takewhile(
+            lambda pair: pair[0] == pair[1], zip(key[::-1], there[::-1], strict=False)
+        )
+        _, _, end = key[len(key) - len([*alike]) :].partition(".")
+        if end:
+            fronts[key.removesuffix(end)] = there.removesuffix(end)
+    free = set(unexpected)
+    for key in missing:
+        between = other_layer.get(NUMBER.sub("#", key), "").split("#")
+        numbers = NUMBER.findall(key)
+        wanted = [".".join(parts.get(part, part) for part in key.split("."))]
+        if len(between) == len(numbers) + 1:
+            wanted.append("".join(map("".join, zip(between, [*numbers, ""], strict=True))))
+        places = (0, *(match.end() for match in re.finditer(r"\.", key)))
+        wanted += [fronts[key[:p]] + key[p:] for p in places if key[:p] in fronts]
+        for there in wanted:
+            if there in free:
+                free.remove(there)
+                yield key, there
+                break
 
 
 def _vectors(evidence: Evidence, tensors: Iterable[TensorFingerprint]) -> dict[str, Vector]:

@@ -1,36 +1,44 @@
-"""Hypotheses across keys: tensors joined, split and stacked, and how their parts are ordered.
+"""Hypotheses across keys: tensors joined, split and stacked, in any of the layouts that are used.
 
 In: the golden's tensors without a counterpart, and the checkpoint's. Out: groups in which one
-tensor of one side is several of the other, each byte of it proved by the golden's digests. A form
-that explained one tensor is tried first for the next.
+tensor of one side, the whole, is several of the other, each value of it proved by digests. A whole
+has members, one for each number in a series of keys (experts, layers), stacked or one behind the
+other; a member has up to four parts, joined along a dim: one behind the other, or a share of each
+for each head or group of heads (BLOOM, GPT-NeoX, Megatron), or one by one; and each part may be
+transposed. A layout that explained one tensor is tried first for the next.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any, Generic, TypeVar
 
-from harness.checkpoint.dtypes import DType
 from harness.checkpoint.tensors import Tensor
-from harness.comparison.cause import Cause
+from harness.comparison.cause import Acceptable, Cause
 from harness.comparison.causes.evidence import Evidence
+from harness.comparison.causes.rounding import Match, matched
 from harness.comparison.causes.views import (
     Chained,
     Joined,
     View,
-    digest_as,
     narrowed,
     permuted,
     selected,
+    split,
 )
 from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.text.folding import fold, fold_names
 
 NUMBER = re.compile(r"\d+")
-_MAX_PARTS = 4  # of a join, whose order is tried
-_MAX_STACKED = 4096
+# A number of its own, as of a layer or an expert, and not that of w1.
+_INDEX = re.compile(r"(?<![^._])\d+(?![^._])")
+_MAX_PARTS, _MAX_CANDIDATES, _MAX_MEMBERS = 4, 6, 4096
+
+_Part = TypeVar("_Part", bound=Tensor | TensorFingerprint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,263 +47,243 @@ class Regrouped:
 
     expected: tuple[str, ...]
     actual: tuple[str, ...]
-    cause: Cause
+    causes: tuple[Cause, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """How parts make a member, in `groups` along `axis`, and members a whole."""
+
+    axis: int
+    groups: int
+    is_turned: bool
+    is_stacked: bool
+    in_order: bool
+
+    def grouped(self, tensor: Tensor) -> Tensor:
+        """A member, or a part of it as it stands there, with the groups as a dim."""
+        return split(tensor, self.axis, (self.groups, tensor.shape[self.axis] // self.groups))
+
+    def shape_of(self, part: Tensor | TensorFingerprint) -> tuple[int, ...]:
+        """The shape of a part as it stands in a member."""
+        return part.shape[::-1] if self.is_turned else part.shape
+
+    def part_of(self, member: Tensor, start: int, stop: int) -> Tensor:
+        """The part in a range of each group, in the order of its own values."""
+        part = narrowed(self.grouped(member), self.axis + 1, start, stop)
+        if not self.is_turned:
+            return part
+        return permuted(part, (1, 2, 0) if self.axis else (2, 0, 1))
+
+    def member_of(self, parts: Sequence[Tensor]) -> View:
+        standing = [permuted(part, (1, 0)) if self.is_turned else part for part in parts]
+        if len(parts) == 1 or (self.axis == 0 and self.groups == 1):
+            return Chained(standing)
+        return Joined([self.grouped(part) for part in standing], self.axis + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hypothesis(Generic[_Part]):
+    """The parts of each member, and their layout."""
+
+    layout: _Layout
+    members: Sequence[Sequence[_Part]]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(part.key for member in self.members for part in member)
 
 
 def regrouped(
-    evidence: Evidence,
-    missing: Sequence[TensorFingerprint],
-    unexpected: Sequence[Tensor],
+    evidence: Evidence, missing: Mapping[str, TensorFingerprint], unexpected: Mapping[str, Tensor]
 ) -> Iterator[Regrouped]:
     """Find what was joined or stacked, then what was split or taken from a stack."""
-    left = {tensor.key: tensor for tensor in missing if tensor.numel > 1}
-    free = {tensor.key: tensor for tensor in unexpected if tensor.numel > 1}
-    for tensor in [*free.values()]:
-        found = _parts_of(evidence, tensor, left)
-        if found is not None:
-            yield found
-            del free[tensor.key]
-            for key in found.expected:
-                left.pop(key, None)
-    for expected in [*left.values()]:
-        found = _whole_of(evidence, expected, free)
-        if found is not None:
-            yield found
-            for key in found.actual:
-                free.pop(key, None)
-
-
-class _Wanted:
-    """The golden's tensors that parts may be, by shape, and by digest."""
-
-    def __init__(self, dtype: DType, tensors: Mapping[str, TensorFingerprint]) -> None:
-        of_dtype = [t for t in tensors.values() if t.dtype == dtype]
-        self.shapes: dict[tuple[int, ...], list[TensorFingerprint]] = {}
-        for tensor in of_dtype:
-            self.shapes.setdefault(tensor.shape, []).append(tensor)
-
-
-def _parts_of(
-    evidence: Evidence, tensor: Tensor, missing: Mapping[str, TensorFingerprint]
-) -> Regrouped | None:
-    """The golden's tensors that this one consists of."""
-    wanted = _Wanted(tensor.dtype, missing)
-    ndim = len(tensor.shape)
-    for axis in range(min(ndim, 3)):
-        keys = _along(evidence, tensor, axis, wanted)
-        if keys is not None and len(keys) > 1:
-            cause = Cause(
-                kind="joined",
-                text=f"{short(tensor.key, keys)} = {names(keys)} joined along {axis}",
-                proof="digest",
-                accept=("joined",),
-                of=tuple(keys),
-                axis=axis,
-            )
-            return Regrouped(expected=tuple(keys), actual=(tensor.key,), cause=cause)
-    if ndim < 2 or tensor.shape[0] > _MAX_STACKED:
-        return None
-    for form in _FORMS:
-        keys = []
-        for index in range(tensor.shape[0]):
-            found = form(evidence, selected(tensor, 0, index), wanted)
-            if found is None:
+    used: set[str] = set()
+    series = _Series(t for t in missing.values() if t.numel > 1)
+    for tensor in unexpected.values():
+        evidence.check_time()
+        for way in series.ways(tensor, used, evidence.proved):
+            match = _is_whole(evidence, tensor, way)
+            if match is not None:
+                evidence.proved.add(way.layout)
+                used.update(way.keys)
+                causes = _causes(tensor.key, way, match, is_split=False)
+                yield Regrouped(expected=way.keys, actual=(tensor.key,), causes=causes)
+                used.add(tensor.key)
                 break
-            keys += found
-        else:
-            if len(set(keys)) == len(keys) and len(keys) > 1:
-                return Regrouped(
-                    expected=tuple(keys), actual=(tensor.key,), cause=_stacked(tensor.key, keys)
-                )
-    return None
+    free = _Series(t for t in unexpected.values() if t.numel > 1 and t.key not in used)
+    for expected in missing.values():
+        evidence.check_time()
+        if expected.key in used:
+            continue
+        for split_up in free.ways(expected, used, evidence.proved):
+            whole = Chained([split_up.layout.member_of(parts) for parts in split_up.members])
+            match = matched(evidence, whole, expected)
+            if match is not None:
+                evidence.proved.add(split_up.layout)
+                used.update(split_up.keys)
+                causes = _causes(expected.key, split_up, match, is_split=True)
+                yield Regrouped(expected=(expected.key,), actual=split_up.keys, causes=causes)
+                break
 
 
-def _stacked(key: str, keys: Sequence[str]) -> Cause:
-    return Cause(
-        kind="stacked",
-        text=f"{short(key, keys)} = {names(keys)}, stacked",
-        proof="digest",
-        accept=("joined",),
-        of=tuple(keys),
-        axis=0,
-    )
+def _is_whole(
+    evidence: Evidence, tensor: Tensor, way: _Hypothesis[TensorFingerprint]
+) -> Match | None:
+    """Whether a tensor holds these parts, all of them or none cast."""
+    layout, rows = way.layout, tensor.shape[0] // len(way.members)
+    found: Match | None = None
+    for place, parts in enumerate(way.members):
+        member = (
+            selected(tensor, 0, place)
+            if layout.is_stacked
+            else narrowed(tensor, 0, place * rows, (place + 1) * rows)
+        )
+        start = 0
+        for part in parts:
+            stop = start + layout.shape_of(part)[layout.axis] // layout.groups
+            match = matched(evidence, layout.part_of(member, start, stop), part)
+            if match is None or (found is not None and match.how != found.how):
+                return None
+            found, start = match, stop
+    return found
 
 
-def _as_it_is(evidence: Evidence, view: Tensor, wanted: _Wanted) -> list[str] | None:
-    return _one_of(evidence, view, wanted.shapes.get(view.shape, ()))
+class _Series(Generic[_Part]):
+    """Tensors, alone and as series whose keys differ in one number, by the other numbers."""
 
+    def __init__(self, tensors: Iterator[_Part]) -> None:
+        self._alone: dict[object, list[_Part]] = {}
+        self._series: dict[object, dict[object, list[tuple[int, _Part]]]] = {}
+        for tensor in tensors:
+            places = [*_INDEX.finditer(tensor.key)]
+            numbers = tuple(place[0] for place in places)
+            self._alone.setdefault(numbers, []).append(tensor)
+            for at, place in enumerate(places):
+                others = (*numbers[:at], *numbers[at + 1 :])
+                name = tensor.key[: place.start()], tensor.key[place.end() :], tensor.shape
+                of_others = self._series.setdefault(others, {})
+                of_others.setdefault(name, []).append((int(place[0]), tensor))
 
-def _as_transposed(evidence: Evidence, view: Tensor, wanted: _Wanted) -> list[str] | None:
-    return _as_it_is(evidence, permuted(view, (1, 0)), wanted) if len(view.shape) == 2 else None
+    def ways(
+        self, whole: Tensor | TensorFingerprint, used: set[str], proved: set[object]
+    ) -> Iterator[_Hypothesis[_Part]]:
+        """What a whole may be made of, as far as keys and shapes allow; proved layouts first."""
+        for is_proved in (True, False):
+            for way in self._ways(whole, used):
+                if (way.layout in proved) == is_proved:
+                    yield way
 
-
-def _as_joined(evidence: Evidence, view: Tensor, wanted: _Wanted) -> list[str] | None:
-    for axis in range(min(2, len(view.shape))):
-        found = _along(evidence, view, axis, wanted)
-        if found is not None:
-            return found
-    return None
-
-
-def _as_joined_transposed(evidence: Evidence, view: Tensor, wanted: _Wanted) -> list[str] | None:
-    return _as_joined(evidence, permuted(view, (1, 0)), wanted) if len(view.shape) == 2 else None
-
-
-def _as_interleaved(evidence: Evidence, view: Tensor, wanted: _Wanted) -> list[str] | None:
-    """Two tensors whose rows, or columns, alternate: gate and up of some experts."""
-    for seen in (view, permuted(view, (1, 0))) if len(view.shape) == 2 else (view,):
-        for axis in range(len(seen.shape)):
-            size = seen.shape[axis]
-            if size % 2:
-                continue
-            halves = [narrowed(seen, axis, start, size, 2) for start in (0, 1)]
-            found = [_as_it_is(evidence, half, wanted) for half in halves]
-            if all(found):
-                return [key for keys in found for key in keys or ()]
-    return None
-
-
-_FORMS = (_as_it_is, _as_joined, _as_transposed, _as_joined_transposed, _as_interleaved)
-
-
-def _along(evidence: Evidence, view: Tensor, axis: int, wanted: _Wanted) -> list[str] | None:
-    """The golden's tensors that are this one's parts along a dim, from the first to the last."""
-    rest = view.shape[:axis] + view.shape[axis + 1 :]
-    by_size = {
-        shape[axis]: tensors
-        for shape, tensors in wanted.shapes.items()
-        if len(shape) == len(view.shape) and shape[:axis] + shape[axis + 1 :] == rest
-    }
-    keys: list[str] = []
-    start = 0
-    while start < view.shape[axis]:
-        for size, tensors in by_size.items():
-            if 0 < size < view.shape[axis] and start + size <= view.shape[axis]:
-                part = narrowed(view, axis, start, start + size)
-                free = [tensor for tensor in tensors if tensor.key not in keys]
-                found = _one_of(evidence, part, free)
-                if found is not None:
-                    keys += found
-                    start += size
-                    break
-        else:
-            return None
-    return keys
-
-
-def _one_of(
-    evidence: Evidence, view: Tensor, candidates: Sequence[TensorFingerprint]
-) -> list[str] | None:
-    """Which of some tensors a view is, by its digest; few at a time, by their first blocks."""
-    if not candidates:
-        return None
-    evidence.check_time()
-    if len(candidates) <= 4:
-        for tensor in candidates:
-            if evidence.are_bytes_of(view, tensor):
-                return [tensor.key]
-        return None
-    first = candidates[0]
-    digest = digest_as(view, first.dtype, first.shape, evidence.workers)
-    return next(([tensor.key] for tensor in candidates if tensor.digest == digest), None)
-
-
-def _whole_of(
-    evidence: Evidence, expected: TensorFingerprint, free: Mapping[str, Tensor]
-) -> Regrouped | None:
-    """The checkpoint's tensors that the golden's consisted of."""
-    for parts, view, kind, axis in _wholes(expected, free):
-        if evidence.are_bytes_of(view, expected):
-            keys = [part.key for part in parts]
-            how = "unstacked" if kind == "stacked" else f"split along {axis}"
-            cause = Cause(
-                kind="split",
-                text=f"{short(expected.key, keys)} is now {names(keys)}, {how}",
-                proof="digest",
-                accept=("joined",),
-                of=tuple(keys),
-                axis=axis,
-            )
-            return Regrouped(expected=(expected.key,), actual=tuple(keys), cause=cause)
-    return None
-
-
-def _wholes(
-    expected: TensorFingerprint, free: Mapping[str, Tensor]
-) -> Iterator[tuple[list[Tensor], View, str, int]]:
-    """What the golden's tensor may be made of: parts in an order, and how."""
-    numbers = NUMBER.findall(expected.key)
-    near = [
-        tensor
-        for tensor in free.values()
-        if tensor.dtype == expected.dtype and _holds_numbers(tensor.key, numbers)
-    ]
-    for axis in range(min(3, len(expected.shape))):
-        rest = expected.shape[:axis] + expected.shape[axis + 1 :]
-        fitting = [
-            tensor
-            for tensor in near
-            if len(tensor.shape) == len(expected.shape)
-            and tensor.shape[:axis] + tensor.shape[axis + 1 :] == rest
-            and len(NUMBER.findall(tensor.key)) == len(numbers)
-        ]
-        for count in range(2, min(_MAX_PARTS, len(fitting)) + 1):
-            for parts in permutations(fitting, count):
-                if sum(part.shape[axis] for part in parts) == expected.shape[axis]:
-                    view = Chained(parts) if axis == 0 else Joined(parts, axis)
-                    yield [*parts], view, "joined", axis
-    if len(expected.shape) < 2:
-        return
-    series = [some for some in _series(near) if len(some) == expected.shape[0]]
-    inner = expected.shape[1:]
-    for some in series:
-        if some[0].shape == inner:
-            yield some, Chained(some), "stacked", 0
-        elif len(inner) == 2 and some[0].shape == inner[::-1]:
-            yield some, Chained([permuted(part, (1, 0)) for part in some]), "stacked", 0
-    for axis in range(len(inner)):
-        for one, other in permutations(series, 2):
-            pairs = [*zip(one, other, strict=True)]
-            for turn in (False, True):
-                seen = [
-                    tuple(permuted(t, (1, 0)) if turn and len(t.shape) == 2 else t for t in pair)
-                    for pair in pairs
-                ]
-                if _join_shape([part.shape for part in seen[0]], axis) == inner:
-                    joined: list[View] = [
-                        Chained(pair) if axis == 0 else Joined(pair, axis) for pair in seen
+    def _ways(
+        self, whole: Tensor | TensorFingerprint, used: set[str]
+    ) -> Iterator[_Hypothesis[_Part]]:
+        numbers = tuple(_INDEX.findall(whole.key))
+        ndim = len(whole.shape)
+        if not ndim or whole.numel < 2:
+            return
+        alone = [[t] for t in self._alone.get(numbers, ()) if t.key not in used]
+        yield from self._members(whole.shape, alone, is_stacked=False, in_order=True)
+        by_count: dict[int, list[list[tuple[int, _Part]]]] = {}
+        for some in self._series.get(numbers, {}).values():
+            if 2 <= len(some) <= _MAX_MEMBERS and not any(t.key in used for _, t in some):
+                by_count.setdefault(len(some), []).append(some)
+        for count, series in by_count.items():
+            sizes = [(whole.shape[1:], True)] if whole.shape[0] == count and ndim > 1 else []
+            if whole.shape[0] % count == 0:
+                sizes.append(((whole.shape[0] // count, *whole.shape[1:]), False))
+            for inner, is_stacked in sizes:
+                # As numbers, or by mistake as text.
+                orders: list[tuple[bool, Callable[[int], Any]]] = [(True, int)]
+                if count > 10:
+                    orders.append((False, str))  # by mistake, as text
+                for in_order, by in orders:
+                    members = [
+                        [t for _, t in sorted(some, key=lambda one: by(one[0]))] for some in series
                     ]
-                    yield [part for pair in pairs for part in pair], Chained(joined), "stacked", 0
+                    yield from self._members(
+                        inner, members, is_stacked=is_stacked, in_order=in_order
+                    )
+
+    def _members(
+        self,
+        inner: tuple[int, ...],
+        series: Sequence[Sequence[_Part]],
+        *,
+        is_stacked: bool,
+        in_order: bool,
+    ) -> Iterator[_Hypothesis[_Part]]:
+        for is_turned in (False, True) if len(inner) == 2 else (False,):
+            for axis in range(len(inner)):
+                rest = inner[:axis] + inner[axis + 1 :]
+                form = _Layout(
+                    axis=axis,
+                    groups=1,
+                    is_turned=is_turned,
+                    is_stacked=is_stacked,
+                    in_order=in_order,
+                )
+                sizes = {}
+                for place, some in enumerate(series):
+                    shape = form.shape_of(some[0])
+                    if len(shape) == len(inner) and shape[:axis] + shape[axis + 1 :] == rest:
+                        sizes[place] = shape[axis]
+                alone = [p for p, size in sizes.items() if size == inner[axis]]
+                if axis == 0 and len(series) and len(series[0]) > 1:
+                    for place in alone:
+                        yield _Hypothesis(layout=form, members=[[t] for t in series[place]])
+                places = [p for p, size in sizes.items() if 0 < size < inner[axis]]
+                if len(places) > _MAX_CANDIDATES:
+                    continue
+                for count in range(2, min(_MAX_PARTS, len(places)) + 1):
+                    for chosen in permutations(places, count):
+                        each = [sizes[place] for place in chosen]
+                        if sum(each) != inner[axis]:
+                            continue
+                        members = [*zip(*(series[place] for place in chosen), strict=True)]
+                        for groups in _divisors(math.gcd(*each)):
+                            layout = _Layout(**{**vars(form), "groups": groups})
+                            yield _Hypothesis(layout=layout, members=members)
 
 
-def _join_shape(shapes: Sequence[tuple[int, ...]], axis: int) -> tuple[int, ...] | None:
-    first = shapes[0]
-    if any(len(s) != len(first) or axis >= len(s) for s in shapes):
-        return None
-    if len({s[:axis] + s[axis + 1 :] for s in shapes}) > 1:
-        return None
-    return (*first[:axis], sum(shape[axis] for shape in shapes), *first[axis + 1 :])
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _series(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one shape whose keys differ in one number, in the order of that number."""
-    found: dict[object, list[tuple[int, Tensor]]] = {}
-    for tensor in tensors:
-        numbers = NUMBER.findall(tensor.key)
-        for place, number in enumerate(numbers):
-            parts = NUMBER.split(tensor.key)
-            others = (*numbers[:place], *numbers[place + 1 :])
-            name = (tuple(parts), place, others, tensor.shape)
-            found.setdefault(name, []).append((int(number), tensor))
-    for some in found.values():
-        if len(some) > 1:
-            yield [tensor for _, tensor in sorted(some, key=lambda pair: pair[0])]
-
-
-def _holds_numbers(key: str, numbers: Sequence[str]) -> bool:
-    """Whether these numbers stand in a key, in their order: those of its layer."""
-    rest = iter(NUMBER.findall(key))
-    return all(number in rest for number in numbers)
+def _causes(
+    whole: str, way: _Hypothesis[_Part], match: Match, *, is_split: bool
+) -> tuple[Cause, ...]:
+    layout, keys = way.layout, way.keys
+    is_joined = len(way.members[0]) > 1 or not layout.is_stacked
+    along = f" along {layout.axis}" if len(way.members[0]) > 1 else " along 0"
+    if layout.groups > 1:
+        along += f", in {layout.groups:,} groups"
+    if len(way.members) > 1 and layout.is_stacked:
+        how = "unstacked" if is_split else "stacked"
+    else:
+        how = f"{'split' if is_split else 'joined'}{along}"
+    text = f"{short(whole, keys)} {'is now' if is_split else '='} {names(keys)}"
+    text += f"{',' if is_split or how == 'stacked' else ''} {how}"
+    accept: tuple[Acceptable, ...] = ("joined",)
+    if layout.is_turned:
+        text += ", transposed"
+        accept += ("transposed",)
+    if not layout.in_order:
+        text += ", in the order of their names as text: " + ", ".join(
+            _INDEX.findall(member[0].key)[-1] for member in way.members[:4]
+        )
+        text += ", …"
+        accept += ("order",)
+    cause = Cause(
+        kind="split" if is_split else "stacked" if how == "stacked" else "joined",
+        text=text,
+        proof="digest",
+        accept=accept,
+        of=keys,
+        axis=layout.axis if is_joined and how != "stacked" else 0,
+        axes=(1, 0) if layout.is_turned else None,
+        num_heads=layout.groups if layout.groups > 1 else None,
+    )
+    return match.of(cause)
 
 
 def short(key: str, others: Sequence[str]) -> str:

@@ -1,211 +1,224 @@
 """Hypotheses about dtypes: the golden's values rounded to a narrower one, or widened.
 
-In: both sides' fingerprints, and the tensors. Out: a `Cause` that hashes or digests prove.
+In: an expected fingerprint, and a view of the actual tensor that may have its values. Out: a
+`Match`, which digests, hashes or all values prove: the same bytes, or what a cast has made of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from harness.checkpoint.dtypes import DTYPES, Array, DType, numpy_dtype
-from harness.checkpoint.tensors import Tensor
-from harness.comparison.cause import CASTS, Acceptable, Cause, Proof
-from harness.comparison.causes.evidence import Evidence, is_constant
-from harness.comparison.causes.views import View, are_same, digest_as
-from harness.fingerprints.fingerprint import TensorFingerprint
+from harness.comparison.cause import CASTS, Cause, CauseKind, Proof
+from harness.comparison.causes.evidence import Evidence, Roundoff
+from harness.comparison.causes.linear import UPPER
+from harness.comparison.causes.views import View, are_same
+from harness.fingerprints.arithmetic import as_floats
+from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.hashes import UNIT_NUMEL, hash_unit, join_units
+from harness.fingerprints.sketch import sketch_values
 from harness.streaming.chunks import buffers
 from harness.streaming.threads import parallel
 
-_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
-
-
-def is_wider(one: DType, other: DType) -> bool:
-    """Whether a dtype holds all values of another, and more."""
-    if one.kind != "float" or other.kind != "float" or one == other:
-        return False
-    if {one.name, other.name} == {"float16", "bfloat16"}:
-        return False
-    return one.itemsize > other.itemsize
+_CASTS = tuple(DTYPES[name] for name in CASTS)
+_READ_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True)
 class Cast:
-    """A tensor's values in another dtype, rounded to the nearest, ties to even."""
+    """A view's values in another dtype, rounded to the nearest, ties to even, as torch does."""
 
-    tensor: View
-    stored: DType
+    view: View
     dtype: DType
 
     @property
     def nbytes(self) -> int:
-        return self.tensor.nbytes // self.stored.itemsize * self.dtype.itemsize
+        return self.view.nbytes // self.view.dtype.itemsize * self.dtype.itemsize
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        count = len(buffer) // self.dtype.itemsize
-        first = start // self.dtype.itemsize
-        data = np.empty(count * self.stored.itemsize, "|u1")
-        self.tensor.read_into(first * self.stored.itemsize, data.data)
-        buffer[:] = cast(data, self.stored, self.dtype).view("|u1").data
+        stored = self.view.dtype
+        first, count = start // self.dtype.itemsize, len(buffer) // self.dtype.itemsize
+        data = np.empty(count * stored.itemsize, "|u1")
+        self.view.read_into(first * stored.itemsize, data.data)
+        values: Array = data.view(numpy_dtype(stored))
+        with np.errstate(all="ignore"):
+            if stored.name == "float64" and self.dtype.itemsize < 4:  # by way of float32
+                values = values.astype("<f4")
+            buffer[:] = values.astype(numpy_dtype(self.dtype)).view("|u1").data
 
 
-def cast(data: Array, stored: DType, dtype: DType) -> Array:
-    """Values as those of another dtype, as torch casts them."""
-    values: Array = data.view(numpy_dtype(stored))
-    with np.errstate(all="ignore"):
-        if stored.name == "float64" and dtype.itemsize < 4:  # by way of float32
-            values = values.astype("<f4")
-        return np.asarray(values.astype(numpy_dtype(dtype)))
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """That a view has an expected tensor's values; `how` they were cast, None: not at all."""
+
+    proof: Proof = "digest"
+    kind: CauseKind = "rounded"
+    how: str | None = None
+    dtype: str | None = None
+    bound: float | None = None
+
+    @property
+    def causes(self) -> tuple[Cause, ...]:
+        """What happened to the values alone."""
+        if self.how is None:
+            return ()
+        text = f"the golden's values, {self.how}"
+        cause = Cause(kind=self.kind, text=text, proof=self.proof, dtype=self.dtype)
+        if self.proof == "sketch":
+            return (replace(cause, bound=self.bound),)
+        return (replace(cause, accept=("rounded",)),)
+
+    def of(self, cause: Cause) -> tuple[Cause, ...]:
+        """A cause that holds by this match, and beside it what happened to the values.
+
+        What accepts the first accepts all of it, and nothing less does.
+        """
+        if self.how is None:
+            return (cause,)
+        both = replace(
+            cause,
+            text=f"{cause.text}, {self.how}",
+            proof=self.proof,
+            accept=(*cause.accept, "rounded") if cause.accept else (),
+            dtype=self.dtype,
+        )
+        return both, *(replace(alone, accept=()) for alone in self.causes)
 
 
-def rounded(
-    evidence: Evidence,
-    expected: TensorFingerprint,
-    actual: TensorFingerprint,
-    tensor: Tensor | None,
-) -> Cause | None:
-    """Find the rounding, or the widening, that made the one of the other."""
-    if expected.numel != actual.numel or expected.dtype.kind != "float" or not expected.numel:
+def matched(evidence: Evidence, view: View, expected: TensorFingerprint) -> Match | None:
+    """Find whether a view has an expected tensor's values, in its dtype or cast."""
+    if view.dtype == expected.dtype and evidence.are_bytes_of(view, expected):
+        return Match()
+    return recast(evidence, view, expected)
+
+
+def recast(evidence: Evidence, view: View, expected: TensorFingerprint) -> Match | None:
+    """Find the cast, or the casts, that made a view's values of an expected tensor's."""
+    stored, own = view.dtype, expected.dtype
+    if {stored.kind, own.kind} != {"float"} or not expected.numel:
         return None
-    if expected.shape != actual.shape or actual.dtype.kind != "float":
+    if view.nbytes // stored.itemsize != expected.numel:
         return None
-    if tensor is not None and is_wider(actual.dtype, expected.dtype):
-        return _widened(evidence, expected, tensor)
-    if tensor is None:
+    evidence.check_time()
+    ways = [*_ways(own, stored)]
+    roundoff = Roundoff.of(own, stored, *(dtype for through in ways for dtype in through))
+    if not evidence.begins_as(view, expected, roundoff):
         return None
-    for name in CASTS:
-        dtype = DTYPES[name]
-        if not is_wider(expected.dtype, dtype) or actual.dtype not in (dtype, expected.dtype):
-            continue
-        proof = _proof_of(evidence, expected, tensor, dtype)
+    for through in ways:
+        proof = _proof_of(evidence, view, expected, through)
         if proof is not None:
-            stays = "" if actual.dtype == dtype else f" (and stored as {actual.dtype})"
-            return Cause(
-                kind="rounded",
-                text=f"the golden's values, rounded to {name}{stays}",
-                proof=proof,
-                accept=("rounded",),
-                dtype=name,
-            )
-    return None
+            names = [dtype.name for dtype in through]
+            how = f"rounded to {', then to '.join(names)}"
+            if stored != through[-1]:
+                how += f" (and stored as {stored})"
+            return Match(proof=proof, how=how, dtype=names[-1])
+    narrow = Cast(view, own)
+    if (
+        stored == own
+        or stored.itemsize < own.itemsize
+        or not evidence.are_bytes_of(narrow, expected)
+    ):
+        return None
+    if are_same(Cast(narrow, stored), view):
+        return Match(kind="widened", how=f"widened to {stored}", dtype=stored.name)
+    return Match(how=f"with more digits: rounded to {own} they are the same", dtype=own.name)
+
+
+def _ways(own: DType, stored: DType) -> Iterator[tuple[DType, ...]]:
+    """The dtypes that values may have gone through, the simplest way first."""
+    for dtype in _CASTS:
+        if dtype != own and dtype.itemsize <= own.itemsize and stored in (dtype, own):
+            yield (dtype,)
+    if stored.itemsize == 2 and own.itemsize > 2:
+        yield from ((one, stored) for one in _CASTS if one.itemsize == 2 and one != stored)
 
 
 def _proof_of(
-    evidence: Evidence, expected: TensorFingerprint, tensor: Tensor, dtype: DType
+    evidence: Evidence, view: View, expected: TensorFingerprint, through: tuple[DType, ...]
 ) -> Proof | None:
-    """What proves that a tensor holds the golden's values rounded to a dtype; None: it does not."""
-    wide = _values_of(evidence, expected)
-    if wide is not None:
-        narrow = Cast(wide, expected.dtype, dtype)
-        return "values" if _is_cast(evidence, narrow, dtype, tensor, tensor.dtype) else None
-    kept = None if expected.hashes is None else expected.hashes.of_rounding(expected.dtype, dtype)
-    if kept is None:
+    """What proves that a view holds the golden's values cast so; None: it does not."""
+    known: View | None = evidence.references.get(expected.key)
+    if expected.values is not None:
+        known = expected
+    if known is not None:
+        for dtype in (*through, view.dtype):
+            known = Cast(known, dtype) if dtype != known.dtype else known
+        return "values" if are_same(known, view) else None
+    kept = (
+        None if expected.hashes is None else expected.hashes.of_rounding(expected.dtype, through[0])
+    )
+    if kept is None or len(through) > 1:
         return None
-    if tensor.dtype != dtype:
-        narrow = Cast(tensor, tensor.dtype, dtype)
-        if not are_same(Cast(narrow, dtype, tensor.dtype), tensor):
-            return None
-    return "hash" if hash_as(evidence, tensor, tensor.dtype, dtype) == kept else None
+    if view.dtype != through[0] and not are_same(Cast(Cast(view, through[0]), view.dtype), view):
+        return None
+    return "hash" if _hash_as(evidence, view, through[0]) == kept else None
 
 
-def hash_as(evidence: Evidence, view: View, stored: DType, dtype: DType) -> bytes:
+def _hash_as(evidence: Evidence, view: View, dtype: DType) -> bytes:
     """The hash of a view's values as those of a dtype that is no wider."""
-    step = UNIT_NUMEL * stored.itemsize
+    step = UNIT_NUMEL * view.dtype.itemsize
 
     def of_unit(start: int) -> bytes:
         evidence.check_time()
         data = buffers.get("chunk", min(step, view.nbytes - start))
         view.read_into(start, data.data)
-        return hash_unit(data.view(numpy_dtype(stored)), dtype)
+        return hash_unit(data.view(numpy_dtype(view.dtype)), dtype)
 
     units = parallel(of_unit, [*range(0, view.nbytes, step)], jobs=evidence.workers.jobs)
     return join_units(units)
 
 
-def _values_of(evidence: Evidence, expected: TensorFingerprint) -> View | None:
-    if expected.values is not None:
-        return expected
-    return evidence.references.get(expected.key)
-
-
-def _is_cast(evidence: Evidence, narrow: Cast, dtype: DType, tensor: Tensor, stored: DType) -> bool:
-    """Whether a tensor holds just these rounded values, as stored."""
-    there: View = narrow if stored == dtype else Cast(narrow, dtype, stored)
-    evidence.check_time()
-    return there.nbytes == tensor.nbytes and are_same(there, tensor)
-
-
-def _widened(evidence: Evidence, expected: TensorFingerprint, tensor: Tensor) -> Cause | None:
-    narrow = Cast(tensor, tensor.dtype, expected.dtype)
-    if not evidence.are_bytes_of(narrow, expected):
+@np.errstate(all="ignore")  # what is not finite is near nothing
+def nearly(evidence: Evidence, view: View, expected: TensorFingerprint) -> Match | None:
+    """Find, by the sketch, that values are the golden's to within the rounding of both dtypes."""
+    stored, own, sketch = view.dtype, expected.dtype, expected.sketch
+    if stored == own or {stored.kind, own.kind} != {"float"} or sketch is None:
         return None
-    back = Cast(narrow, expected.dtype, tensor.dtype)
-    if not are_same(back, tensor):
-        return Cause(
-            kind="rounded",
-            text=f"with more digits: rounded to {expected.dtype} it is the golden",
-            proof="digest",
-            accept=("rounded",),
-            dtype=expected.dtype.name,
-        )
-    return Cause(
-        kind="widened",
-        text=f"the golden's values, widened to {tensor.dtype}",
-        proof="digest",
-        accept=("rounded",),
-        dtype=tensor.dtype.name,
+    roundoff = Roundoff.of(stored, own)
+    if not evidence.begins_as(view, expected, roundoff):
+        return None
+    block = block_numel(own, evidence.block_nbytes)
+    step = max(1, _READ_NUMEL // block) * block * stored.itemsize
+    away = 0.0
+    for start in range(0, view.nbytes, step):
+        evidence.check_time()
+        data = np.empty(min(step, view.nbytes - start), "|u1")
+        view.read_into(start, data.data)
+        found = sketch_values(as_floats(data, stored), block).projections
+        first = start // stored.itemsize // block
+        away += float(np.square(found - sketch.projections[first : first + len(found)]).sum())
+    bound = UPPER * away**0.5 / float(np.linalg.norm(sketch.norms))
+    if not bound <= 8 * roundoff.relative:
+        return None
+    digit = 10.0 ** math.floor(math.log10(bound)) if bound else 1.0
+    how = f"in {stored}, to within {math.ceil(bound / digit) * digit:.0e} of their norm"
+    return Match(proof="sketch", how=how, dtype=stored.name, bound=bound)
+
+
+def may_be_cast(expected: TensorFingerprint, actual: TensorFingerprint) -> bool:
+    """Whether the least and the greatest value allow that the one was cast to the other."""
+    ours, theirs = {*ends(expected)}, {*ends(actual)}
+    return bool(
+        theirs & {*ours, *ends(expected, is_cast=True)} or ours & {*ends(actual, is_cast=True)}
     )
 
 
-def rounded_elsewhere(
-    evidence: Evidence, missing: Mapping[str, TensorFingerprint], unexpected: Mapping[str, Tensor]
-) -> Iterator[tuple[str, str, tuple[Cause, Cause]]]:
-    """Pair missing and unexpected tensors that are each other, rounded or widened."""
-    left = {k: t for k, t in missing.items() if not is_constant(t.stats)}
-    for there, tensor in unexpected.items():
-        if tensor.dtype.kind != "float" or not tensor.numel:
-            continue
-        key, cause = _found_elsewhere(evidence, left, tensor)
-        if key is not None and cause is not None:
-            del left[key]
-            accept: tuple[Acceptable, ...] = ("renamed", "rounded")
-            text = f"holds what {key} holds in the golden: {cause.text}"
-            moved = replace(cause, kind="moved", text=text, accept=accept, of=(key,))
-            yield key, there, (moved, cause)
-
-
-def _found_elsewhere(
-    evidence: Evidence, missing: Mapping[str, TensorFingerprint], tensor: Tensor
-) -> tuple[str | None, Cause | None]:
-    evidence.check_time()
-    actual = evidence.actual.get(tensor.key)
-    if actual is None:
-        return None, None
-    fitting = {k: t for k, t in missing.items() if t.shape == tensor.shape}
-    for dtype in {t.dtype.name: t.dtype for t in fitting.values()}.values():
-        if is_wider(tensor.dtype, dtype):
-            narrow = Cast(tensor, tensor.dtype, dtype)
-            digest = digest_as(narrow, dtype, tensor.shape, evidence.workers)
-            for key, expected in fitting.items():
-                if expected.digest == digest:
-                    return key, _widened(evidence, expected, tensor)
-    for key, expected in fitting.items():
-        if is_wider(expected.dtype, tensor.dtype) and _may_round(expected, actual):
-            cause = rounded(evidence, expected, actual, tensor)
-            if cause is not None:
-                return key, cause
-    return None, None
-
-
-def _may_round(expected: TensorFingerprint, actual: TensorFingerprint) -> bool:
-    """Whether the least and the greatest value allow it: rounding keeps their order."""
-    ours, theirs = expected.stats, actual.stats
-    if ours is None or theirs is None:
-        return True
-    ends = np.array([ours.min, ours.max])
+def ends(tensor: TensorFingerprint, *, is_cast: bool = False) -> Iterator[tuple[float, float]]:
+    """The least and the greatest value, also as other dtypes have them: rounding keeps an order."""
+    stats = tensor.stats
+    if stats is None or tensor.dtype.kind != "float":
+        return
+    if not is_cast:
+        yield stats.min, stats.max
+        return
+    values = np.array([stats.min, stats.max])
     with np.errstate(all="ignore"):
-        now = ends.astype(numpy_dtype(actual.dtype)).astype("<f8")
-    return bool(now[0] == theirs.min and now[1] == theirs.max)
+        for through in {way for stored in _CASTS for way in _ways(tensor.dtype, stored)}:
+            now = values
+            for dtype in through:
+                now = now.astype("<f4").astype(numpy_dtype(dtype)).astype("<f8")
+            yield float(now[0]), float(now[1])

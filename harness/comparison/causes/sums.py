@@ -15,9 +15,8 @@ import numpy as np
 
 from harness.checkpoint.dtypes import Array
 from harness.comparison.cause import Cause
-from harness.comparison.causes.evidence import Evidence, detailed, is_constant
+from harness.comparison.causes.evidence import Evidence, Roundoff, detailed, is_constant
 from harness.comparison.causes.linear import (
-    Roundoff,
     Vector,
     are_comparable,
     ceiling,

@@ -25,8 +25,10 @@ _MAX_HELD_NBYTES = 32 << 20
 
 
 class View(Protocol):
-    """Logical bytes that can be read from any place."""
+    """Logical bytes of a dtype that can be read from any place."""
 
+    @property
+    def dtype(self) -> DType: ...
     @property
     def nbytes(self) -> int: ...
     def read_into(self, start: int, buffer: memoryview) -> None: ...
@@ -141,6 +143,10 @@ class Chained:
     parts: Sequence[View]
 
     @property
+    def dtype(self) -> DType:
+        return self.parts[0].dtype
+
+    @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
@@ -163,6 +169,10 @@ class Joined:
 
     parts: Sequence[Tensor]
     axis: int
+
+    @property
+    def dtype(self) -> DType:
+        return self.parts[0].dtype
 
     @property
     def nbytes(self) -> int:
@@ -191,6 +201,10 @@ class Picked:
     tensor: Tensor
     axis: int
     order: Sequence[int]
+
+    @property
+    def dtype(self) -> DType:
+        return self.tensor.dtype
 
     @property
     def nbytes(self) -> int:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from harness.checkpoint.dtypes import Array
+from harness.checkpoint.dtypes import Array, DType
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
-from harness.comparison.causes.evidence import Evidence
-from harness.comparison.causes.linear import Roundoff, vector_of
+from harness.comparison.causes.evidence import Evidence, Roundoff
+from harness.comparison.causes.linear import UPPER, vector_of
 from harness.comparison.causes.views import View
 from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
-from harness.fingerprints.sketch import sketch_values
+from harness.fingerprints.sketch import projection, sketch_values
 
 # How the norm g and the direction v are called beside the plain weight: torch's old and new form.
 _FORMS = (
@@ -30,7 +31,8 @@ _FORMS = (
 )
 _PLAIN = ".weight"
 _MAX_NUMEL = 1 << 24  # 128 MiB as float64
-_ROUNDINGS = 8.0
+_ROUNDINGS, _SUMMED, _MOST = 8.0, 1e-5, 0.05
+_MIN_NORMS, _MAX_NORMS = 4, 2048
 
 
 def other_form(key: str, there: str) -> Cause | None:
@@ -54,9 +56,16 @@ def folded(
     for suffixes in _FORMS:
         for g, v, plain in _trios(missing, unexpected, suffixes):
             found = _expected_values(evidence, missing[g]), _expected_values(evidence, missing[v])
-            bound = _is_plain(evidence, found, _Values(unexpected[plain]), None)
+            weight = _Values(unexpected[plain])
+            bound, proof = _is_plain(evidence, found, weight, None), "values"
+            if found[0] is not None and found[1] is None:
+                bound, proof = _is_direction(evidence, found[0], missing[v], weight), "sketch"
             if bound is not None:
-                yield (g, v, plain), _cause(plain, (g, v), bound, "folded", "values")
+                yield (g, v, plain), _cause(plain, (g, v), bound, "folded", proof)
+            elif found[0] is not None and found[1] is None and _are_norms(found[0], weight):
+                cause = _cause(plain, (g, v), 0.0, "folded", "values")
+                text = f"{cause.text[:-1]}, of which the golden keeps too little to compare it)"
+                yield (g, v, plain), replace(cause, text=text, bound=None)
         for g, v, plain in _trios(unexpected, missing, suffixes):
             parts = _Values(unexpected[g]), _Values(unexpected[v])
             known = _expected_values(evidence, missing[plain])
@@ -104,6 +113,77 @@ def _expected_values(evidence: Evidence, expected: TensorFingerprint) -> _Values
     return None if reference is None else _Values(expected, reference)
 
 
+def _axes(g: Tensor | TensorFingerprint, ndim: int) -> tuple[int, ...] | None:
+    """The dims that g is the norm over; None where it is that of no such tensor."""
+    if g.dtype.kind != "float" or len(g.shape) not in (0, ndim):
+        return None
+    return tuple(axis for axis in range(ndim) if not g.shape or g.shape[axis] == 1)
+
+
+@np.errstate(all="ignore")
+def _are_norms(g: _Values, plain: _Values) -> bool:
+    """Whether a weight's norms are g: to within what is little of how they differ."""
+    axes = _axes(g.tensor, len(plain.tensor.shape))
+    if axes is None or plain.tensor.numel > _MAX_NUMEL or g.tensor.numel < _MIN_NORMS:
+        return False
+    wanted = np.abs(g.array())
+    norms = np.sqrt(np.square(plain.array()).sum(axis=axes, keepdims=True))
+    if norms.shape != wanted.shape:
+        return False
+    away, spread = np.linalg.norm(norms - wanted), np.linalg.norm(wanted - wanted.mean())
+    return bool(away <= 1e-3 * spread)
+
+
+@np.errstate(all="ignore")
+def _is_direction(
+    evidence: Evidence, g: _Values, v: TensorFingerprint, plain: _Values
+) -> float | None:
+    """How far v is at most, of its norm, from the weight with other norms; None where beyond.
+
+    v's sketch is a sum, over the norms, of a number each times that of the weight alone where the
+    norm is of: least squares find the numbers, where the sketch has more of them than there are.
+    """
+    evidence.check_time()
+    axes, vector = _axes(g.tensor, len(v.shape)), vector_of(v, evidence.block_nbytes)
+    if axes is None or vector is None or v.shape != plain.tensor.shape or v.numel > _MAX_NUMEL:
+        return None
+    count = g.tensor.numel
+    if vector.rows.size < 2 * count or count > _MAX_NORMS:
+        return None
+    places = np.broadcast_to(np.arange(count).reshape(g.tensor.shape), v.shape).reshape(-1)
+    weight = plain.array().reshape(-1)
+    block = vector.block
+    columns = np.zeros((vector.rows.size, count))
+    for place in range(len(vector.rows)):
+        evidence.check_time()
+        of = slice(place * block, (place + 1) * block)
+        numbers = projection(block).numbers[: weight[of].size] * weight[of, None]
+        for row, by in enumerate(numbers.T):
+            at = place * vector.rows.shape[1] + row
+            columns[at] = np.bincount(places[of], weights=by, minlength=count)
+    wanted = vector.rows.reshape(-1)
+    sizes = np.linalg.lstsq(columns.T @ columns, columns.T @ wanted, rcond=None)[0]
+    away = UPPER * float(np.linalg.norm(wanted - columns @ sizes))
+    size = float(np.linalg.norm(vector.norms))
+    allowed = min(_MOST, 10 * _allowed(v.dtype)) * size
+    if not size or not away <= allowed or not _are_roughly(g, plain, axes):
+        return None
+    return away / size
+
+
+def _are_roughly(g: _Values, plain: _Values, axes: tuple[int, ...]) -> bool:
+    """Whether a weight's norms are g, to within rounding."""
+    wanted = np.abs(g.array())
+    norms = np.sqrt(np.square(plain.array()).sum(axis=axes, keepdims=True)).reshape(wanted.shape)
+    away = np.abs(norms - wanted)
+    return bool(np.all(away <= _allowed(g.tensor.dtype) * wanted))
+
+
+def _allowed(dtype: DType) -> float:
+    """Relative errors of g, v and the norm, which is a sum of many squares in float32."""
+    return max(_ROUNDINGS * Roundoff.of(dtype).relative, _SUMMED)
+
+
 @np.errstate(all="ignore")
 def _is_plain(
     evidence: Evidence,
@@ -120,18 +200,16 @@ def _is_plain(
     if g is None or v is None or v.tensor.numel > _MAX_NUMEL or v.tensor.dtype.kind != "float":
         return None
     whole = expected if plain is None else plain.tensor
-    if whole is None or whole.shape != v.tensor.shape or g.tensor.dtype.kind != "float":
-        return None
-    if len(g.tensor.shape) not in (0, len(v.tensor.shape)):
+    axes = _axes(g.tensor, len(v.tensor.shape))
+    if whole is None or whole.shape != v.tensor.shape or axes is None:
         return None
     direction = v.array()
-    axes = tuple(a for a in range(direction.ndim) if not g.tensor.shape or g.tensor.shape[a] == 1)
     norms = np.sqrt(np.square(direction).sum(axis=axes, keepdims=True))
     if g.tensor.shape and g.tensor.shape != norms.shape:
         return None
     weight = g.array() * direction / norms
     size = float(np.linalg.norm(weight))
-    allowed = _ROUNDINGS * Roundoff.of(whole.dtype).relative
+    allowed = _allowed(whole.dtype)
     if plain is not None:
         away = float(np.linalg.norm(plain.array() - weight))
     else:
@@ -140,9 +218,8 @@ def _is_plain(
             return None
         numel = block_numel(expected.dtype, evidence.block_nbytes)
         ours = sketch_values(weight.reshape(-1), numel)
-        # 1 / sqrt(0.241289): the bound of |d| by |z|, at a chance of 1e-12 a block.
-        away = 2.0358 * float(np.linalg.norm(vector.rows - ours.projections))
-        allowed *= 10
+        away = UPPER * float(np.linalg.norm(vector.rows - ours.projections))
+        allowed = min(_MOST, 10 * allowed)
     if not math.isfinite(size) or not size or not away <= allowed * size:
         return None
     return away / size

@@ -207,7 +207,8 @@ def test_experts_are_recognised_in_a_stack(tmp_path: Path, form: str, how: str) 
     assert {f.causes[0].kind for f in found.findings} == {"stacked"}
     assert len(found.findings) == 24
     assert "no key in common, but 24 of 24 tensors are equal under other keys" in found.notes
-    assert compare(tmp_path, experts("each"), experts(form), how, Policy(accept=("joined",))).ok
+    accept = Policy(accept=("joined", "transposed")[: 1 + (form == "transposed")])
+    assert compare(tmp_path, experts("each"), experts(form), how, accept).ok
 
 
 @pytest.mark.parametrize("form", ["joined", "transposed"])
@@ -512,3 +513,134 @@ def test_few_elements_have_the_cause_that_they_prove(tmp_path: Path, how: str) -
     found = compare(tmp_path, before, {k: t + 1 for k, t in before.items()}, how)
     assert cause_of(found, "bias").text == "the golden + 1"
     assert not of_key(found, "pair").causes
+
+
+def whole_of(parts: list[torch.Tensor], axis: int, groups: int = 1) -> torch.Tensor:
+    grouped = [p.unflatten(axis, (groups, p.shape[axis] // groups)) for p in parts]
+    return torch.cat(grouped, axis + 1).flatten(axis, axis + 1).contiguous()
+
+
+def moved_and(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda old: {k.replace("layers", "blocks"): change(t) for k, t in old.items()}
+
+
+def fused_along(axis: int, groups: int, cast: torch.dtype | None = None) -> Change:
+    def change(old: State) -> State:
+        whole = whole_of([*old.values()], axis, groups)
+        return {"layers.0.qkv.weight": whole.to(cast or whole.dtype)}
+
+    return change
+
+
+def stacked_rows(old: State) -> State:
+    return {"experts.w1": torch.cat([t.t() for t in old.values()]).contiguous()}
+
+
+def stacked_as_text(old: State) -> State:
+    return {"experts.w": torch.stack([old[key] for key in sorted(old)])}
+
+
+def turned(weight: torch.Tensor) -> torch.Tensor:
+    return weight.t().contiguous()
+
+
+PARTS = [f"layers.0.{name}.weight" for name in "qkv"]
+EXPERTS = [f"experts.{i}.w" for i in range(12)]
+ALIKE = ["model.layers.0.a.weight", "model.layers.0.b.weight", "model.embed.weight"]
+TOGETHER: list[tuple[list[str], Change, str, str]] = [
+    (PARTS, fused_along(1, 1), "joined", "joined along 1"),
+    (PARTS, fused_along(1, 8), "joined", "joined along 1, in 8 groups"),
+    (PARTS, fused_along(0, 4, torch.bfloat16), "joined", "in 4 groups, rounded to bfloat16"),
+    (PARTS, moved_and(turned), "transposed", "in the golden: transposed"),
+    (
+        PARTS,
+        moved_and(lambda t: turned(t).bfloat16()),
+        "transposed",
+        "transposed, rounded to bfloat16",
+    ),
+    (PARTS, moved_and(lambda t: t.half().float()), "moved", "float16 (and stored as float32)"),
+    (EXPERTS, stacked_rows, "joined", "joined along 0, transposed"),
+    (EXPERTS, stacked_as_text, "stacked", "in the order of their names as text: 0, 1, 10, 11, …"),
+]
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("width", [16, 96])
+@pytest.mark.parametrize("row", range(len(TOGETHER)))
+def test_what_happened_at_once_is_said_together(
+    tmp_path: Path, row: int, width: int, how: str
+) -> None:
+    keys, change, kind, text = TOGETHER[row]
+    g = torch.Generator().manual_seed(1)
+    before = {key: torch.randn(width, width, generator=g) for key in keys}
+    found = compare(tmp_path, before, change(before), how)
+    assert {f.kind for f in found.findings} == {"renamed"}
+    assert {f.causes[0].kind for f in found.findings} == {kind}
+    assert text in found.findings[0].causes[0].text
+    accept = found.findings[0].causes[0].accept
+    assert compare(tmp_path, before, change(before), how, Policy(accept=accept)).ok
+    assert not compare(tmp_path, before, change(before), how, Policy(accept=accept[1:])).ok
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+def test_of_names_that_changed_alike_the_rest_is_explained(tmp_path: Path, how: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    before = {
+        f"model.{name}.weight": torch.randn(24, 16, generator=g)
+        for name in ("layers.0.q", "layers.1.q", "layers.2.q", "embed")
+    }
+    after = {k.replace("model.", "net.").replace(".q.", ".query."): t for k, t in before.items()}
+    after["net.embed.weight"] = torch.cat([before["model.embed.weight"], torch.zeros(8, 16)])
+    after["net.layers.1.query.weight"] = before["model.layers.1.q.weight"] * 0.5
+    found = compare(tmp_path, before, after, how)
+    assert {f.kind for f in found.findings} == {"renamed"}
+    assert cause_of(found, "model.embed.weight").text.endswith("the golden's, 8 added")
+    assert cause_of(found, "model.layers.1.q.weight").text.endswith("0.5 × the golden")
+
+
+NARROW = [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("width", [16, 96])
+@pytest.mark.parametrize(("one", "other"), NARROW, ids=str)
+def test_casts_in_two_steps_are_said(
+    tmp_path: Path, one: torch.dtype, other: torch.dtype, width: int
+) -> None:
+    names = [str(dtype).removeprefix("torch.") for dtype in (one, other)]
+    before = state(torch.float32, width)
+    after = at(Q, lambda t: t.to(one).to(other))(before)
+    text = cause_of(compare(tmp_path, before, after, "both files"), Q).text
+    assert text == f"the golden's values, rounded to {names[0]}, then to {names[1]}"
+    middle = at(Q, lambda t: t.to(one))(before)
+    found = compare(tmp_path, middle, after, "both files")
+    assert cause_of(found, Q).text == f"the golden's values, rounded to {names[1]}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16])
+def test_a_cast_that_is_not_hashed_is_said_with_its_bound(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    before = state(torch.bfloat16)
+    before[Q] *= 1.0 if dtype == torch.float8_e4m3fn else 1e-3
+    cause = cause_of(compare(tmp_path, before, at(Q, lambda t: t.to(dtype))(before), "golden"), Q)
+    assert (cause.kind, cause.proof, cause.accept) == ("rounded", "sketch", ())
+    away = (before[Q].to(dtype).double() - before[Q].double()).norm() / before[Q].double().norm()
+    assert away <= (cause.bound or 0.0) < 0.4
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_a_large_weight_norm_that_was_folded_is_proved_by_the_golden_alone(
+    tmp_path: Path, dim: int
+) -> None:
+    g = torch.Generator().manual_seed(3)
+    v = torch.randn(24, 96, 12, generator=g)
+    shape = [v.shape[axis] if axis == dim else 1 for axis in range(3)]
+    size = torch.rand(shape, generator=g) + 0.5
+    before = {"conv.weight_g": size, "conv.weight_v": v}
+    plain = torch._weight_norm(v, size, dim)
+    found = compare(tmp_path, before, {"conv.weight": plain}, "golden alone")
+    assert {f.causes[0].kind for f in found.findings} == {"weight_norm"}
+    assert len(found.findings) == 3
+    other = plain * torch.linspace(1, 1.1, 12)
+    found = compare(tmp_path, before, {"conv.weight": other}, "golden alone")
+    assert not any(f.causes for f in found.findings)
