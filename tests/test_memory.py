@@ -27,11 +27,11 @@ from harness.golden.golden import Golden
 from harness.streaming.chunks import CHUNK_NBYTES, chunks
 
 GIB = 1 << 30
-MAX_NBYTES = 200 << 20
+MAX_NBYTES = 100 << 20  # of two threads; 22 MiB are the program's own
 SHAPES = {
-    "embed.weight": (32768, 65536),  # 8 GiB
-    **{f"layers.{i}.weight": (16384, 45056) for i in range(4)},  # 2.75 GiB
-    "head.weight": (8192, 32768),  # 1 GiB
+    "embed.weight": (32768, 32768 + 4096),  # 4.5 GiB: no 32 bits hold a place in it
+    **{f"layers.{i}.weight": (2048, 22528) for i in range(4)},  # 176 MiB
+    "head.weight": (8192, 16384),  # 512 MiB
 }
 
 
@@ -90,12 +90,12 @@ def roomy(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_twenty_gigabytes_are_verified_and_one_element_is_found_in_them(
+def test_gigabytes_are_verified_and_one_element_is_found_in_them(
     roomy: Path, tmp_path: Path
 ) -> None:
     path, golden = roomy / "large.safetensors", tmp_path / "golden.safetensors"
     write_holes(path, SHAPES)
-    assert path.stat().st_size > 20 * GIB - (1 << 20)
+    assert path.stat().st_size > 5 * GIB
     write_golden(
         Golden(
             path=golden,
@@ -113,18 +113,20 @@ def test_twenty_gigabytes_are_verified_and_one_element_is_found_in_them(
     with path.open("r+b") as file:  # the last element but one
         file.seek(-8, 2)
         file.write(struct.pack("<f", 0.5))
-    code, out, peak = run_measured("verify", str(path), "-g", golden.name, cwd=tmp_path)
+    command = ("verify", str(path), "-g", golden.name, "--jobs", "2")
+    code, out, peak = run_measured(*command, cwd=tmp_path)
     golden.unlink()
     assert code == 1, out
     assert "5 identical, 1 different" in out
-    assert "[8191, 32766]  expected 0  actual 0.5" in out
+    assert "[8191, 16382]  expected 0  actual 0.5" in out
     assert peak < MAX_NBYTES, f"{peak >> 20} MiB of anonymous memory"
 
 
 @pytest.mark.parametrize("verb", ["record", "show"])
 def test_a_transposed_tensor_is_read_in_pieces(tmp_path: Path, verb: str) -> None:
-    torch.save({"w": torch.zeros(4096, 16384).t()}, tmp_path / "transposed.pt")
+    values = torch.zeros(1024, 16384)
+    torch.save({"w": values.t()}, tmp_path / "transposed.pt")
     code, out, peak = run_measured(verb, "transposed.pt", cwd=tmp_path)
     (tmp_path / "transposed.pt").unlink()
     assert code == 0, out
-    assert peak < MAX_NBYTES, f"{peak >> 20} MiB of anonymous memory"
+    assert peak < values.nbytes, f"{peak >> 20} MiB of anonymous memory"

@@ -483,19 +483,19 @@ def test_both_processes_of_a_team_stop_at_a_bad_save_and_one_tells_why(tmp_path:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.model.training", str(tmp_path)],
-            env=os.environ | address | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.model.training", str(tmp_path)],
+        env=os.environ | address,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout == "[1, 1]\n", run.stderr
+    (out, err), (other_out, other_err) = [
+        [(tmp_path / f"rank{rank}.{name}").read_text() for name in ("out", "err")]
         for rank in (0, 1)
     ]
-    (out, err), (other_out, other_err) = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [1, 1]
 
     good = out.splitlines()[:16]
     assert good[::4] == ["good"] * 4

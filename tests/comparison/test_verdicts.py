@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ INTS = [
 ]
 TOLERANCES = [(1e-5, 1e-5), (1e-3, 0.0), (0.0, 1e-2), (1e-9, 1e-6), (2.0, 0.3), (0.0, 0.0)]
 # One element; less than a block; blocks of which the last is partial (float32: 8192 a block).
-SIZES = [1, 5, 300, 8192, 9001, 20000]
+SIZES = [1, 5, 64, 300, 8192, 9001, 20000]
 
 BYTES = torch.uint8
 Change = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -198,15 +199,12 @@ BASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def cases(seed: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(key, expected, actual): every base under every change, in one dtype and size each."""
+    """(key, expected, actual): every dtype of every base, under the next four of the changes."""
     g = torch.Generator().manual_seed(seed)
-    number = seed
+    changes, sizes = cycle(CHANGES.items()), cycle(SIZES)
     for dtype in [*FLOATS, *FLOAT8]:
         for base, make in BASES.items():
-            number += 1
-            for change, apply in list(CHANGES.items())[number % 4 :: 4]:
-                number += 1
-                size = SIZES[number % len(SIZES)]
+            for (change, apply), size in zip(islice(changes, 4), sizes, strict=False):
                 count = size * 2 if dtype.is_complex else size
                 x = make(torch.randn(count, generator=g, dtype=torch.float64))
                 expected = like(x, torch.empty(0, dtype=dtype))
@@ -284,8 +282,8 @@ def test_no_verdict_from_the_golden_alone_is_wrong(pairs: Pairs, atol: float, rt
         elif (verdict == "close" and not truth) or (verdict == "different" and truth):
             wrong.append((key, verdict))
     assert wrong == []
-    assert counts["different"] > 200
-    assert counts["close"] > 20 or atol + rtol == 0
+    assert counts["different"] > 90
+    assert counts["close"] > 9 or atol + rtol == 0
 
 
 @pytest.mark.parametrize(
@@ -336,4 +334,4 @@ def test_intervals_from_the_golden_alone_hold_what_all_values_say(pairs: Pairs) 
                 assert low <= value + slack + 1e-45, (finding.key, name, low, value)
                 assert value <= high * (1 + 1e-6) + 1e-45, (finding.key, name, high, value)
             checked += 1
-    assert checked > 300
+    assert checked > 140

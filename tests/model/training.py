@@ -1,10 +1,13 @@
 """Trainings to verify: a small model, and all that can go wrong between it and its files.
 
-As a program, a training on two processes: `python -m tests.model.training FOLDER`.
+As a program, a training on two processes: `python -m tests.model.training FOLDER`. What they print
+is in FOLDER/rank0.out, rank0.err and so on; their exit codes are printed.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -191,5 +194,21 @@ def main(folder: Path) -> None:
     sys.stdout.write("went on\n")
 
 
+def be_rank(number: int, folder: Path) -> None:
+    os.environ["LOCAL_RANK"] = str(number)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"rank{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    main(folder)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    # Forked of one, which has imported Lightning for both.
+    forked = [
+        multiprocessing.get_context("fork").Process(target=be_rank, args=(n, Path(sys.argv[1])))
+        for n in (0, 1)
+    ]
+    for process in forked:
+        process.start()
+    for process in forked:
+        process.join()
+    sys.stdout.write(f"{[process.exitcode for process in forked]}\n")

@@ -43,11 +43,22 @@ def browser() -> Iterator[Browser]:
 Open = Callable[..., Page]
 
 
+@pytest.fixture(scope="module")
+def desk(browser: Browser) -> Page:
+    """The page that most tests open their report in: another one is another process."""
+    return browser.new_context().new_page()
+
+
 @pytest.fixture
-def opened(browser: Browser, tmp_path: Path) -> Iterator[Open]:
+def opened(browser: Browser, desk: Page, tmp_path: Path) -> Iterator[Open]:
     """Open a report; requests for anything but its file, and complaints, fail the test."""
     complaints: list[str] = []
     contexts: list[BrowserContext] = []
+    watched: list[tuple[Page, str, Callable[[Any], object]]] = []
+
+    def watch(page: Page, event: str, told: Callable[[Any], object]) -> None:
+        page.on(event, told)  # type: ignore[call-overload]
+        watched.append((page, event, told))
 
     def open_(
         report: Result | Path,
@@ -59,15 +70,17 @@ def opened(browser: Browser, tmp_path: Path) -> Iterator[Open]:
         path = report if isinstance(report, Path) else tmp_path / "report.html"
         if isinstance(report, Result):
             path.write_text(render(report), encoding="utf-8")
-        context = browser.new_context(
-            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, **options
-        )
-        contexts.append(context)
-        page = context.new_page()
+        page = desk
+        if options:
+            contexts.append(browser.new_context(**options))
+            page = contexts[-1].new_page()
+        page.set_viewport_size({"width": size[0], "height": size[1]})
+        page.emulate_media(media="screen", color_scheme=scheme)
         page.set_default_timeout(5000)
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
+        watch(page, "console", lambda message: complaints.append(message.text))
+        watch(page, "pageerror", lambda error: complaints.append(str(error)))
+        watch(
+            page,
             "request",
             lambda request: request.url == path.as_uri() or complaints.append(request.url),
         )
@@ -75,6 +88,8 @@ def opened(browser: Browser, tmp_path: Path) -> Iterator[Open]:
         return page
 
     yield open_
+    for page, event, told in watched:
+        page.remove_listener(event, told)
     for context in contexts:
         context.close()
     assert complaints == []
