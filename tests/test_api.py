@@ -311,7 +311,7 @@ def test_paths_that_cannot_be_looked_at_are_clear_errors(
         assert hint
     golden = api.record(file)
     missing = replace(golden, source=long)
-    assert "is not there" in refused(CheckpointError, partial(api.verify, None, missing))[0]
+    assert "does not exist" in refused(CheckpointError, partial(api.verify, None, missing))[0]
 
     def forbidden(path: Path, **_: object) -> object:
         raise PermissionError(13, "Permission denied")

@@ -67,12 +67,19 @@ def no_checkpoint_in(folder: AnyPath, names: Sequence[str]) -> CheckpointError:
         last = max(saves, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
         return CheckpointError(
             f"{folder}: a folder of several checkpoints ({', '.join(saves[:6])})",
-            hint=f"give one of them: {folder / last}",
+            hint=f"give one of them: {folder / last}, or all: {folder / '*'}",
         )
     if "saved_model.pb" in names:
         return CheckpointError(
             f"{folder}: a SavedModel of TensorFlow, not a checkpoint of torch",
             hint="convert it first, or give the checkpoint of torch",
+        )
+    if len(files) > 1:
+        return CheckpointError(
+            f"{folder}: a folder of several files ({', '.join(sorted(files)[:6])}"
+            f"{', …' if len(files) > 6 else ''}), none under the name of a checkpoint "
+            "(model.safetensors, pytorch_model.bin, …)",
+            hint=f"give one of them: {folder / files[0]}, or all: {folder / '*'}",
         )
     return CheckpointError(
         f"{folder}: a folder without a checkpoint under a known name (model.safetensors, "
@@ -106,7 +113,7 @@ def similar_path(path: AnyPath) -> str:
     stems = {Path(name).stem: name for name in names}
     for stem in get_close_matches(Path(missing).stem, stems):
         meant = (folder / stems[stem]).joinpath(*rest)
-        if meant.exists():
+        if meant != path and meant.exists():
             return f"did you mean {meant}?"
     return f"see what is there: ls {quoted(str(folder))}"
 

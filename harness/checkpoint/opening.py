@@ -50,7 +50,9 @@ def open_checkpoint(path: Location, *, section: str | None = None) -> Checkpoint
     except OSError as error:
         raise CheckpointError(
             f"{path}: {(error.strerror or 'cannot be read').lower()}",
-            hint=similar_path(path),
+            hint="check its permissions"
+            if isinstance(error, PermissionError)
+            else similar_path(path),
         ) from error
     if path.name == METADATA or path.name.endswith(DISTCP):
         raise CheckpointError(
@@ -319,7 +321,7 @@ def _no_section(path: AnyPath, section: str | None) -> None:
     if section not in (None, "", "."):
         raise NoSection(
             f"{path}: safetensors files have no sections, so no {section!r}",
-            hint="leave out --section",
+            hint=f"leave out the section {section!r}",
         )
 
 

@@ -221,9 +221,10 @@ class _Finder:
             if not fitting and below:
                 return (*steps, rest), below
             if not fitting:
+                there = ", ".join(name[:80] for name in sorted(children)[:8]) or "nothing"
+                where = f"{section[: -len(rest) - 1]} has " if steps else ""
                 raise NoSection(
-                    f"{self.tree.name}: has no section {section!r}: {rest!r} is not among "
-                    f"{', '.join(name[:80] for name in sorted(children)[:8]) or 'nothing'}",
+                    f"{self.tree.name}: has no section {section!r}, only {where}{there}",
                     hint=self.hint(),
                 )
             key = max(fitting, key=len)
@@ -244,13 +245,13 @@ class _Finder:
             count = 0 if isinstance(child, Tensor) else self.tree.count(child)
             if count:
                 names.append(spelled(step))
-                found.append(f"{names[-1][:80]} ({count} tensors)")
+                found.append(f"{names[-1][:80]} ({count} tensor{'s' if count > 1 else ''})")
         if at_top and not found:
             return "its tensors are in no section: leave out --section"
         if not found:
             return "the file holds no tensors: is it the right one?"
         short = next((name for name in names if len(name) <= 80), ".")
         return (
-            f"of its sections {', '.join(found[:8])}, or . for every tensor, take one: "
+            f"give one of its sections {', '.join(found[:8])}, or --all-sections: "
             f"harness record {quoted(self.tree.name)} --section {quoted(short)}"
         )

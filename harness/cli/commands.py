@@ -36,7 +36,6 @@ from harness.cli.progress import progress_bar
 from harness.cli.terminal import (
     asked_again,
     echo_changes,
-    echo_error,
     echo_json,
     echo_stage,
     echo_steps,
@@ -175,20 +174,9 @@ def record(
 
     Example: harness record models/*.nemo
     """
-    from harness.cli.recording import record_one
-    from harness.golden.places import new_places
+    from harness.cli.recording import record_each
 
-    places = new_places(expanded(checkpoints), golden)
-    code = 0
-    for checkpoint, place in places:
-        try:
-            record_one(checkpoint, place, group=asked.group, **options)
-        except HarnessError as error:
-            if len(places) == 1:
-                raise
-            echo_error(error)
-            code = 2
-    return code
+    return record_each(expanded(checkpoints), golden, group=asked.group, **options)
 
 
 @cli.command()

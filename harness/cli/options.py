@@ -78,6 +78,9 @@ def remember_roots(ctx: click.Context, param: click.Parameter, roots: tuple[Path
     """Let the roots of the command line stand in place of the project's, for this command."""
     from harness.golden.project import ROOT_VARIABLE
 
+    for root in roots:
+        if not root.is_dir():
+            raise UsageError(f"--root {root}: no such folder", hint="check the path")
     if roots:
         before = os.environ.get(ROOT_VARIABLE)
 

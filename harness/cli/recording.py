@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +14,12 @@ from harness import api
 from harness.checkpoint.sources.access import open_source
 from harness.cli.live import live_of, stage_of
 from harness.cli.progress import progress_bar
+from harness.cli.terminal import echo_error
+from harness.errors import HarnessError
 from harness.golden.budget import said_of
-from harness.golden.places import own_golden
+from harness.golden.golden import real_path
+from harness.golden.places import new_places, own_golden
+from harness.golden.project import project_of
 from harness.text.folding import escaped, in_section
 from harness.text.shell import quoted
 
@@ -22,7 +28,25 @@ if TYPE_CHECKING:
     from harness.streaming.workers import Group
 
 
-def record_one(
+def record_each(checkpoints: Sequence[AnyPath], golden: AnyPath | None, **options: Any) -> int:
+    """Record a golden of each, and say what comes next; returns the exit code of all."""
+    places = new_places(checkpoints, golden)
+    if len(places) == 1:
+        click.echo(f"next: {_record(*places[0], **options)}")
+        return 0
+    code = 0
+    for checkpoint, place in places:
+        try:
+            _record(checkpoint, place, **options)
+        except HarnessError as error:
+            echo_error(error)
+            code = 2
+    folder = "" if golden is None else f" -g {quoted(str(golden))}"
+    click.echo(f"next: harness verify{folder}")
+    return code
+
+
+def _record(
     checkpoint: AnyPath,
     golden: AnyPath | None,
     *,
@@ -36,8 +60,8 @@ def record_one(
     jobs: int | None,
     group: Group | None,
     **options: Any,
-) -> None:
-    """Record a golden, and say what it is, what it decides, and what comes next."""
+) -> str:
+    """Record a golden, and say what it is and what it decides; returns the command to verify it."""
     stage = stage_of(stage, options)
     with progress_bar(checkpoint) as progress:
         recorded = api.record(
@@ -73,14 +97,17 @@ def record_one(
     click.echo(escaped(said))
     click.echo(said_of(found))
     if isinstance(checkpoint, Path) and recorded.checkpoint is None:
+        # A golden by URL is of no project.
+        project = project_of(real_path(Path(str(recorded.path))).parent)
         click.echo(
-            f"note: {escaped(str(checkpoint))} is outside of the project: verify it by its path, "
-            'or name the folder above it with --root, or as root = "…" in [tool.harness]'
+            f"note: {escaped(str(checkpoint))} is outside of the golden's project "
+            f"({escaped(os.path.relpath(project))}): give its path to verify, or a folder above it "
+            'with --root, or as root = "…" in [tool.harness]'
         )
     # Without the checkpoint, verify repeats the stages that were recorded.
     there = recorded.live is not None and recorded.checkpoint is not None
     given = "" if there else f" {quoted(str(checkpoint))}"
-    click.echo(f"next: harness verify{given}{_golden_option(recorded.path, checkpoint)}")
+    return f"harness verify{given}{_golden_option(recorded.path, checkpoint)}"
 
 
 def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:

@@ -65,6 +65,8 @@ def targets_of(checkpoints: Sequence[AnyPath], golden: AnyPath | None) -> Sequen
 def _goldens_to_verify(folder: Path) -> Sequence[Path]:
     from harness.golden.folder import goldens_below
 
+    if folder.is_dir():
+        next(folder.iterdir(), None)  # raises where the search would silently find nothing
     paths, num_of_tests = goldens_below(folder)
     if num_of_tests:
         said = "1 golden belongs" if num_of_tests == 1 else f"{num_of_tests:,} goldens belong"
@@ -224,6 +226,9 @@ class Verification:
             roots = (recorded.fingerprint.root.hex()[:16], updated.fingerprint.root.hex()[:16])
             said = "is unchanged" if roots[0] == roots[1] else f"is now {roots[1]}"
             click.echo(escaped(f"updated {recorded.path}: root {roots[0]} {said}"))
+            if updated.source != recorded.source:
+                sources = f"{updated.source or 'memory'}, before of {recorded.source or 'memory'}"
+                click.echo(escaped(f"  it is now of {sources}"))
             for entry in updated.history:
                 click.echo(f"  replaced {told_entry(entry)}")
         return changed

@@ -56,6 +56,11 @@ def choose_golden(subject: object, golden: Location | None) -> AnyPath:
     if golden is not None:
         chosen = to_path(golden)
         with _as_golden_error(chosen):
+            if path is not None and is_golden(path) and chosen.is_file() and not is_golden(chosen):
+                raise UsageError(
+                    f"{path} is a golden, and -g {chosen} is not: they are swapped",
+                    hint=f"harness verify {_typed(chosen)} -g {_typed(path)}",
+                )
             if path is not None and not chosen.exists() and similar_golden(chosen) is None:
                 _no_golden(chosen, path, named=f" -g {_typed(chosen)}")
             if path is not None and isinstance(chosen, Path) and chosen.is_dir():
@@ -123,7 +128,7 @@ def new_golden(
         if path is not None and _is(target, path):
             beside = target.with_name(f"{target.name.removesuffix(SUFFIX)}.golden{SUFFIX}")
             raise GoldenError(
-                f"{target}: is the checkpoint itself, and no place for its golden",
+                f"{target}: is the checkpoint itself, which its golden must not replace",
                 hint=f"harness record {_typed(path)} -g {_typed(beside)}",
             )
         check_is_golden(target)
@@ -249,10 +254,20 @@ def _as_golden_error(path: AnyPath) -> Iterator[None]:
 
 
 def check_not_golden(path: AnyPath | None) -> None:
-    if path is not None and is_golden(path):
-        raise UsageError(
-            f"{path}: is a golden, not a checkpoint", hint=f"harness verify -g {_typed(path)}"
-        )
+    """Raise UsageError for a golden, or a folder of goldens, in the place of a checkpoint."""
+    if path is None or not (is_golden(path) or _holds_goldens(path)):
+        return
+    what = "is a golden" if is_golden(path) else "is a folder of goldens"
+    raise UsageError(f"{path}: {what}, not a checkpoint", hint=f"harness verify -g {_typed(path)}")
+
+
+def _holds_goldens(path: AnyPath) -> bool:
+    """Whether a folder holds goldens and nothing else."""
+    try:
+        files = list(path.iterdir()) if isinstance(path, Path) and path.is_dir() else []
+        return bool(files) and all(f.name.endswith(SUFFIX) and is_golden(f) for f in files)
+    except OSError:  # told where it is opened
+        return False
 
 
 def check_reference(path: AnyPath, golden: Golden, subject: object) -> None:
@@ -299,8 +314,7 @@ def named_source(golden: Golden) -> AnyPath:
         if moved is not None:
             return moved
         raise CheckpointError(
-            f"{golden.path}: the checkpoint that it was recorded from is not there: "
-            f"{golden.source}",
+            f"{golden.path}: its checkpoint does not exist: {golden.checkpoint or golden.source}",
             hint=f"harness verify CKPT -g {_typed(golden.path)}",
         )
     return source

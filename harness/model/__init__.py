@@ -17,8 +17,8 @@ def not_installed(*packages: str) -> NotInstalled | None:
     if not missing:
         return None
     return NotInstalled(
-        "models, state dicts, runs of several ranks and the stages after --file need what is not "
-        f"installed: {', '.join(missing)}",
+        f"not installed: {', '.join(missing)}; models, state dicts, runs of several ranks and the "
+        "stages after --file need it",
         # Its callback alone takes it: whoever uses that has it.
         hint="pip install transformers"
         if missing == ["transformers"]

@@ -173,7 +173,9 @@ def test_a_folder_of_checkpoints_names_the_last(tmp_path: Path) -> None:
         weights(tmp_path / f"checkpoint-{step}/model.safetensors")
     with pytest.raises(CheckpointError, match="a folder of several checkpoints") as caught:
         open_checkpoint(tmp_path)
-    assert caught.value.hint == f"give one of them: {tmp_path / 'checkpoint-10'}"
+    assert caught.value.hint == (
+        f"give one of them: {tmp_path / 'checkpoint-10'}, or all: {tmp_path / '*'}"
+    )
 
 
 def test_a_file_of_empty_tensors_alone_is_refused(tmp_path: Path) -> None:

@@ -75,8 +75,16 @@ MISTAKES = [
     ("verify -g models/nest.nemo", "not a golden", "give the golden with -g"),
     ("verify -g models", "no goldens in models/", "harness record CHECKPOINT"),
     ("verify linear.pt -g golden", "no golden is recorded", "harness record linear.pt"),
-    ("verify models", "a folder without a checkpoint", "give the file"),
-    ("record models", "a folder without a checkpoint", "give the file"),
+    ("verify models", "a folder of several files (cut.nemo", "give one of them: models/cut.nemo"),
+    ("record models", "a folder of several files", "or all: models/*"),
+    ("verify golden", "is a folder of goldens, not a checkpoint", "harness verify -g golden"),
+    (
+        "verify golden/nest.safetensors -g models/nest.nemo",
+        "they are swapped",
+        "harness verify models/nest.nemo -g golden/nest.safetensors",
+    ),
+    ("verify models/nest.nemo --root gone", "--root gone: no such folder", "check the path"),
+    ("verify models/nest.nemo --adapter lora.pt", "lora.pt: no such file", "see what is there"),
     ("verify notes.txt", "text, not a checkpoint", "give a .pt, .ckpt, .nemo"),
     ("record notes.txt", "text, not a checkpoint", "give a .pt, .ckpt, .nemo"),
     ("record models/cut.nemo", "ends inside", "the file is truncated: copy or download it again"),
@@ -86,8 +94,8 @@ MISTAKES = [
     (
         "diff linear.pt two.pt",
         "no state dict found in it",
-        "of its sections the generator (2 tensors), critic (2 tensors), or . for every tensor, "
-        "take one: harness record two.pt --section 'the generator'",
+        "give one of its sections the generator (2 tensors), critic (2 tensors), or "
+        "--all-sections: harness record two.pt --section 'the generator'",
     ),
     # A reference that is none.
     (

@@ -130,7 +130,7 @@ def test_a_checkpoint_outside_of_the_project_is_found_below_a_root(
     monkeypatch.chdir("project")
     there = f"../{runs[0]}"
     run = harness("record", there)
-    assert "is outside of the project: verify it by its path" in run.out
+    assert "is outside of the golden's project (.): give its path to verify" in run.out
     assert harness("verify").code == 2
     assert harness("record", there, "--root", "..", "--overwrite").code == 0
     assert harness("verify").code == 2

@@ -110,11 +110,11 @@ def with_causes(
 ) -> Comparison:
     """As `explained`, in about the time since `started`, with the adapter in a file.
 
-    Nothing is read where all is well.
+    Nothing but the adapter is read where all is well.
     """
-    if not comparison.findings and not comparison.policy.must_change:
-        return comparison
     with nullcontext() if adapter is None else opened_adapter(to_path(adapter)) as opened:
+        if not comparison.findings and not comparison.policy.must_change:
+            return comparison
         return explained(
             comparison,
             actual,
