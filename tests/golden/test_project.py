@@ -47,7 +47,7 @@ def test_a_moved_file_is_found_below_the_root_by_its_name_and_weights(weights: P
     moved.unlink()
     assert api.verify(None, golden.path).verdict == "different"
     other.unlink()
-    with pytest.raises(CheckpointError, match="is not there"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         api.verify(None, golden.path)
 
 
