@@ -20,6 +20,7 @@ from typing import Any
 
 from harness.comparison.comparison import Comparison, chance_note, nan_note
 from harness.comparison.findings import FINDING_KINDS
+from harness.comparison.words import HEADINGS
 from harness.report.changes import Change, changes_of, unchanged_lines
 from harness.report.outcome import Outcome, Result, worst_stage
 from harness.report.rows import Tables
@@ -223,6 +224,7 @@ def _data(tables: Tables, first: _Stage | None) -> dict[str, Any]:
     return {
         **tables.as_json(_MAX_DATA_NBYTES),
         "kinds": FINDING_KINDS,
+        "about": {k: words.partition(": ")[2] or f"another {k}" for k, words in HEADINGS.items()},
         "families": {kind: _family(kind) for kind in kinds},
         "first": 0 if first is None else first.index,
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.comparison.findings import FINDING_KINDS
 from harness.report.html import render
 from harness.report.outcome import Result
 from harness.text.folding import printable
@@ -37,6 +38,11 @@ class Elements(HTMLParser):
 def test_the_same_result_makes_the_same_bytes(small: Result) -> None:
     assert render(small) == render(small)
     assert str(Path.home()) not in render(small)
+
+
+def test_every_kind_of_finding_is_said_in_words(small: Result) -> None:
+    data = json.loads(Elements(render(small)).scripts[0])
+    assert [kind for kind in FINDING_KINDS if not data["about"].get(kind)] == []
 
 
 @pytest.mark.parametrize("names", ["small", "passing", "outputs", "hostile"])

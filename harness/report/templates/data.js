@@ -7,27 +7,7 @@ const ROWS = DATA.rows.map((values, index) => unpackRow(values, DATA.extras[inde
 const LEVELS = 8;
 const SEVERITY = [...DATA.kinds, "identical", "ignored"];
 
-const ABOUT = {
-  damaged: "not the bytes that were saved",
-  missing: "only in expected",
-  unexpected: "only in actual",
-  prefix: "the same keys under another prefix",
-  renamed: "equal weights under another key",
-  shape: "another shape",
-  dtype: "another dtype",
-  unwritten: "the load left it as the model initialised it",
-  different: "allclose is false",
-  unchanged: "identical, where --must-change demands a change",
-  alias: "tied weights are now separate, or the reverse",
-  requires_grad: "frozen, or no longer frozen",
-  optimizer: "its state is lost, or belongs to another parameter",
-  hyperparameter: "lost in the reload",
-  undecided: "the golden cannot tell whether allclose holds",
-  close: "within the tolerance, but not identical",
-  accepted: "allowed by --accept, --cast or --must-change",
-  identical: "the same bytes",
-  ignored: "skipped by --ignore",
-};
+const ABOUT = { ...DATA.about, identical: "the same bytes", ignored: "skipped by --ignore" };
 
 function named(columns, values) {
   return Object.fromEntries(columns.map((name, index) => [name, values[index]]));
