@@ -28,9 +28,10 @@ CauseKind = Literal[
 ]
 CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
 
-Proof = Literal["digest", "hash", "values", "stats", "sketch"]
+Proof = Literal["digest", "hash", "values", "stats", "sketch", "names"]
 """What proves it: equal BLAKE3 digests, equal 128-bit hashes, all values, exact statistics, or the
-bound of the sketch, which fails with chance 1e-12 per block."""
+bound of the sketch, which fails with chance 1e-12 per block; names and shapes alone where nothing
+was loaded, and values say nothing."""
 
 Acceptable = Literal["renamed", "reshaped", "transposed", "joined", "order", "rows", "rounded"]
 ACCEPTABLE: Mapping[Acceptable, str] = {

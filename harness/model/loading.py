@@ -19,7 +19,7 @@ import inspect
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,6 @@ from torch import nn
 
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.keys import format_key
-from harness.checkpoint.sections import KNOWN_SECTIONS
 from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.compare import compare
 from harness.comparison.findings import Finding
@@ -47,11 +46,12 @@ from harness.model.lightning import (
 )
 from harness.model.mismatch import brief_mismatch
 from harness.model.pretrained import folder_of, is_pretrained, load_pretrained, offline
-from harness.model.state import tensors_of
+from harness.model.state import put_together, tensors_of
 from harness.model.targets import check_named_classes, registered, resolve, user_code
 from harness.text.shell import quoted
 
 _LIGHTNING = "Lightning checkpoint"
+_MAX_SECTIONS = 32  # that are looked at
 
 
 @contextmanager
@@ -206,7 +206,7 @@ class Loader:
                 return load_lightning(self._make, path, state, Path(name), self._keywords)
         _check_arguments(self._make, self._keywords, self.target)
         module = _a_module(self._make(**self._keywords), self.target)
-        state = _state_in(path, section)
+        state = put_together(module, _state_in(path, section))
         if self.container == _LIGHTNING and lightning_of(module) is not None:
             handed = {**data_of(path), "state_dict": state}
             module.on_load_checkpoint(handed)  # type: ignore[operator]
@@ -311,21 +311,17 @@ def _fitting_section(path: Path, module: nn.Module) -> str | None:
         format_key((k,)): v.shape for k, v in module.state_dict().items() if torch.is_tensor(v)
     }
     try:
-        try:
-            with open_checkpoint(path) as checkpoint:
-                others = [name for name, _ in checkpoint.others]
-                # Of a flat state dict, as of a Megatron save: what has keys that begin so.
-                words = {key.partition(".")[0] for key in checkpoint.tensors}
-                others += [name for name in KNOWN_SECTIONS if name in words and len(words) > 1]
-        except NoSection as error:
-            others = [*error.sections]
-        for name in others:
-            with open_checkpoint(path, section=name) as other:
-                tensors = other.tensors.values()
-                if {t.key: t.shape for t in tensors if not t.dtype.is_value} == wanted:
-                    return name
-    except CheckpointError:
-        return None
+        with open_checkpoint(path) as checkpoint:
+            # Also what has keys that begin so: of a flat state dict, or of a folder's parts.
+            words = dict.fromkeys(key.partition(".")[0] for key in checkpoint.tensors)
+            others = [*(name for name, _ in checkpoint.others), *words][:_MAX_SECTIONS]
+    except NoSection as error:
+        others = [*error.sections]
+    for name in others:
+        with suppress(CheckpointError), open_checkpoint(path, section=name) as other:
+            tensors = other.tensors.values()
+            if {t.key: t.shape for t in tensors if not t.dtype.is_value} == wanted:
+                return name
     return None
 
 

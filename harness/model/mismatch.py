@@ -8,24 +8,27 @@ of each; or a `Comparison` of the state dict with the module, by keys and shapes
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from harness.checkpoint.tensors import Checkpoint
+from harness.comparison.cause import Cause
+from harness.comparison.causes import weight_norm
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
+from harness.comparison.findings import Finding, describe
 from harness.comparison.measuring import BySketches
 from harness.comparison.policy import Policy
 from harness.fingerprints.fingerprint import Fingerprint, structure
-from harness.model.state import as_checkpoint
+from harness.model.state import as_checkpoint, plain_tensors
+from harness.model.values import with_values
 from harness.text.folding import fold
 
 if TYPE_CHECKING:
     from harness.model.loading import NotLoaded
 
+_KEYS_ALONE = ("missing", "unexpected", "renamed")
 _MAX_PATTERNS = 3
 _MAX_OTHER = 300
 _KEYS = re.compile(r'"([^"]*)"')
@@ -73,7 +76,7 @@ def of_failed_load(
     is not missing. Nothing was loaded, so that values say nothing.
     """
     expected, actual = (
-        _by_shape(as_checkpoint({k: v for k, v in state.items() if torch.is_tensor(v)}, of))
+        _by_shape(with_values(as_checkpoint(plain_tensors(state), of), state))
         for state, of in (
             (error.state, name),
             (error.module.state_dict(), f"what {type(error.module).__name__} loads"),
@@ -81,6 +84,7 @@ def of_failed_load(
     )
     plain = Policy(check_dtype=False)
     compared = compare(expected, actual, plain, BySketches(expected.block_nbytes), stage=stage)
+    compared = replace(compared, findings=tuple(_explained(compared)))
     return replace(
         compared,
         policy=policy,
@@ -95,12 +99,36 @@ def of_failed_load(
     )
 
 
+def _explained(compared: Comparison) -> Iterator[Finding]:
+    """The findings, with what weight norm has been to keys that are alike in shape by chance."""
+    found = {kind: [f for f in compared.findings if f.kind == kind] for kind in _KEYS_ALONE}
+    missing = [f.key for kind in ("missing", "renamed") for f in found[kind]]
+    unexpected = [f.actual_key or f.key for kind in ("unexpected", "renamed") for f in found[kind]]
+    expected = {key: compared.expected.tensors[key] for key in missing}
+    actual = {key: compared.actual.tensors[key] for key in unexpected}
+    causes: dict[str, Cause] = {}
+    for keys, cause in weight_norm.by_names(expected, actual):
+        causes |= dict.fromkeys(keys, cause)
+    for finding in compared.findings:
+        there = finding.actual_key or finding.key
+        if finding.kind not in _KEYS_ALONE or not {finding.key, there} & causes.keys():
+            yield finding
+        elif finding.kind != "renamed":
+            yield replace(finding, causes=(causes[finding.key],))
+        else:
+            key, held, wanted = finding.key, expected[finding.key], actual[there]
+            lone, own = (() if k not in causes else (causes[k],) for k in (key, there))
+            yield Finding(kind="missing", key=key, expected=describe(held), causes=lone)
+            yield Finding(kind="unexpected", key=there, actual=describe(wanted), causes=own)
+
+
 def _by_shape(checkpoint: Checkpoint) -> Fingerprint:
     """The structure of a state, with digests that are equal where shapes are."""
     found = structure(checkpoint)
     tensors = {
         key: replace(tensor, digest=repr(tensor.shape).encode(), alias_of=None)
         for key, tensor in found.tensors.items()
+        if not tensor.dtype.is_value
     }
     return replace(found, tensors=tensors, keeps_aliases=False)
 

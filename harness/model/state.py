@@ -8,7 +8,7 @@ values, and layouts that have no single storage.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -107,6 +107,37 @@ def plain_tensors(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor)
         and (is_cut(value) or not hasattr(value, "__tensor_flatten__"))
     }
+
+
+def put_together(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors for a module, those that it makes of others put together as it has them.
+
+    What a file keeps as `0.weight[qdata]` and `0.weight[scale]` is `0.weight`, of the class and the
+    settings that the module's own has.
+    """
+    found = dict(tensors)
+    for key, own in module.state_dict().items():
+        if key not in found and isinstance(own, torch.Tensor) and not is_cut(own):
+            whole = _whole(format_key((key,)), own, found)
+            if whole is not None:
+                found = {k: v for k, v in found.items() if not k.startswith(f"{key}[")}
+                found[key] = whole
+    return found
+
+
+def _whole(
+    key: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
+    flatten = getattr(like, "__tensor_flatten__", None)
+    if flatten is None:
+        return tensors.get(key)
+    names, settings = flatten()
+    parts = {name: _whole(f"{key}[{name}]", getattr(like, name), tensors) for name in names}
+    if any(part is None for part in parts.values()):
+        return None
+    make: Any = type(like).__tensor_unflatten__  # type: ignore[attr-defined]
+    whole: torch.Tensor = make(parts, settings, like.size(), like.stride())
+    return whole
 
 
 def is_cut(tensor: torch.Tensor) -> bool:

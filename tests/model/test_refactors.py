@@ -255,3 +255,51 @@ def test_many_maps_may_be_in_a_file(harness: Harness, recorded: Path) -> None:
     run = harness(*command("Wrapped", *options, "--update-golden"))
     assert run.code == 2
     assert "cannot be combined with --update-golden" in run.err
+
+
+class Conv(nn.Module):
+    """A convolution in the plain form, and in either form of weight norm."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 6, 3)
+        if form == "old":
+            nn.utils.weight_norm(self.conv)
+        elif form == "new":
+            nn.utils.parametrizations.weight_norm(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.conv(x)
+        return made
+
+
+def plain_conv() -> nn.Module:
+    return Conv("plain")
+
+
+def old_conv() -> nn.Module:
+    return Conv("old")
+
+
+def new_conv() -> nn.Module:
+    return Conv("new")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("form", "model", "said"),
+    [
+        ("old", "plain", "folded (g is weight_g, v is weight_v)"),
+        ("new", "plain", "folded (g is original0, v is original1)"),
+        ("plain", "old", "unfolded (g is weight_g, v is weight_v)"),
+        ("plain", "new", "unfolded (g is original0, v is original1)"),
+    ],
+)
+def test_a_load_that_fails_for_weight_norm_says_what_became_of_it(
+    tmp_path: Path, harness: Harness, form: str, model: str, said: str
+) -> None:
+    torch.save(Conv(form).state_dict(), tmp_path / "conv.pt")
+    run = harness("roundtrip", tmp_path / "conv.pt", "--model", f"{HERE}:{model}_conv", "--load")
+    assert run.code == 1
+    assert run.out.count(f"weight = g·v/‖v‖: weight_norm was {said}") == 2
+    assert "renamed" not in run.out

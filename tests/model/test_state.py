@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import api
+from harness.model.state import put_together
 
 
 class Scaled(torch.Tensor):
@@ -25,6 +26,10 @@ class Scaled(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["values", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: Any, settings: None, size: Any, stride: Any) -> Scaled:
+        return Scaled(**parts)
 
     def __reduce_ex__(self, protocol: object) -> Any:
         return Scaled, (self.values, self.scale)
@@ -55,3 +60,15 @@ def test_a_tensor_made_of_others_is_compared_by_them(tmp_path: Path) -> None:
     assert api.verify(Net(2.0), golden).verdict == "identical"
     (finding,) = api.verify(Net(3.0), golden).findings
     assert (finding.kind, finding.key.startswith("weight")) == ("different", True)
+
+
+def test_what_a_file_keeps_in_parts_is_put_together_for_the_module_that_has_it_whole() -> None:
+    values, scale = torch.arange(6).to(torch.int8), torch.tensor([2.0])
+    tensors = {"bias": torch.ones(3), "weight[values]": values, "weight[scale]": scale}
+    state = put_together(Net(3.0), tensors)
+    assert [*state] == ["bias", "weight"]
+    assert isinstance(state["weight"], Scaled)
+    assert state["weight"].scale is scale
+    assert put_together(nn.Linear(1, 3), tensors) == tensors
+    del tensors["weight[scale]"]
+    assert put_together(Net(3.0), tensors) == tensors

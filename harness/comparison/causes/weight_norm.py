@@ -75,6 +75,20 @@ def folded(
                 yield (g, v, plain), _cause(plain, (g, v), bound, "unfolded", proof)
 
 
+def by_names(
+    missing: Mapping[str, TensorFingerprint], unexpected: Mapping[str, TensorFingerprint]
+) -> Iterator[tuple[tuple[str, str, str], Cause]]:
+    """The same by keys and shapes alone, where there are no values to compare."""
+    for suffixes in _FORMS:
+        for parts, whole, how in (
+            (missing, unexpected, "folded"),
+            (unexpected, missing, "unfolded"),
+        ):
+            for g, v, plain in _trios(parts, whole, suffixes):
+                if parts[v].shape == whole[plain].shape:
+                    yield (g, v, plain), _cause(plain, (g, v), 0.0, how, "names")
+
+
 def _trios(
     parts: Mapping[str, object], whole: Mapping[str, object], suffixes: tuple[str, str]
 ) -> Iterator[tuple[str, str, str]]:
