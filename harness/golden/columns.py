@@ -10,8 +10,9 @@ kept by one entry there: its columns, how many rows of each a tensor takes, the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -173,11 +174,35 @@ FIELDS = (
 )
 
 
-def pieces_of(parts: Mapping[PartName, Fingerprint]) -> dict[str, list[Array]]:
-    """The arrays that make each column, one after the other: part by part in order of their names.
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """The arrays that make a column, one after the other: made anew each time they are asked for.
 
-    Nothing is copied; the first piece of each is empty.
+    Thousands of small ones take more memory than the column.
     """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    make: Callable[[], Iterator[Array]]
+
+    def num_rows(self) -> int:
+        return sum(map(len, self.make()))
+
+    def fill(self, column: Array) -> None:
+        """Write them into an array that has as many rows."""
+        start = 0
+        for piece in self.make():
+            column[start : start + len(piece)] = piece
+            start += len(piece)
+
+
+def one_piece(array: Array) -> Pieces:
+    """A column that is there already."""
+    return Pieces(dtype=array.dtype, shape=array.shape[1:], make=lambda: iter((array,)))
+
+
+def pieces_of(parts: Mapping[PartName, Fingerprint]) -> dict[str, Pieces]:
+    """What makes each column: part by part in order of their names. Nothing is copied."""
     tensors = [
         tensor
         for _, part in sorted(parts.items())
@@ -186,14 +211,18 @@ def pieces_of(parts: Mapping[PartName, Fingerprint]) -> dict[str, list[Array]]:
     ]
     if any(tensor.digest is None for tensor in tensors):
         raise ValueError("a golden needs a digest of every tensor")
-    found: dict[str, list[Array]] = {}
-    for field in FIELDS:
+
+    def rows(field: Field, index: int) -> Iterator[Array]:
         kept = (value for t in tensors if (value := getattr(t, field.name)) is not None)
-        rows = [field.to_rows(value) for value in kept]
-        for index, column in enumerate(field.columns):
-            none = np.empty((0, *column.shape), column.dtype)
-            found[column.name] = [none, *(row[index] for row in rows)]
-    return found
+        return (field.to_rows(value)[index] for value in kept)
+
+    return {
+        column.name: Pieces(
+            dtype=np.dtype(column.dtype), shape=column.shape, make=partial(rows, field, index)
+        )
+        for field in FIELDS
+        for index, column in enumerate(field.columns)
+    }
 
 
 def rows_of(part: Fingerprint) -> tuple[Row, ...]:
@@ -282,7 +311,8 @@ class _Reader:
             if field.name in row.keeps:
                 taken = (self._take(column, row, form) for column in field.columns)
                 kept[field.name] = field.from_rows(form, *taken)
-                form = form._replace(stats=kept.get("stats"))
+                if field.name == "stats":  # which residues ask for
+                    form = form._replace(stats=kept["stats"])
         if len(kept) != len(row.keeps) or "digest" not in kept:
             raise ValueError(f"{row.key!r} keeps {', '.join(row.keeps) or 'nothing'}")
         tensor = TensorFingerprint(key=row.key, dtype=form.dtype, shape=form.shape, **kept)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,14 @@ from harness.checkpoint.sources.source import read
 from harness.errors import CheckpointError, GoldenError
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.golden.atomic import locked, write_whole
-from harness.golden.columns import pieces_of, rows_of, seal_of, tensors_of
+from harness.golden.columns import (
+    Pieces,
+    one_piece,
+    pieces_of,
+    rows_of,
+    seal_of,
+    tensors_of,
+)
 from harness.golden.golden import SUFFIX, Golden, LiveRecord, real_path
 from harness.golden.header import (
     SCHEMA,
@@ -173,25 +180,24 @@ def serialize(golden: Golden) -> bytearray:
             hint="record it again with --overwrite, which starts another history",
         )
     contents = np.frombuffer(to_json(_contents(golden)).encode(), "|u1")
-    pieces = pieces_of(golden.parts) | {"contents": [contents], "seal": [np.zeros(32, "|u1")]}
+    pieces = pieces_of(golden.parts)
+    pieces |= {"contents": one_piece(contents), "seal": one_piece(np.zeros(32, "|u1"))}
     data, columns = _joined(pieces, header)
     seal = columns.pop("seal")
     seal[:] = np.frombuffer(seal_of(header, columns), "|u1")
     return data
 
 
-def _joined(
-    pieces: Mapping[str, Sequence[NDArray[Any]]], header: str
-) -> tuple[bytearray, dict[str, NDArray[Any]]]:
+def _joined(pieces: Mapping[str, Pieces], header: str) -> tuple[bytearray, dict[str, NDArray[Any]]]:
     """A safetensors file as the library writes it, and its arrays, which are parts of it.
 
     The library would hold it three times.
     """
-    shapes = {n: (sum(map(len, of)), *of[0].shape[1:]) for n, of in pieces.items()}
+    shapes = {name: (of.num_rows(), *of.shape) for name, of in pieces.items()}
     entries: dict[str, Any] = {"__metadata__": {"harness": header}}
     starts, end = {}, 0
-    for name in sorted(pieces, key=lambda name: (-pieces[name][0].itemsize, name)):
-        dtype, shape = pieces[name][0].dtype, shapes[name]
+    for name in sorted(pieces, key=lambda name: (-pieces[name].dtype.itemsize, name)):
+        dtype, shape = pieces[name].dtype, shapes[name]
         starts[name], end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {
             "dtype": {"float64": "F64", "uint8": "U8"}[dtype.name],
@@ -205,8 +211,8 @@ def _joined(
     columns = {}
     for name, of in pieces.items():
         start, count = 8 + len(text) + starts[name], math.prod(shapes[name])
-        column = np.frombuffer(data, of[0].dtype, count, start).reshape(shapes[name])
-        columns[name] = np.concatenate(of, out=column)
+        columns[name] = np.frombuffer(data, of.dtype, count, start).reshape(shapes[name])
+        of.fill(columns[name])
     return data, columns
 
 
