@@ -35,7 +35,7 @@ class Storage:
     big_endian: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
     """A named view of a storage. Offsets and strides count elements, as in torch."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from harness.text.folding import shortened
 MAX_KEPT_NUMEL = 4096
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorFingerprint:
     """The fingerprint of one tensor; `values` are its logical bytes where they are kept."""
 
@@ -65,17 +65,18 @@ class TensorFingerprint:
     def part(self, start: int, nbytes: int) -> TensorFingerprint:
         """The same, with these values alone."""
         values = None if self.values is None else self.values[start : start + nbytes]
-        return _Excerpt(**{**vars(self), "values": values}, first=start)
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _Excerpt(**held | {"values": values, "first": start})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Excerpt(TensorFingerprint):
     """What a large tensor's values, from byte `first` on, are to another process."""
 
     first: int
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        super().read_into(start - self.first, buffer)
+        TensorFingerprint.read_into(self, start - self.first, buffer)
 
 
 @dataclass(frozen=True, kw_only=True)

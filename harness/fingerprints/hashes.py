@@ -43,19 +43,20 @@ _PASS_NUMEL = 1 << 17
 _WORDS = {2: "<u2", 4: "<u4", 8: "<u8"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Hashes:
-    """`rounded` is U8 (n, 16), in the order of `NARROWER`; `unordered` U8 (8,)."""
+    """`rounded` has 16 bytes for each, in the order of `NARROWER`; `unordered` 8 bytes."""
 
-    rounded: Array
-    unordered: Array
+    rounded: bytes
+    unordered: bytes
 
     def of_rounding(self, stored: DType, dtype: DType) -> bytes | None:
         """The hash of the values of a `stored` tensor cast to a narrower dtype."""
         names = NARROWER.get(stored.name, ())
         if dtype.name not in names:
             return None
-        return bytes(self.rounded[names.index(dtype.name)].tobytes())
+        start = names.index(dtype.name) * HASH_NBYTES
+        return self.rounded[start : start + HASH_NBYTES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,7 @@ def join_hashes(parts: Sequence[ChunkHashes]) -> Hashes:
     sums = np.zeros(2, "<u4")
     for part in parts:
         sums += part.sums
-    return Hashes(
-        rounded=np.frombuffer(b"".join(rounded), "|u1").reshape(-1, HASH_NBYTES),
-        unordered=sums.view("|u1"),
-    )
+    return Hashes(rounded=b"".join(rounded), unordered=sums.tobytes())
 
 
 def hash_unit(values: Array, dtype: DType) -> bytes:

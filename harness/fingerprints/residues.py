@@ -158,7 +158,7 @@ class Grid(Allowance):
         return np.asarray(-np.expm1(steps * (-self.R * self.step)) / self.R)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Residues:
     """`packed` uint8 (ceil(numel / 2),): element i in bits 4 (i mod 2) of byte i // 2; `digests`
     uint8 (num_blocks, 8): BLAKE3 of the block's integers as int32, or as int64 where one needs it,

@@ -57,7 +57,7 @@ def _projection(block_numel: int) -> Matrix:
     return Matrix(numbers)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Sketch:
     """`projections` float64 (num_blocks, 16), and `norms` (num_blocks,): |x|."""
 

@@ -168,8 +168,13 @@ FIELDS = (
                 name="unordered", dtype="|u1", shape=(UNORDERED_NBYTES,), num_rows=lambda form: 1
             ),
         ),
-        to_rows=lambda hashes: (hashes.rounded, hashes.unordered.reshape(1, UNORDERED_NBYTES)),
-        from_rows=lambda form, rounded, unordered: Hashes(rounded=rounded, unordered=unordered[0]),
+        to_rows=lambda hashes: (
+            np.frombuffer(hashes.rounded, "|u1").reshape(-1, HASH_NBYTES),
+            np.frombuffer(hashes.unordered, "|u1").reshape(1, UNORDERED_NBYTES),
+        ),
+        from_rows=lambda form, rounded, unordered: Hashes(
+            rounded=rounded.tobytes(), unordered=unordered.tobytes()
+        ),
     ),
 )
 

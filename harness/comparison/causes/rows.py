@@ -352,7 +352,7 @@ def reordered(
             return None
     elif expected.hashes is not None:
         proof = "hash"
-        if _unordered(evidence, tensor) != expected.hashes.unordered.tobytes():
+        if _unordered(evidence, tensor) != expected.hashes.unordered:
             return None
     else:
         return None
