@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import wraps
 from inspect import BoundArguments
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
@@ -189,14 +189,22 @@ def checked(verb: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
 
     @wraps(verb)
     def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        _checked(signature, *args, **kwargs)
+        _checked(verb.__name__, signature, *args, **kwargs)
         return verb(*args, **kwargs)
 
     return call
 
 
-def _checked(signature: inspect.Signature, *args: object, **kwargs: object) -> BoundArguments:
-    given = signature.bind(*args, **kwargs)
+def _checked(
+    verb: str, signature: inspect.Signature, *args: object, **kwargs: object
+) -> BoundArguments:
+    try:
+        given = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        of_policy = {field.name for field in fields(Policy)} - signature.parameters.keys()
+        known = [name for name in kwargs if name in of_policy and "policy" in signature.parameters]
+        said = f": give policy=Policy({known[0]}=…)" if known else ""
+        raise TypeError(f"{verb}() {error}{said}") from None
     for name, value in given.arguments.items():
         default = signature.parameters[name].default
         if name in _ARGUMENTS and value is not default:
@@ -219,7 +227,7 @@ def of_live_ones_too(verb: Callable[_Given, _Result]) -> Callable[_Given, _Resul
 
     @wraps(verb)
     def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        given = _checked(signature, *args, **kwargs)
+        given = _checked(verb.__name__, signature, *args, **kwargs)
         subject = given.arguments.get("subject")
         if subject is None or isinstance(subject, Checkpoint) or path_of(subject) is not None:
             return verb(*args, **kwargs)

@@ -323,6 +323,13 @@ def test_paths_that_cannot_be_looked_at_are_clear_errors(
         assert hint
 
 
+def test_a_tolerance_past_its_policy_says_where_it_goes(file: Path) -> None:
+    with pytest.raises(TypeError, match=r"^verify\(\) got an .* policy=Policy\(atol=…\)$"):
+        api.verify(file, atol=1.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^diff\(\) missing a required argument: 'actual'$"):
+        api.diff(file)  # type: ignore[call-arg]
+
+
 def test_fingerprint_is_the_verb_whatever_was_imported_before(data: Path) -> None:
     import_module("harness.fingerprints.scan")
     for _ in range(2):

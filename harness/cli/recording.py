@@ -87,7 +87,8 @@ def _record(
         beside = f", with {len(recorded.live.outputs.tensors):,} inputs and outputs of submodules"
     section = in_section(found.section)
     num_values = sum(tensor.dtype.is_value for tensor in found.tensors.values())
-    entries = f"{len(found.tensors) - num_values:,} tensors"
+    num_tensors = len(found.tensors) - num_values
+    entries = f"{num_tensors:,} tensor{'s' * (num_tensors != 1)}"
     if num_values:
         entries += f" and {num_values:,} value{'s' if num_values > 1 else ''}"
     said = (

@@ -53,7 +53,11 @@ def _head(fingerprint: Fingerprint) -> Iterator[str]:
     if num_values:
         yield f"values     {num_values:,} entries that are no tensors"
     for name, count in fingerprint.others:
-        where = "" if count is None else f" ({count:,} tensors): --section {quoted(name)}"
+        where = (
+            ""
+            if count is None
+            else f" ({count:,} tensor{'s' * (count != 1)}): --section {quoted(name)}"
+        )
         yield f"not shown  {escaped(name)}{where}"
     yield from (f"not read   {escaped(entry)}" for entry in fingerprint.unread)
     config = fingerprint.config or {}
