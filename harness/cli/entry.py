@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: nobody reads it, and no file must get its number
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        show_plainly(getattr(sys, name))
+        setattr(sys, name, show_plainly(getattr(sys, name)))
     if arguments is None:
         # Opening a checkpoint makes many objects that stay: looking through them takes 7 ms of 600
         # tensors. What is used once leaves by reference counts.
@@ -73,7 +73,7 @@ def _run(arguments: list[str]) -> int:
             error.show(file=text)
             click.echo(without_secrets(text.getvalue()), err=True, nl=False)
     except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
     except SystemExit as stopped:
         # Click's own: after shell completion, and by 1, which would say that a checkpoint differs,
         # where the reader has seen enough.
@@ -81,6 +81,8 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         hint = "check the path" if what else "see where the output goes: it cannot be written there"
+        if not what:
+            _drop_output()
         echo_error(UsageError(f"{what}{error.strerror or error}", hint=hint))
     except MemoryError:
         echo_error(UsageError("out of memory", hint="fewer threads take less: --jobs 1"))
@@ -91,6 +93,11 @@ def _run(arguments: list[str]) -> int:
         traceback.print_exc()
         click.echo("error: this is a bug in the harness; please report it", err=True)
     return 2
+
+
+def _drop_output() -> None:
+    """Let what is still to be written go nowhere: Python would fail by it at the end, with 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_one_of_several() -> bool:

@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -33,11 +33,20 @@ TRACEBACK = "harness.traceback"
 _PLAIN = {"−": "-", "×": "x", "·": "*", "‖": "|", "→": "->", "…": "..", "±": "+-"}
 
 
-def show_plainly(stream: object) -> None:
-    """Make a stream show signs that its encoding lacks in other words, not fail."""
+def show_plainly(stream: TextIO) -> TextIO:
+    """A stream that shows signs that its encoding lacks in other words, and writes all or fails."""
     codecs.register_error("harness-plain", _plain)
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="harness-plain")
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    raw = stream.buffer
+    if isinstance(
+        raw, io.FileIO
+    ):  # of PYTHONUNBUFFERED, which loses what a full disk does not take
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(raw), encoding=stream.encoding, line_buffering=True
+        )
+    stream.reconfigure(errors="harness-plain")
+    return stream
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

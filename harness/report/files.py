@@ -7,12 +7,16 @@ that touches files.
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
 from harness.comparison.comparison import Comparison
 from harness.errors import UsageError
+from harness.golden.atomic import write_whole
 from harness.report.outcome import Outcome, Result
 from harness.text.shell import quoted
 
@@ -71,7 +75,11 @@ def _may_be_replaced(path: Path) -> bool:
 def write_report(result: Result, path: Path, option: str = "--report ") -> None:
     """Write the report; raises UsageError where the file cannot be written."""
     text: str = import_module(f"harness.report.{_RENDERERS[path.suffix.lower()]}").render(result)
-    _write(f"{option}{path}", path, text, mode="w")
+    with _writing(f"{option}{path}"):
+        if path.is_file() or not path.exists():
+            write_whole(path.resolve(), _encoded(text), overwrite=True)  # a link stays one
+        else:  # a pipe
+            path.write_bytes(_encoded(text))
 
 
 def write_comparison(comparison: Comparison, location: str | os.PathLike[str]) -> None:
@@ -87,15 +95,23 @@ def append_step_summary(result: Result, path: Path) -> None:
     """Add the Markdown report to the summary of a GitHub Actions step; raises UsageError."""
     from harness.report.markdown import render
 
-    _write(f"GITHUB_STEP_SUMMARY={path}", path, render(result) + "\n", mode="a")
+    with _writing(f"GITHUB_STEP_SUMMARY={path}"), path.open("ab", buffering=0) as file:
+        before, data = file.tell(), _encoded(render(result) + "\n")
+        if file.write(data) < len(data):  # the disk is full
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _write(what: str, path: Path, text: str, *, mode: str) -> None:
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
     try:
-        with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        yield
     except OSError as error:
         raise UsageError(
             f"{what}: cannot be written: {error.strerror}",
             hint="check permissions, and free space",
         ) from error
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")

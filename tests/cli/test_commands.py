@@ -581,9 +581,20 @@ def test_without_anywhere_to_print_the_exit_code_is_the_verdict(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
-def test_a_full_disk_under_the_output_is_told_as_that(recorded: Path, project: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("{harness} show {golden} > /dev/full", "No space left on device"),
+        # Of which there is room for a part; a stream that has no buffer would lose the rest.
+        ("ulimit -f 2; {harness} show {golden} > shown.txt", "File too large"),
+        ("ulimit -f 2; PYTHONUNBUFFERED=1 {harness} show {golden} > shown.txt", "File too large"),
+    ],
+)
+def test_a_full_disk_under_the_output_is_told_as_that(
+    recorded: Path, project: Path, command: str, why: str
+) -> None:
     run = subprocess.run(
-        f"{sys.executable} -m harness show {recorded} > /dev/full",
+        command.format(harness=f"{sys.executable} -m harness", golden=recorded),
         shell=True,
         capture_output=True,
         text=True,
@@ -592,8 +603,7 @@ def test_a_full_disk_under_the_output_is_told_as_that(recorded: Path, project: P
     )
     assert run.returncode == 2
     assert run.stderr == (
-        "error: No space left on device\n"
-        "  next: see where the output goes: it cannot be written there\n"
+        f"error: {why}\n  next: see where the output goes: it cannot be written there\n"
     )
 
 

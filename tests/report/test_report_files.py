@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from junitparser import JUnitXml
 
+from harness.errors import UsageError
+from harness.report.files import append_step_summary, write_report
+from harness.report.outcome import Outcome, Result
 from tests.conftest import Harness, Run
 
 PLAIN = ("md", "xml", "json")
@@ -183,3 +189,38 @@ def test_a_summary_that_cannot_be_written_fails_no_run(
     assert run.err.startswith("note: GITHUB_STEP_SUMMARY=")
     assert "cannot be written" in run.err
     assert harness(*CHANGED).code == 1
+
+
+@contextmanager
+def full_disk(nbytes: int) -> Iterator[None]:
+    """No file takes more bytes than these, as on a disk that has no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_report_is_written_whole_or_not_at_all(project: Path) -> None:
+    here = Outcome(expected="golden", actual="model.nemo", error=UsageError("e" * 80, hint=""))
+    result = Result(command="verify", outcomes=(here,))
+    (project / "link.html").symlink_to("old.html")
+    for name in ("old.html", "old.md", "old.xml", "old.json", "new.html", "link.html"):
+        if name.startswith("old"):
+            write_report(Result(command="verify", outcomes=()), Path(name))
+        before = {path.name: path.read_bytes() for path in project.glob("*.*") if path.exists()}
+        with full_disk(100), pytest.raises(UsageError, match="cannot be written: File too large"):
+            write_report(result, Path(name))
+        assert before == {path.name: path.read_bytes() for path in project.glob("*.*")}
+    write_report(result, Path("link.html"))
+    assert Path("link.html").is_symlink()
+    assert "e" * 80 in Path("old.html").read_text()
+
+
+def test_a_summary_is_added_whole_or_not_at_all(project: Path) -> None:
+    here = Outcome(expected="golden", actual="model.nemo", error=UsageError("e" * 80, hint=""))
+    Path("summary.md").write_text("before\n")
+    with full_disk(100), pytest.raises(UsageError, match=r"GITHUB_STEP_SUMMARY=.* written"):
+        append_step_summary(Result(command="verify", outcomes=(here,)), Path("summary.md"))
+    assert Path("summary.md").read_text() == "before\n"
