@@ -70,13 +70,16 @@ def fingerprint(
     block_nbytes: int = DEFAULT_BLOCK_NBYTES,
     residues: tuple[float, float] | None = None,
     hashes: bool = False,
+    digests: bool = True,
+    sketches: bool = True,
     check_integrity: bool = False,
     workers: Workers = ALL_CORES,
 ) -> Fingerprint:
     """Fingerprint every tensor: digests of all, stats and values or sketch where `details` says.
 
     Beside sketches, `residues` are kept for this tolerance (atol, rtol), and `hashes` where they
-    are asked for. Memory: 20 MB a thread, plus what is kept. Raises CheckpointError.
+    are asked for. Without `digests`, or `sketches`, there are none, and it takes less time.
+    Memory: 20 MB a thread, plus what is kept. Raises CheckpointError.
     """
     originals = [t for t in checkpoint.tensors.values() if t.alias_of is None]
     prints = {tensor.key: of_value(tensor) for tensor in originals if tensor.dtype.is_value}
@@ -91,13 +94,14 @@ def fingerprint(
     for tensor in originals:
         wants = details(tensor)
         keeps = wants and keep_values(tensor)
-        block = block_nbytes if wants and not keeps and tensor.dtype.is_floating else None
+        is_sketched = sketches and wants and not keeps and tensor.dtype.is_floating
+        block = block_nbytes if is_sketched else None
         # Large values are read again, where they are kept: another rank need not send them.
         carries = keeps and tensor.numel <= MAX_KEPT_NUMEL
         cuts = cuts_of(runs[tensor.key]) if tensor.key in runs else None
         grid = None if residues is None or block is None else Grid.of(tensor.dtype, *residues)
         hashed = hashes and block is not None and can_be_hashed(tensor.dtype)
-        scans.append(_Scan(tensor, cuts, wants, carries, block, grid, hashed))
+        scans.append(_Scan(tensor, cuts, wants, carries, block, grid, hashed, digests))
     workers.expect(sum(scan.nbytes for scan in scans) + sum(entry.nbytes for entry in rest))
     scanned = map_chunks(scans, _scan_chunk, workers)
     if check_integrity:
@@ -229,6 +233,7 @@ class _Scan:
     block_nbytes: int | None
     grid: Grid | None = None
     wants_hashes: bool = False
+    wants_digest: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -243,7 +248,7 @@ def _scan_chunk(scan: _Scan, chunk: Chunk) -> _ChunkPrint:
     tensor, block_nbytes = scan.tensor, scan.block_nbytes
     data = buffers.get("chunk", chunk.nbytes)
     tensor.read_into(chunk.start, data.data)
-    digest = blake3(data.data).digest()
+    digest = blake3(data.data).digest() if scan.wants_digest else b""
     crc32s = () if scan.cuts is None else crc32s_of(data, chunk, scan.cuts)
     if not scan.wants_stats:
         return _ChunkPrint(digest, crc32s)
@@ -302,7 +307,9 @@ def _join(scan: _Scan, parts: Sequence[_ChunkPrint]) -> TensorFingerprint:
         key=tensor.key,
         dtype=tensor.dtype,
         shape=tensor.shape,
-        digest=digest_of(tensor.dtype, tensor.shape, [part.digest for part in parts]),
+        digest=digest_of(tensor.dtype, tensor.shape, [part.digest for part in parts])
+        if scan.wants_digest
+        else None,
         stats=stats_of([m for part in parts for m in part.moments]) if scan.wants_stats else None,
         values=b"".join(part.values for part in parts) if scan.carries_values else None,
         sketch=Sketch(

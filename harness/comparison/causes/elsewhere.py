@@ -80,19 +80,19 @@ def _as_one(
 
 def copied(evidence: Evidence, finding: Finding, actual: TensorFingerprint) -> Cause | None:
     """Another tensor of the golden has these bytes."""
-    if actual.numel < 2 or is_constant(actual.stats) or actual.digest is None:
+    if actual.numel < 2 or is_constant(actual.stats):
         return None
-    keys = [key for key in evidence.by_digest.get(actual.digest, ()) if key != finding.key]
-    tensor = evidence.tensors.get(actual.key)
+    tensor, keys = evidence.tensors.get(actual.key), []
+    if actual.digest is not None:
+        keys = [key for key in evidence.by_digest.get(actual.digest, ()) if key != finding.key]
     if not keys and tensor is not None:
         keys = evidence.same_in(evidence.references, tensor, actual)
     if not keys:
         return None
-    other, ours = evidence.actual.get(keys[0]), evidence.expected.get(finding.key)
     named = " and ".join(keys[:3])
     if finding.kind == "unexpected":
         return Cause(kind="moved", text=f"a copy of {named}", proof="digest", of=tuple(keys))
-    swapped = other is not None and ours is not None and other.digest == ours.digest
+    swapped = _is_swapped(evidence, finding.key, keys[0])
     return Cause(
         kind="moved",
         text=f"holds what {named} holds in the golden{', and the reverse' if swapped else ''}",
@@ -102,11 +102,22 @@ def copied(evidence: Evidence, finding: Finding, actual: TensorFingerprint) -> C
     )
 
 
+def _is_swapped(evidence: Evidence, key: str, other: str) -> bool:
+    """Whether what is under the other key now is what this one holds in the golden."""
+    expected, there = evidence.expected.get(key), evidence.actual.get(other)
+    if expected is None or there is None:
+        return False
+    if there.digest is not None and expected.digest is not None:
+        return there.digest == expected.digest
+    tensor = evidence.tensors.get(other)
+    return tensor is not None and evidence.are_bytes_of(tensor, expected)
+
+
 def kept_elsewhere(evidence: Evidence, expected: TensorFingerprint) -> list[Cause]:
     """A tensor of the checkpoint that is expected as well has these bytes."""
-    if expected.numel < 2 or expected.digest is None or is_constant(expected.stats):
+    if expected.numel < 2 or is_constant(expected.stats):
         return []
-    keys = [k for k, t in evidence.actual.items() if t.digest == expected.digest]
+    keys = evidence.actual_by_digest.get(expected.digest or b"", [])
     reference = evidence.references.get(expected.key)
     if not keys and reference is not None:
         keys = evidence.same_in(evidence.tensors, reference, expected)

@@ -15,7 +15,7 @@ import numpy as np
 
 from harness.checkpoint.dtypes import Array, DType
 from harness.checkpoint.tensors import Checkpoint, Tensor
-from harness.comparison.causes.views import View, are_same, digest_as
+from harness.comparison.causes.views import Memory, View, are_same, digest_as
 from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import Sketch, projection
@@ -56,38 +56,82 @@ class Roundoff:
         return self.relative > 2.0**-8
 
 
+class Budget:
+    """Seconds from now on: over when both the clock and the processor have spent them.
+
+    A busy machine ends no search that has hardly begun; a slow source does, at four times as long.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._started = time.monotonic(), time.process_time()
+
+    @property
+    def is_over(self) -> bool:
+        passed, used = time.monotonic() - self._started[0], time.process_time() - self._started[1]
+        return min(passed, max(used, passed / 4)) > self._seconds
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Both sides, keyed by each side's own keys.
 
-    `expected` and `actual` have stats, values or sketches of all tensors that a finding is of;
-    `tensors` read the actual side, `references` the expected one. `deadline` is a monotonic time.
+    `expected` and `actual` have what is known of all tensors, and more of it as the search goes on
+    (`detail`); `tensors` read the actual side, `references` the expected one.
     """
 
-    expected: Mapping[str, TensorFingerprint]
-    actual: Mapping[str, TensorFingerprint]
+    expected: dict[str, TensorFingerprint]
+    actual: dict[str, TensorFingerprint]
     tensors: Mapping[str, Tensor]
     references: Mapping[str, Tensor]
     reference: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None
     block_nbytes: int
-    deadline: float
+    budget: Budget
     workers: Workers = ALL_CORES
     proved: set[object] = field(default_factory=set)
+    memory: Memory = field(default_factory=Memory)
     _heads: dict[object, dict[bytes, list[str]]] = field(default_factory=dict)
 
     def check_time(self) -> None:
-        """Raise OutOfTime behind the deadline."""
-        if time.monotonic() > self.deadline:
+        """Raise OutOfTime where the budget is over."""
+        if self.budget.is_over:
             raise OutOfTime
+
+    def detail(self, ours: set[str], theirs: set[str], *, sketches: bool) -> None:
+        """Read the stats, and the sketches, of what lacks them: expected tensors, and actual ones.
+
+        Small tensors have their values. Digests are what is not known of a tensor that another one
+        of the golden may be.
+        """
+        for known, keys, checkpoint, digests in (
+            (self.expected, ours, self.reference, False),
+            (self.actual, theirs, self.checkpoint, sketches and self.reference is None),
+        ):
+            lacking = {key for key in keys & known.keys() if _lacks(known[key], sketches=sketches)}
+            if checkpoint is None or not lacking:
+                continue
+            self.check_time()
+            found = detailed(
+                checkpoint,
+                lacking,
+                self.block_nbytes,
+                self.workers,
+                sketches=sketches,
+                digests=digests,
+            )
+            for key, tensor in found.items():
+                known[key] = replace(tensor, digest=known[key].digest or tensor.digest)
 
     @cached_property
     def by_digest(self) -> Mapping[bytes, list[str]]:
         """The expected keys of each digest."""
-        found: dict[bytes, list[str]] = {}
-        for key, tensor in self.expected.items():
-            if tensor.digest is not None:
-                found.setdefault(tensor.digest, []).append(key)
-        return found
+        return _by_digest(self.expected)
+
+    @cached_property
+    def actual_by_digest(self) -> Mapping[bytes, list[str]]:
+        """The actual keys of each digest that is known."""
+        return _by_digest(self.actual)
 
     def same_in(
         self, tensors: Mapping[str, Tensor], view: View, like: TensorFingerprint
@@ -108,12 +152,16 @@ class Evidence:
         return [key for key in keys if are_same(tensors[key], view)]
 
     def are_bytes_of(self, view: View, expected: TensorFingerprint) -> bool:
-        """Whether the view's bytes are those of an expected tensor: proved by its digest.
+        """Whether the view's bytes are those of an expected tensor: by its digest, or all of them.
 
         What its first block shows to be another tensor is read no further.
         """
         self.check_time()
-        if expected.digest is None or view.nbytes != expected.nbytes:
+        if view.nbytes != expected.nbytes:
+            return False
+        if expected.key in self.references:
+            return are_same(self.references[expected.key], view)
+        if expected.digest is None:
             return False
         if not self.begins_as(view, expected):
             return False
@@ -129,17 +177,37 @@ class Evidence:
             start = bytearray(min(view.nbytes, 16384))
             view.read_into(0, memoryview(start))
             return expected.values.startswith(start)
-        if expected.dtype.kind != "float" or (expected.values is None and expected.sketch is None):
+        known: View | None = self.references.get(expected.key)
+        if expected.values is not None:
+            known = expected
+        if expected.dtype.kind != "float" or (known is None and expected.sketch is None):
             return True
         numel = block_numel(expected.dtype, self.block_nbytes)
-        data = np.empty(min(view.nbytes, numel * view.dtype.itemsize), "|u1")
-        view.read_into(0, data.data)
-        values = as_floats(data, view.dtype)
-        if expected.values is not None:
-            known = np.frombuffer(expected.values, "|u1")[: values.size * expected.dtype.itemsize]
-            return is_near(values, as_floats(known, expected.dtype), roundoff or Roundoff(0, 0))
+        values = _head(view, numel)
+        if known is not None:
+            return is_near(values, _head(known, numel), roundoff or Roundoff(0, 0))
         assert expected.sketch is not None
         return begins_as(values, expected.sketch, numel, roundoff=roundoff)
+
+
+def _head(view: View, numel: int) -> Array:
+    data = np.empty(min(view.nbytes, numel * view.dtype.itemsize), "|u1")
+    view.read_into(0, data.data)
+    return as_floats(data, view.dtype)
+
+
+def _by_digest(tensors: Mapping[str, TensorFingerprint]) -> dict[bytes, list[str]]:
+    found: dict[bytes, list[str]] = {}
+    for key, tensor in tensors.items():
+        if tensor.digest is not None:
+            found.setdefault(tensor.digest, []).append(key)
+    return found
+
+
+def _lacks(tensor: TensorFingerprint, *, sketches: bool) -> bool:
+    if tensor.stats is None or not sketches:
+        return tensor.stats is None
+    return tensor.values is None and tensor.sketch is None and tensor.dtype.is_floating
 
 
 @np.errstate(all="ignore")
@@ -190,14 +258,18 @@ def is_constant(stats: Stats | None) -> bool:
 
 
 def detailed(
-    checkpoint: Checkpoint, keys: set[str], block_nbytes: int, workers: Workers, *, hashes: bool
+    checkpoint: Checkpoint,
+    keys: set[str],
+    block_nbytes: int,
+    workers: Workers,
+    *,
+    sketches: bool = True,
+    digests: bool = False,
 ) -> dict[str, TensorFingerprint]:
-    """Fingerprint these tensors in full, small ones with their values."""
+    """Fingerprint these tensors, small ones with their values."""
     from harness.comparison.measuring import part
     from harness.fingerprints.scan import fingerprint
 
-    if not keys:
-        return {}
     found = part(checkpoint, keys)
     # Parts without values (of the meta device) have no causes.
     readable = {k: t for k, t in found.tensors.items() if t.storage.source is not None}
@@ -205,7 +277,8 @@ def detailed(
         fingerprint(
             replace(found, tensors=readable),
             block_nbytes=block_nbytes,
-            hashes=hashes,
+            sketches=sketches,
+            digests=digests,
             workers=workers,
         ).tensors
     )

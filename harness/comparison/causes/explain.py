@@ -9,7 +9,7 @@ when it has taken about as long as the comparison itself, and says so.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,10 +27,10 @@ from harness.comparison.causes.elsewhere import (
     moved_from,
 )
 from harness.comparison.causes.evidence import (
+    Budget,
     Evidence,
     OutOfTime,
     are_permutable,
-    detailed,
     is_constant,
 )
 from harness.comparison.causes.ledger import Ledger
@@ -78,11 +78,12 @@ def explained(
         return accepted(comparison)
     is_small = sum(t.nbytes for t in comparison.actual.tensors.values()) <= _SMALL_NBYTES
     least = _SMALL_SECONDS if is_small else _LEAST_SECONDS
-    limit = time.monotonic() + max(0.8 * seconds, least) + _unread(comparison) / _READ_RATE
-    search = _Search.of(comparison, actual, reference, known or {}, limit, workers)
+    budget = Budget(max(0.8 * seconds, least) + _unread(comparison) / _READ_RATE)
+    search = _Search.of(comparison, actual, reference, known or {}, budget, workers)
     search.adapter = adapter
     note = None
     try:
+        search.in_bytes()
         search.across_keys()
         search.each()
     except OutOfTime:
@@ -127,13 +128,15 @@ def with_causes(
 
 
 def _unread(comparison: Comparison) -> int:
-    """The bytes that the comparison did not look at: under new keys, of another shape or dtype."""
-    keys = {
-        f.actual_key or f.key
-        for f in comparison.findings
-        if f.kind in ("unexpected", "shape", "dtype")
-    }
-    return sum(t.nbytes for key, t in comparison.actual.tensors.items() if key in keys)
+    """The bytes to read beside: of what the comparison did not look at, or kept nothing of."""
+    actual, total = comparison.actual.tensors, 0
+    for finding in comparison.findings:
+        tensor = actual.get(finding.actual_key or finding.key)
+        if tensor is not None and finding.kind in ("unexpected", "shape", "dtype"):
+            total += tensor.nbytes
+        elif tensor is not None and finding.kind in _VALUED and tensor.stats is None:
+            total += tensor.nbytes // 2
+    return total
 
 
 def _with_known(comparison: Comparison) -> Comparison:
@@ -179,38 +182,24 @@ class _Search:
         actual: Checkpoint | None,
         reference: Checkpoint | None,
         known: Mapping[str, TensorFingerprint],
-        deadline: float,
+        budget: Budget,
         workers: Workers,
     ) -> _Search:
-        findings = [f for f in comparison.findings if f.kind in _EXPLAINED]
-        ours = {f.key for f in findings if f.kind not in ("unexpected", "prefix")}
-        theirs = {
-            f.actual_key or f.key
-            for f in findings
-            if f.kind not in ("missing", "prefix", "renamed")
-        }
-        expected, found = dict(comparison.expected.tensors), dict(comparison.actual.tensors)
-        block_nbytes = comparison.expected.block_nbytes
+        found = dict(comparison.actual.tensors)
         tensors: Mapping[str, Tensor] = {}
-        references: Mapping[str, Tensor] = {}
-        if reference is not None:
-            lacking = {k for k in ours if k in expected and expected[k].stats is None}
-            expected |= detailed(reference, lacking, block_nbytes, workers, hashes=True)
-            references = reference.tensors
         if actual is not None:
-            lacking = {k for k in theirs if k in found and found[k].stats is None}
-            found |= {key: known[key] for key in lacking & known.keys()}
-            found |= detailed(actual, lacking - known.keys(), block_nbytes, workers, hashes=False)
+            found |= {k: t for k, t in known.items() if k in found and found[k].stats is None}
             tensors = {k: t for k, t in actual.tensors.items() if t.storage.source is not None}
         return cls(
             evidence=Evidence(
-                expected=expected,
+                expected=dict(comparison.expected.tensors),
                 actual=found,
                 tensors=tensors,
-                references=references,
+                references={} if reference is None else reference.tensors,
                 reference=reference,
-                block_nbytes=block_nbytes,
-                deadline=deadline,
+                checkpoint=actual,
+                block_nbytes=comparison.expected.block_nbytes,
+                budget=budget,
                 workers=workers,
             ),
             findings=Ledger(comparison.findings),
@@ -226,6 +215,40 @@ class _Search:
             return expected, None, None
         return expected, evidence.actual.get(there), evidence.tensors.get(there)
 
+    def _detail(self, kinds: Sequence[str], *, sketches: bool) -> None:
+        """Read more of what has no cause so far."""
+        left = [f for f in self.findings if f.kind in kinds and not f.causes]
+        if sketches and self.adapter is None:
+            left = [f for f in left if self._may_be_sum(f)]
+        ours = {f.key for f in left if f.kind != "unexpected"}
+        theirs = {f.actual_key or f.key for f in left if f.kind != "missing"}
+        self.evidence.detail(ours, theirs, sketches=sketches)
+
+    def _may_be_sum(self, finding: Finding) -> bool:
+        """Whether a sketch may tell more than a sample of what differs has shown."""
+        expected, actual, _ = self._sides(finding)
+        if finding.kind not in _VALUED or expected is None or actual is None:
+            return True
+        if expected.key not in self.evidence.references or expected.shape != actual.shape:
+            return True
+        return self.sums.may_be(expected.key, actual)
+
+    def in_bytes(self) -> None:
+        """What needs no more than to be looked at once: another dtype, shape, or order of dims."""
+        evidence = self.evidence
+        for finding in self.findings:
+            expected, _, tensor = self._sides(finding)
+            if finding.kind not in ("shape", "dtype") or tensor is None or expected is None:
+                continue
+            if is_constant(expected.stats):
+                continue
+            match = recast(evidence, tensor, expected) if finding.kind == "dtype" else None
+            causes = () if match is None else match.causes
+            causes = causes or seen_otherwise(evidence, expected, tensor)
+            if not causes and (kept := rows_kept(evidence, expected, tensor)) is not None:
+                causes = (kept,)
+            self.findings.explain(finding, *causes)
+
     def across_keys(self) -> None:
         """What is missing under one key and there under another, in another form."""
         evidence = self.evidence
@@ -236,6 +259,8 @@ class _Search:
                 self.findings.explain(finding, *causes)
         missing, unexpected = self._alone()
         if missing and unexpected:
+            self._detail(("missing", "unexpected"), sketches=False)
+            missing, unexpected = self._alone()
             for key, there, causes in elsewhere(evidence, missing, unexpected):
                 self.findings.rename((key,), (there,), causes)
             missing, unexpected = self._alone()
@@ -247,6 +272,7 @@ class _Search:
             for keys, cause in folded(evidence, missing, unexpected):
                 for finding in self.findings.of_keys(keys):
                     self.findings.explain(finding, cause)
+            self._detail(("missing", "unexpected"), sketches=True)
             missing, unexpected = self._alone()
             for key, there, cause in nearby(evidence, missing, unexpected):
                 self.findings.rename((key,), (there,), (cause,))
@@ -285,6 +311,8 @@ class _Search:
 
     def each(self) -> None:
         """Every finding for itself, the cheapest hypotheses first."""
+        self._detail(_EXPLAINED, sketches=False)
+        self._detail(_EXPLAINED, sketches=True)
         for finding in self.findings:
             if not finding.causes and finding.kind in _EXPLAINED:
                 causes = self._causes_of(finding)

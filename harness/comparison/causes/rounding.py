@@ -91,6 +91,7 @@ class Match:
 
 def matched(evidence: Evidence, view: View, expected: TensorFingerprint) -> Match | None:
     """Find whether a view has an expected tensor's values, in its dtype or cast."""
+    view = evidence.memory.at_hand(view)
     if view.dtype == expected.dtype and evidence.are_bytes_of(view, expected):
         return Match()
     return recast(evidence, view, expected)

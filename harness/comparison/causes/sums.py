@@ -14,6 +14,7 @@ from itertools import takewhile
 import numpy as np
 
 from harness.checkpoint.dtypes import Array
+from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence, Roundoff, detailed, is_constant
 from harness.comparison.causes.linear import (
@@ -25,11 +26,13 @@ from harness.comparison.causes.linear import (
     vector_of,
 )
 from harness.comparison.causes.regrouped import NUMBER, names
+from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint
 
 _MIN_NUMEL = 32
 _MAX_TERMS, _MAX_SHOWN = 64, 4
 _MAX_CANDIDATES, _MAX_ROWS = 128, 1024
+_SAMPLED, _RUNS = 512, 4
 _MAX_READ_NBYTES = 256 << 20  # of a reference, whose tensors are not known otherwise
 
 
@@ -50,6 +53,7 @@ class Sums:
     def __init__(self, evidence: Evidence) -> None:
         self._evidence = evidence
         self._bases: dict[object, _Basis | None] = {}
+        self._samples: dict[object, Array] = {}
         self._read: dict[str, TensorFingerprint] = {}
 
     @np.errstate(all="ignore")
@@ -81,6 +85,29 @@ class Sums:
                 return _cause(of, chosen, bound, is_exact=theirs.is_exact)
         return None
 
+    @np.errstate(all="ignore")
+    def may_be(self, key: str, actual: TensorFingerprint) -> bool:
+        """Whether a sample allows that a tensor is a sum of the golden's and a number.
+
+        True where no sample of both sides can be read.
+        """
+        references, tensor = self._evidence.references, self._evidence.tensors.get(actual.key)
+        if tensor is None or actual.dtype.kind != "float" or actual.numel < 2 * _SAMPLED:
+            return True
+        alike = {k: t for k, t in references.items() if _is_alike(t, actual)}
+        name: tuple[object, ...] = (actual.dtype.name, actual.shape)
+        if len(alike) > _MAX_CANDIDATES:
+            alike = {k: alike[k] for k in _nearest(key, alike)[:_MAX_CANDIDATES]}
+            name = (*name, key)
+        if name not in self._samples:
+            self._evidence.check_time()
+            columns = [np.ones(_SAMPLED), *map(_sample, alike.values())]
+            self._samples[name] = np.linalg.qr(np.stack(columns, axis=1))[0]
+        basis, wanted = self._samples[name], _sample(tensor)
+        away = np.linalg.norm(wanted - basis @ (basis.T @ wanted))
+        allowed = 64 * Roundoff.of(actual.dtype).relative * np.linalg.norm(wanted)
+        return not away > allowed  # nor where something is not finite
+
     def _basis(self, key: str, actual: TensorFingerprint, theirs: Vector) -> _Basis | None:
         tensors = self._evidence.expected
         alike = {k: t for k, t in tensors.items() if _is_alike(t, actual)}
@@ -96,12 +123,14 @@ class Sums:
     def _known(self, alike: Mapping[str, TensorFingerprint]) -> dict[str, TensorFingerprint]:
         """What is to be known of them, read of the reference where it is not."""
         evidence, known = self._evidence, dict(alike)
-        lacking = {k for k, t in known.items() if t.stats is None and k in evidence.references}
+        lacking = {
+            k
+            for k, t in known.items()
+            if t.sketch is None and t.values is None and k in evidence.references
+        }
         size = sum(known[key].nbytes for key in lacking)
         if evidence.reference is not None and 0 < size <= _MAX_READ_NBYTES:
-            known |= detailed(
-                evidence.reference, lacking, evidence.block_nbytes, evidence.workers, hashes=False
-            )
+            known |= detailed(evidence.reference, lacking, evidence.block_nbytes, evidence.workers)
         return known
 
     def _made(self, tensors: Mapping[str, TensorFingerprint], theirs: Vector) -> _Basis | None:
@@ -128,7 +157,16 @@ class Sums:
         return _Basis(keys=keys, vectors=vectors, columns=columns, gram=gram)
 
 
-def _is_alike(one: TensorFingerprint, other: TensorFingerprint) -> bool:
+def _sample(tensor: Tensor) -> Array:
+    """Some runs of a tensor's values."""
+    runs = np.empty((_RUNS, _SAMPLED // _RUNS * tensor.dtype.itemsize), "|u1")
+    for place, run in enumerate(runs):
+        first = (tensor.numel - _SAMPLED) * place // _RUNS
+        tensor.read_into(first * tensor.dtype.itemsize, run.data)
+    return as_floats(runs.reshape(-1), tensor.dtype).astype("<f8")
+
+
+def _is_alike(one: Tensor | TensorFingerprint, other: TensorFingerprint) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
 
 

@@ -35,7 +35,7 @@ _SHOWN, _MARGIN, _CHANCE, _ALONE = 2.0, 3.0, 4.0, 4.5
 _RELATED = math.atanh(0.8)
 # Of a sketch: the greatest square of an element, in mean squares, and as a share of all.
 _MAX_PEAK, _MAX_SHARE = 64.0, 0.5
-_SAMPLES, _SAMPLE_NUMEL = 16, 4096
+_SAMPLES, _SAMPLE_NUMEL = 16, 1024
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ def sampled(expected: View, actual: View, dtypes: tuple[DType, DType]) -> Correl
     one, other = ranks
     if not one.any() or not other.any():
         return None  # a constant
-    value = float(one @ other) / math.sqrt(float(one @ one) * float(other @ other))
+    product, *squares = (
+        float((a * b).sum()) for a, b in ((one, other), (one, one), (other, other))
+    )
+    value = product / math.sqrt(squares[0] * squares[1])
     return Correlation(value, 1 / math.sqrt(one.size - 1))
 
 

@@ -39,11 +39,7 @@ def digest_as(
 ) -> bytes:
     """The digest of the view's bytes as a tensor of this dtype and shape."""
 
-    held = _held(view)
-
     def of_chunk(chunk: Chunk) -> bytes:
-        if held is not None:
-            return blake3(held[chunk.start : chunk.start + chunk.nbytes].data).digest()
         data = buffers.get("chunk", chunk.nbytes)
         view.read_into(chunk.start, data.data)
         return blake3(data.data).digest()
@@ -51,20 +47,50 @@ def digest_as(
     return digest_of(dtype, shape, parallel(of_chunk, [*chunks(view.nbytes)], jobs=workers.jobs))
 
 
-def _held(view: View) -> Array | None:
-    """All bytes of a tensor with permuted dims, put in order at once: row by row takes longer."""
-    if not isinstance(view, Tensor) or view.strides is None or view.nbytes > _MAX_HELD_NBYTES:
-        return None
-    reach = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
-    if not view.numel or reach != view.numel or min(view.strides) < 1:
-        return None  # not all of a range
-    data = np.empty(view.nbytes, "|u1")
-    replace(view, shape=(view.numel,), strides=None).read_into(0, data.data)
-    itemsize = view.dtype.itemsize
-    strides = [stride * itemsize for stride in view.strides]
-    words = data.view(f"<u{itemsize}") if itemsize in (1, 2, 4, 8) else data.view(f"|V{itemsize}")
-    seen = np.lib.stride_tricks.as_strided(words, view.shape, strides, writeable=False)
-    return np.ascontiguousarray(seen).reshape(-1).view("|u1")
+@dataclass(frozen=True)
+class Held:
+    """A tensor with its dims in any order, of a storage whose bytes are in memory."""
+
+    words: Array
+    dtype: DType
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.size * self.dtype.itemsize
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        width = self.nbytes // self.words.shape[0]
+        first, last = start // width, -(-(start + len(buffer)) // width)
+        found = np.ascontiguousarray(self.words[first:last]).reshape(-1).view("|u1")
+        begin = start - first * width
+        buffer[:] = found[begin : begin + len(buffer)].data
+
+
+class Memory:
+    """The range of a storage that was read last: views of it that are not contiguous follow."""
+
+    def __init__(self) -> None:
+        self._range: tuple[object, int, int] = None, 0, 0
+        self._data = np.empty(0, "|u1")
+
+    def at_hand(self, view: View) -> View:
+        """The same view, of bytes in memory where it is no run of them: element by element a file
+        takes longer."""
+        if not isinstance(view, Tensor) or view.is_contiguous or view.conjugate or view.negative:
+            return view
+        itemsize, strides = view.dtype.itemsize, strides_of(view)
+        reach = 1 + sum((n - 1) * s for n, s in zip(view.shape, strides, strict=True))
+        if itemsize not in (1, 2, 4, 8) or min(strides) < 0 or reach * itemsize > _MAX_HELD_NBYTES:
+            return view
+        where = view.storage, view.offset, reach
+        if where != self._range:
+            self._data = np.empty(reach * itemsize, "|u1")
+            replace(view, shape=(reach,), strides=None).read_into(0, self._data.data)
+            self._range = where
+        words = self._data.view(f"<u{itemsize}")
+        steps = [stride * itemsize for stride in strides]
+        seen = np.lib.stride_tricks.as_strided(words, view.shape, steps, writeable=False)
+        return Held(seen, view.dtype)
 
 
 def are_same(one: View, other: View) -> bool:
