@@ -61,7 +61,7 @@ def _start_bar(path: AnyPath | None) -> Any:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         console=Console(stderr=True),

@@ -128,6 +128,7 @@ class Attempt:
 
     def run(self) -> None:
         try:
+            self._check_spelling()
             self._create_missing()
             try:
                 self._compare()
@@ -143,6 +144,18 @@ class Attempt:
                 self._compare()  # what is accepted has to pass from now on
         except HarnessError as error:
             self.error = error
+
+    def _check_spelling(self) -> None:
+        """Two goldens of which some file systems would make one are an error on all."""
+        folder = self.settings.folder
+        other = folder.spelled_otherwise(self.golden)
+        if other is not None:
+            raise GoldenError(
+                f"{folder.shown(self.golden)}: differs only in upper and lower case from "
+                f"{os.path.relpath(folder.path / other, folder.invoked)}, which is there: some "
+                "file systems have one file for both",
+                hint="give the test, or the golden, another name; or remove the file that is there",
+            )
 
     def _create_missing(self) -> None:
         from harness.checkpoint.sources.paths import is_there

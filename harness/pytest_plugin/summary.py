@@ -65,6 +65,20 @@ class Folder:
     def file(self, golden: str) -> Path:
         return self.path / f"{golden}{SUFFIX}"
 
+    def spelled_otherwise(self, golden: str) -> str | None:
+        """The file or folder that is there and has this name but for upper and lower case.
+
+        A file system that does not tell them apart, as of macOS, has one file for both.
+        """
+        folder, *parts = (self.path, *golden.split("/")[:-1], self.file(golden).name)
+        for part in parts:
+            there = folder.iterdir() if folder.is_dir() else ()
+            alike = [p for p in there if p.name.casefold() == part.casefold() and p.name != part]
+            if alike:
+                return str(min(alike).relative_to(self.path))
+            folder /= part
+        return None
+
     def shown(self, golden: str) -> str:
         """A golden's file as a person would name it."""
         return os.path.relpath(self.file(golden), self.invoked)

@@ -14,7 +14,7 @@ from safetensors.torch import save
 import harness
 from harness.api import diff, update
 from harness.checkpoint.sources.remote import RemotePath
-from harness.cli.progress import progress_bar
+from harness.cli.progress import _start_bar, progress_bar
 from tests.checkpoint.dcp_writer import halves, write_dcp
 
 
@@ -151,3 +151,14 @@ def test_every_byte_counts_once_whichever_thread_has_read_it(
             thread.join()
     assert [completed for completed, _ in shown] == [*range(1, 201), 0]
     assert shown[-2] == (200, 400)
+
+
+def test_the_bar_shows_a_name_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    bar = _start_bar(Path("run[best]\x1b[31m.ckpt"))
+    bar.stop()
+    shown = capsys.readouterr().err
+    assert r"run[best]\u001b[31m.ckpt" in shown

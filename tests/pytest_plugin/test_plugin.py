@@ -492,6 +492,25 @@ def test_no_two_calls_have_one_name_and_none_leaves_the_folder(
         assert "/" in name  # names without folders are for tests to give
 
 
+@pytest.mark.parametrize(
+    ("there", "name"),
+    [("Shared", "shared"), ("STRASSE", "straße"), ("test_it/TEST_x", None), ("TEST_IT/y", None)],
+)
+def test_goldens_that_differ_only_in_case_are_an_error(
+    project: Project, there: str, name: str | None
+) -> None:
+    project.save(1.0)
+    project.record(there)
+    project.tests(f"""
+        def test_x(checkpoint_golden):
+            checkpoint_golden.verify("net.safetensors", {name!r})
+    """)
+    for mode in ("verify", "create", "update"):
+        run = project.run(f"--golden-mode={mode}")
+        run.assert_outcomes(failed=1)
+        assert "differs only in upper and lower case from" in run.stdout.str()
+
+
 # Several tests on one golden.
 
 TWO_TESTS = """
