@@ -202,8 +202,8 @@ _POLICY = [
         multiple=True,
         callback=_words,
         metavar="CAUSE[,CAUSE]",
-        help="Accept these changes where they are proved: renamed, reshaped, transposed, joined, "
-        "order, rows, rounded.",
+        help="Accept these changes where they are proved: renamed, moved, reshaped, transposed, "
+        "joined, order, rows, rounded.",
     ),
     _compared(
         "--check-config",

@@ -33,9 +33,12 @@ Proof = Literal["digest", "hash", "values", "stats", "sketch", "names"]
 bound of the sketch, which fails with chance 1e-12 per block; names and shapes alone where nothing
 was loaded, and values say nothing."""
 
-Acceptable = Literal["renamed", "reshaped", "transposed", "joined", "order", "rows", "rounded"]
+Acceptable = Literal[
+    "renamed", "moved", "reshaped", "transposed", "joined", "order", "rows", "rounded"
+]
 ACCEPTABLE: Mapping[Acceptable, str] = {
     "renamed": "equal weights under another key",
+    "moved": "tensors that exchanged their keys: two of them, or more in a circle",
     "reshaped": "the same bytes in another shape",
     "transposed": "the same values with permuted dimensions",
     "joined": "tensors joined, stacked or split, all values the same",

@@ -76,8 +76,8 @@ class Policy:
     ones); of several tolerances that fit, the last wins. `key_map` renames the golden's keys, or
     prefixes that end in a dot; a `*` stands for the same text on both sides. `strip_prefix` is
     taken off the checkpoint's keys. Where `atol` or `rtol` is None, it is what the golden recorded.
-    `accept` names proved causes that pass: renamed, reshaped, transposed, joined, order, rows,
-    rounded; `cast` is a dtype to which values may be rounded. Tensors that fit a glob of
+    `accept` names proved causes that pass: renamed, moved, reshaped, transposed, joined, order,
+    rows, rounded; `cast` is a dtype to which values may be rounded. Tensors that fit a glob of
     `must_change` have to differ, and may.
 
     Lists, and the mappings {OLD: NEW} and {GLOB: (ATOL, RTOL)}, become tuples. Raises UsageError.

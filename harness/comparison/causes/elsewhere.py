@@ -17,6 +17,8 @@ from harness.comparison.causes.same_bytes import seen_otherwise
 from harness.comparison.findings import Finding
 from harness.fingerprints.fingerprint import TensorFingerprint
 
+_MAX_CIRCLE = 64
+
 
 def moved_from(key: str) -> Cause:
     return Cause(
@@ -92,25 +94,41 @@ def copied(evidence: Evidence, finding: Finding, actual: TensorFingerprint) -> C
     named = " and ".join(keys[:3])
     if finding.kind == "unexpected":
         return Cause(kind="moved", text=f"a copy of {named}", proof="digest", of=tuple(keys))
-    swapped = _is_swapped(evidence, finding.key, keys[0])
+    length = _circle(evidence, finding.key, keys[0])
+    circle = {None: "", 2: ", and the reverse"}.get(length, f", in a circle of {length}")
     return Cause(
         kind="moved",
-        text=f"holds what {named} holds in the golden{', and the reverse' if swapped else ''}",
+        text=f"holds what {named} holds in the golden{circle}",
         proof="digest",
-        accept=("renamed",) if swapped else (),
+        accept=() if length is None else ("moved",),
         of=tuple(keys),
     )
 
 
-def _is_swapped(evidence: Evidence, key: str, other: str) -> bool:
-    """Whether what is under the other key now is what this one holds in the golden."""
-    expected, there = evidence.expected.get(key), evidence.actual.get(other)
-    if expected is None or there is None:
-        return False
-    if there.digest is not None and expected.digest is not None:
-        return there.digest == expected.digest
-    tensor = evidence.tensors.get(other)
-    return tensor is not None and evidence.are_bytes_of(tensor, expected)
+def _circle(evidence: Evidence, key: str, other: str) -> int | None:
+    """How many keys have exchanged their tensors, where `key` has what `other` has in the golden.
+
+    None where some tensor is lost.
+    """
+    wanted = evidence.expected[key]
+    for length in range(2, _MAX_CIRCLE + 1):
+        there, tensor = evidence.actual.get(other), evidence.tensors.get(other)
+        if there is None:
+            return None
+        if there.digest is not None and wanted.digest is not None:
+            if there.digest == wanted.digest:
+                return length
+            keys = evidence.by_digest.get(there.digest, [])
+        elif tensor is None:
+            return None
+        elif evidence.are_bytes_of(tensor, wanted):
+            return length
+        else:
+            keys = evidence.same_in(evidence.references, tensor, there)
+        if not keys:
+            return None
+        other = keys[0]
+    return None
 
 
 def kept_elsewhere(evidence: Evidence, expected: TensorFingerprint) -> list[Cause]:

@@ -644,3 +644,20 @@ def test_a_large_weight_norm_that_was_folded_is_proved_by_the_golden_alone(
     other = plain * torch.linspace(1, 1.1, 12)
     found = compare(tmp_path, before, {"conv.weight": other}, "golden alone")
     assert not any(f.causes for f in found.findings)
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_tensors_that_exchanged_their_keys_are_accepted_as_moved(
+    tmp_path: Path, count: int, how: str
+) -> None:
+    before = experts_of(torch.float32, 96)
+    keys = [*before][:count]
+    after = before | dict(zip(keys, [before[key] for key in (*keys[1:], keys[0])], strict=True))
+    found = compare(tmp_path, before, after, how)
+    end = "and the reverse" if count == 2 else "in a circle of 3"
+    assert {f.causes[0].text.rpartition(", ")[2] for f in found.findings} == {end}
+    assert compare(tmp_path, before, after, how, Policy(accept=("moved",))).ok
+    assert not compare(tmp_path, before, after, how, Policy(accept=("renamed",))).ok
+    lost = after | {keys[0]: before[keys[0]]}
+    assert not compare(tmp_path, before, lost, how, Policy(accept=("moved",))).ok
