@@ -64,7 +64,7 @@ def only_of_files(
         )
     if stage != "file":
         raise UsageError(
-            f"the stage {stage!r} loads a file, which something in memory is not",
+            f"the stage {stage!r} loads a file, and this checkpoint is in memory",
             hint="give the path of the checkpoint, or a golden of the file stage alone",
         )
 
@@ -103,7 +103,7 @@ def _check_all(golden: Golden, subject: Subject, section: str) -> None:
     part = f"section {golden.fingerprint.section}" if golden.fingerprint.section else "one part"
     path = quoted(str(path_of(subject)))
     raise UsageError(
-        f"{golden.path}: was recorded of {'all sections' if golden.section == '.' else part}",
+        f"{golden.path}: was recorded from {'all sections' if golden.section == '.' else part}",
         hint="leave out --section"
         if golden.section == "."
         else f"record all of it: harness record {path} --all-sections -g OTHER.safetensors",
@@ -212,7 +212,7 @@ def _checked(
         takes_none = "None" in signature.parameters[name].annotation
         if name == "subject" and value is None and not takes_none:
             raise UsageError(
-                "None is no checkpoint",
+                "None is not a checkpoint",
                 hint="give a path, an open checkpoint, a torch.nn.Module, or its state_dict()",
             )
     return given

@@ -109,7 +109,7 @@ def test_what_is_in_memory_in_the_place_of_a_path_is_an_error(file: Path, net: N
         partial(api.open_checkpoint, net),
     ):
         message, hint = refused(UsageError, run)  # type: ignore[arg-type]
-        assert message == "a Net is no path or URL"
+        assert message == "a Net is not a path or URL"
         assert str(hint).startswith("give the path of a file")
 
 
@@ -121,13 +121,13 @@ def test_stages_and_values_that_there_are_not_are_told(file: Path) -> None:
         lambda: list(api.verify_stages(file, golden, stage="loaded")),  # type: ignore[arg-type]
     ):
         message, hint = refused(UsageError, run)  # type: ignore[arg-type]
-        assert message == "stage='loaded': there is none"
+        assert message == "stage='loaded': no such stage"
         assert hint == "one of file, load, reload, outputs"
     message, hint = refused(
         UsageError,
         lambda: api.record(file, "other.safetensors", values="few"),  # type: ignore[arg-type]
     )
-    assert (message, hint) == ("values='few': there are none", "one of small, all, none")
+    assert (message, hint) == ("values='few': no such choice", "one of small, all, none")
     assert not Path("other.safetensors").exists()
 
 
@@ -143,7 +143,7 @@ def test_a_golden_of_something_live_names_no_checkpoint(net: Net, here: Path) ->
 
 def test_something_live_needs_a_golden_to_be_named(net: Net, here: Path) -> None:
     for verb in (api.record, api.verify):
-        with pytest.raises(UsageError, match="no golden of its own") as caught:
+        with pytest.raises(UsageError, match="no default golden") as caught:
             verb(net)
         assert "golden='golden/NAME.safetensors'" in str(caught.value.hint)
     assert not Path("golden").exists()
@@ -246,7 +246,7 @@ def test_overwriting_another_checkpoint_is_refused_before_anything_is_read(
     message, hint = refused(
         GoldenError, partial(api.record, file, "other.safetensors", overwrite=True)
     )
-    assert message == "other.safetensors: is there, and is not a golden"
+    assert message == "other.safetensors: exists, and is not a golden"
     assert hint == "give another file with -g, or remove it"
     assert Path("other.safetensors").read_bytes() == before
 

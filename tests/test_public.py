@@ -95,8 +95,8 @@ def test_paths_of_other_libraries_are_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: harness.fingerprint(None), "None is no checkpoint"),
-        (lambda: harness.record(None, "g.safetensors"), "None is no checkpoint"),
+        (lambda: harness.fingerprint(None), "None is not a checkpoint"),
+        (lambda: harness.record(None, "g.safetensors"), "None is not a checkpoint"),
         (lambda: harness.fingerprint(5), "cannot fingerprint an int"),
         (lambda: harness.fingerprint(b"x.pt"), "cannot fingerprint a bytes"),
         (lambda: harness.diff(None, "x.pt"), "a NoneType is no path"),

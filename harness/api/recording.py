@@ -89,7 +89,7 @@ def record(
     path = path_of(subject)
     if values not in get_args(KeptValues):
         known = ", ".join(get_args(KeptValues))
-        raise UsageError(f"values={values!r}: there are none", hint=f"one of {known}")
+        raise UsageError(f"values={values!r}: no such choice", hint=f"one of {known}")
     if values == "all" and max_size is not None:
         raise UsageError(
             "--max-size has no effect with --values all, which keeps every value",

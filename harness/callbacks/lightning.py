@@ -175,8 +175,8 @@ class GoldenCheckpoint(_Callback):
         strategy = trainer.strategy
         if _SHARDED & {base.__name__ for base in type(strategy).__mro__}:
             raise UsageError(
-                f"GoldenCheckpoint: {type(strategy).__name__} writes shards, which no rank holds "
-                "as one model",
+                f"GoldenCheckpoint: {type(strategy).__name__} writes shards, and no rank "
+                "holds the whole model",
                 hint="leave it out, and verify the checkpoint with `harness verify`",
             )
         if self._stages != "file" and _asynchronous(trainer) is not None:
@@ -188,7 +188,7 @@ class GoldenCheckpoint(_Callback):
         if self._stages != "file" and self._live is None and "<locals>" in _target(pl_module):
             raise UsageError(
                 f'GoldenCheckpoint(stages="{self._stages}"): {_target(pl_module)} is a class of a '
-                "function, and cannot be built anew",
+                "function, and cannot be built again",
                 hint='give live=LiveOptions(target="package.module:ClassOrFactory")',
             )
         self._watched.add(trainer)

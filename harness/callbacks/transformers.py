@@ -91,7 +91,8 @@ class GoldenTrainerCallback(_TrainerCallback):
         for name in ("fsdp", "deepspeed"):
             if getattr(args, name, None):
                 raise UsageError(
-                    f"GoldenTrainerCallback: {name} writes shards, which no rank holds whole",
+                    f"GoldenTrainerCallback: {name} writes shards, and no rank "
+                    "holds the whole model",
                     hint="leave it out, and verify the checkpoint with `harness verify`",
                 )
 

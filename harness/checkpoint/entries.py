@@ -311,13 +311,13 @@ class Tree:
         return CheckpointError(
             f"{self.name}: tensor {format_key(path)[:200]} ({tensor.kind or 'a subclass'}) has no "
             "tensors inside that the harness could read",
-            hint="load the file by torch, and save plain tensors",
+            hint="load the file with torch, and save plain tensors",
         )
 
     def _unknown_tensor(self, function: Global, path: KeyPath) -> CheckpointError:
         return CheckpointError(
             f"{self.name}: tensor {format_key(path)[:200]} is made by {function}, which is unknown",
-            hint="load the file by torch, move its tensors to the CPU, and save it again",
+            hint="load the file with torch, move its tensors to the CPU, and save it again",
         )
 
 

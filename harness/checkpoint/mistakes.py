@@ -51,15 +51,15 @@ def no_checkpoint_in(folder: AnyPath, names: Sequence[str]) -> CheckpointError:
     index = next((name for name in names if name.endswith(".index.json")), None)
     if index is not None:
         return CheckpointError(
-            f"{folder}: an index, and not under a name that is known",
-            hint=f"give it: {folder / index}",
+            f"{folder}: an index under an unknown name",
+            hint=f"give the index: {folder / index}",
         )
     files = [name for name in names if name.endswith(_SUFFIXES)]
     parts = [name for name in files if _PART.search(name)]
     if len(parts) > 1 or (parts and "-00001-of-00001." not in parts[0]):
         return CheckpointError(
-            f"{folder}: a part of a sharded checkpoint ({parts[0]}), and no index of its parts",
-            hint="get the .index.json from where they came",
+            f"{folder}: shards of a checkpoint ({parts[0]}) without their index",
+            hint="copy or download the .index.json as well",
         )
     inner = [name for name in names if not name.startswith(".") and (folder / name).is_dir()]
     saves = [name for name in inner if layout_of(folder / name).parts]

@@ -134,7 +134,7 @@ def _open(path: AnyPath, source: Source, section: str | None) -> Checkpoint:
         head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
         if not is_tar(head):
             raise CheckpointError(
-                f"{path}: compressed by gzip, and no .nemo archive inside",
+                f"{path}: compressed with gzip, and not a .nemo archive",
                 hint="decompress it first (gunzip)",
             )
     if is_tar(head):

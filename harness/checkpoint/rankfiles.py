@@ -52,7 +52,7 @@ def choose_set(folder: AnyPath, sets: Mapping[str, list[RankFile]]) -> str:
     globs = [glob for glob in sets if len(sets) == 1 or glob.startswith("model")]
     if len(globs) != 1:
         raise CheckpointError(
-            f"{folder}: holds several sets of ranks' files: {', '.join(islice(sets, 6))}",
+            f"{folder}: holds the files of several saves: {', '.join(islice(sets, 6))}",
             hint=f"give one of them: {quoted(str(folder / next(iter(sets))))}",
         )
     return globs[0]

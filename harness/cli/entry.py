@@ -85,7 +85,7 @@ def _run(arguments: list[str]) -> int:
             _drop_output()
         echo_error(UsageError(f"{what}{error.strerror or error}", hint=hint))
     except MemoryError:
-        echo_error(UsageError("out of memory", hint="fewer threads take less: --jobs 1"))
+        echo_error(UsageError("out of memory", hint="use fewer threads: --jobs 1"))
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         return 130

@@ -356,7 +356,7 @@ class Command(click.Command):
             if param.name in seen and not ctx.resilient_parsing:
                 flags = [o.opts[0] for o in order if o.name == param.name]
                 raise UsageError(
-                    f"{' and '.join(flags)}: the last one alone would count",
+                    f"{' and '.join(flags)}: only the last one would count",
                     hint=f"give one of them: harness {self.name} --help",
                 )
             seen.add(param.name)

@@ -51,7 +51,7 @@ def targets_of(checkpoints: Sequence[AnyPath], golden: AnyPath | None) -> Sequen
     if checkpoints:
         if len(checkpoints) > 1 and not is_folder:
             raise UsageError(
-                f"-g {golden}: one golden, and {len(checkpoints)} checkpoints",
+                f"-g {golden}: one golden for {len(checkpoints)} checkpoints",
                 hint="give the folder of their goldens with -g, or leave it out",
             )
         return [Target(one, choose_golden(one, golden), not is_folder) for one in checkpoints]

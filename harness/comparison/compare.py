@@ -185,7 +185,7 @@ def _refuse_contradiction(pair: Pair, actual: Fingerprint) -> None:
     ours, theirs = pair.expected, pair.actual
     if ours.dtype == theirs.dtype and None not in (ours.digest, theirs.digest):
         raise CheckpointError(
-            f"{actual.name}: the values of {theirs.key!r} are as expected, but their digest not",
+            f"{actual.name}: the values of {theirs.key!r} are as expected, but their digest is not",
             hint="something writes to it while it is read: try again when that is done",
         )
 

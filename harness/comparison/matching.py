@@ -180,8 +180,8 @@ def _check_map(
     for old, new in policy.key_map:
         if (old, new) not in used:
             raise UsageError(
-                f"--map {old}={new}: has no effect behind others, which rename all that it fits",
-                hint="give it before them, or leave it out: of several that fit, the first counts",
+                f"--map {old}={new}: no effect: an earlier map renames all keys that it matches",
+                hint="put it first, or leave it out: the first map that matches a key counts",
             )
     targets = Counter(policy.renamed(key) for key in keys)
     for key, count in targets.items():

@@ -38,7 +38,7 @@ _MAX_NAMED = 3  # options in a note
 def check_stage(name: str) -> None:
     """Raise UsageError for what is no stage."""
     if name not in STAGES:
-        raise UsageError(f"stage={name!r}: there is none", hint=f"one of {', '.join(STAGES)}")
+        raise UsageError(f"stage={name!r}: no such stage", hint=f"one of {', '.join(STAGES)}")
 
 
 def check_type(name: str, value: object, kind: _Kind, what: str) -> None:
@@ -118,7 +118,7 @@ class Policy:
         for word in self.accept:
             if word not in ACCEPTABLE:
                 raise UsageError(
-                    f"accept {word!r}: there is no such cause",
+                    f"accept {word!r}: no such cause",
                     hint=f"one of {', '.join(ACCEPTABLE)}",
                 )
         tuples: tuple[tuple[str, tuple[_Kind, ...], str, object], ...] = (

@@ -161,7 +161,7 @@ def check_is_golden(path: AnyPath) -> None:
         is_empty = source.nbytes == 0
     if not is_empty and not is_golden(path):
         raise GoldenError(
-            f"{path}: is there, and is not a golden",
+            f"{path}: exists, and is not a golden",
             hint="give another file with -g, or remove it",
         )
 
@@ -174,10 +174,10 @@ def serialize(golden: Golden) -> bytearray:
     header = to_json(_header(golden))
     if len(header) > MAX_HEADER_NBYTES // 4:  # in the file it is escaped once more
         raise GoldenError(
-            f"{golden.path}: its header would have {len(header)} bytes, and "
+            f"{golden.path}: its header would take {len(header)} bytes, and "
             f"{MAX_HEADER_NBYTES // 4} is the most that is read; its history has "
             f"{len(golden.history)} entries",
-            hint="record it again with --overwrite, which starts another history",
+            hint="record it again with --overwrite, which starts a new history",
         )
     contents = np.frombuffer(to_json(_contents(golden)).encode(), "|u1")
     pieces = pieces_of(golden.parts)
@@ -362,7 +362,7 @@ def _parse(path: AnyPath, columns: dict[str, NDArray[Any]], text: str) -> Golden
         header = from_json(text, Header)
         if header.made != Made():
             raise GoldenError(
-                f"{path}: made in a way that this version does not know: {header.made}",
+                f"{path}: recorded with parameters unknown to this version: {header.made}",
                 hint=_RESTORE,
             )
         seal, described = columns.pop("seal", None), columns.get("contents")

@@ -56,7 +56,7 @@ def choose_golden(subject: object, golden: Location | None) -> AnyPath:
     if golden is not None:
         chosen = to_path(golden)
         with _as_golden_error(chosen):
-            if path is not None and is_golden(path) and chosen.is_file() and not is_golden(chosen):
+            if path is not None and chosen.is_file() and not is_golden(chosen) and is_golden(path):
                 raise UsageError(
                     f"{path} is a golden, and -g {chosen} is not: they are swapped",
                     hint=f"harness verify {_typed(chosen)} -g {_typed(path)}",
@@ -149,7 +149,7 @@ def new_places(
     folder = GOLDEN_FOLDER if golden is None else golden
     if golden is not None and golden.is_file():
         raise UsageError(
-            f"-g {golden}: one golden, and {len(checkpoints)} checkpoints",
+            f"-g {golden}: one golden for {len(checkpoints)} checkpoints",
             hint="give a folder with -g, or leave it out",
         )
     names = {path: names_of(path) for path in checkpoints}
@@ -187,8 +187,8 @@ def _free_name(checkpoint: AnyPath, folder: AnyPath) -> AnyPath:
 
 def _unnamed() -> UsageError:
     return UsageError(
-        "what is in memory has no golden of its own name",
-        hint=f"give one as well, such as golden='{GOLDEN_FOLDER}/NAME{SUFFIX}'",
+        "a checkpoint in memory has no default golden",
+        hint=f"give one, such as golden='{GOLDEN_FOLDER}/NAME{SUFFIX}'",
     )
 
 
@@ -255,10 +255,13 @@ def _as_golden_error(path: AnyPath) -> Iterator[None]:
 
 def check_not_golden(path: AnyPath | None) -> None:
     """Raise UsageError for a golden, or a folder of goldens, in the place of a checkpoint."""
-    if path is None or not (is_golden(path) or _holds_goldens(path)):
+    if path is None:
         return
-    what = "is a golden" if is_golden(path) else "is a folder of goldens"
-    raise UsageError(f"{path}: {what}, not a checkpoint", hint=f"harness verify -g {_typed(path)}")
+    kind = "golden" if is_golden(path) else "folder of goldens" if _holds_goldens(path) else None
+    if kind is not None:
+        raise UsageError(
+            f"{path}: is a {kind}, not a checkpoint", hint=f"harness verify -g {_typed(path)}"
+        )
 
 
 def _holds_goldens(path: AnyPath) -> bool:

@@ -49,7 +49,7 @@ class Selection:
     def __post_init__(self) -> None:
         if self.activations not in get_args(Activations):
             raise UsageError(
-                f"activations={self.activations!r}: there are none",
+                f"activations={self.activations!r}: no such choice",
                 hint=f"one of {', '.join(get_args(Activations))}",
             )
 
@@ -270,7 +270,7 @@ def _check_selection(selection: Selection, keys: Sequence[str]) -> None:
                 f"--only {glob}: matches no activation",
                 hint=f"--only '{longer}'"
                 if fits(longer, keys)
-                else f"they are named like {', '.join(keys[-2:]) or 'nothing: it computes none'}",
+                else f"names look like {', '.join(keys[-2:]) or 'nothing: it computes none'}",
             )
     taken = [key for key in keys if selection.takes(key) and not selection.ignores(key)]
     if keys and not (taken if selection.activations == "all" else any(map(is_output, taken))):

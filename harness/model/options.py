@@ -92,7 +92,7 @@ class LiveOptions:
             if not fits(glob, recorded.tensors):
                 raise UsageError(
                     f"--output-tolerance {glob}: matches no activation",
-                    hint=f"they are named like {[*recorded.tensors, 'nothing'][0]}",
+                    hint=f"names look like {[*recorded.tensors, 'nothing'][0]}",
                 )
         return OutputPolicy(
             atol=atol,

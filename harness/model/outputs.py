@@ -89,7 +89,7 @@ def outputs_of(
     puts_out = is_final if recorder.kind != "NoneType" else is_output
     if not any(map(puts_out, recorder.prints)):
         raise ModelError(
-            f"running {type(module).__name__} on its inputs: what it puts out "
+            f"running {type(module).__name__} on its inputs: its output "
             f"({recorder.kind}) holds no tensor to compare",
             hint="let its forward return tensors, or stop before outputs: --reload",
         )

@@ -56,8 +56,8 @@ def load_pretrained(make: Any, folder: Path, *, base: Path | None = None) -> Any
             _check_adapter(folder)
             if base is None:
                 raise ModelError(
-                    f"{folder}: an adapter, which {make.__name__} puts onto a model",
-                    hint="give the folder of that model: --base FOLDER",
+                    f"{folder}: an adapter, which {make.__name__} needs a base model for",
+                    hint="give that model: --base FOLDER",
                 )
             return make.from_pretrained(_model_in(base), str(folder), local_files_only=True)
         options = {"local_files_only": True, "trust_remote_code": False}
@@ -85,7 +85,7 @@ def _model_in(folder: Path) -> nn.Module:
     kind = getattr(transformers, str(names[0]), None) if names and transformers else None
     if not is_pretrained(kind):
         raise ModelError(
-            f"{folder}: no model of transformers (its config.json says {names})",
+            f"{folder}: not a transformers model (its config.json says {names})",
             hint="give --model a function that returns the model with its adapter",
         )
     model: nn.Module = load_pretrained(kind, folder)
@@ -108,7 +108,7 @@ def _json(path: Path) -> dict[str, Any]:
             raise ValueError(f"more than {_MAX_CONFIG_NBYTES} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise ValueError("no mapping")
+            raise ValueError("not a mapping")
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{path}: not a configuration: {error}", hint="give a folder that save_pretrained wrote"

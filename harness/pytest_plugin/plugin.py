@@ -216,7 +216,7 @@ def _named(name: str) -> str:
     if golden and golden[0] != "." and golden.isprintable() and not set(golden) & set("/\\"):
         return golden
     error = UsageError(
-        f"a golden's name is that of a file, not {name!r}",
+        f"not a golden's name: {name!r}",
         hint="give a name without folders, or none: then the golden is the test's own",
     )
     pytest.fail("\n".join(error_lines(error)), pytrace=False)

@@ -44,7 +44,7 @@ def check_report(path: Path, option: str = "--report ") -> None:
         is_stream = path.name == "-" or (path.exists() and not path.is_file())
         named = _NAME if is_stream else path.with_suffix(".html")
         raise UsageError(
-            f"{option}{path}: a report is one of {', '.join(_RENDERERS)}, by its suffix",
+            f"{option}{path}: unknown format; a report is one of {', '.join(_RENDERERS)}",
             hint=f"{option}{quoted(str(named))}",
         )
     if not path.parent.is_dir():

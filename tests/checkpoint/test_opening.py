@@ -56,7 +56,7 @@ def test_a_missing_file_asks_whether_another_was_meant(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "file:///a%00b"])
 def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="a name that no file can have") as caught:
+    with pytest.raises(UsageError, match="not a valid file name") as caught:
         open_checkpoint(name)
     assert caught.value.hint
 
@@ -112,10 +112,10 @@ def test_a_name_much_alike_is_that_of_a_checkpoint_of_the_same_kind(tmp_path: Pa
     [
         (
             ["a-00001-of-00002.safetensors", "a.safetensors.index.json"],
-            "not under a name",
-            "give it: ",
+            "under an unknown name",
+            "give the index: ",
         ),
-        (["a-00001-of-00002.safetensors"], "no index of its parts", "index.json from where"),
+        (["a-00001-of-00002.safetensors"], "without their index", "the .index.json as well"),
         (["a-00001-of-00001.safetensors"], "without a checkpoint", "a-00001-of-00001.saf"),
         (["best-of-3.pt"], "without a checkpoint", "best-of-3.pt"),
         ([], "without a checkpoint", "give the file"),

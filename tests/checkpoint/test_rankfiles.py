@@ -171,5 +171,5 @@ def test_several_sets_in_a_folder_are_told_apart(tmp_path: Path) -> None:
         assert list(checkpoint.tensors) == ["lr"]
     for file in [*folder.iterdir()]:
         file.rename(folder / file.name.replace("model", "actor").replace("optim", "critic"))
-    with pytest.raises(CheckpointError, match="several sets"):
+    with pytest.raises(CheckpointError, match="several saves"):
         open_checkpoint(folder)

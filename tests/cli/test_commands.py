@@ -655,7 +655,7 @@ def test_an_option_given_twice_is_refused(
 ) -> None:
     run = harness(command, "models/nest.nemo", *twice)
     assert (run.code, run.out) == (2, "")
-    assert "the last one alone would count" in run.err
+    assert "only the last one would count" in run.err
 
 
 def test_a_golden_is_shown_whole(recorded: Path, harness: Harness) -> None:

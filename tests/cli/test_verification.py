@@ -76,7 +76,7 @@ def test_a_folder_given_for_goldens_is_that_of_all(runs: list[Path], harness: Ha
     for command in ("record", "verify"):
         run = harness(command, *runs, "-g", one)
         assert run.code == 2
-        assert f"-g {one}: one golden, and 6 checkpoints" in run.err
+        assert f"-g {one}: one golden for 6 checkpoints" in run.err
 
 
 def test_what_cannot_be_recorded_does_not_keep_the_others_from_it(

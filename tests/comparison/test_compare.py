@@ -242,7 +242,7 @@ def test_equal_values_of_unequal_digest_are_never_identical() -> None:
         equal = replace(triple[0], values=bytes(8))
         return [exact_difference(equal, equal, triple[2])]
 
-    with pytest.raises(CheckpointError, match="'weight' are as expected, but their digest not"):
+    with pytest.raises(CheckpointError, match="'weight' are as expected, but their digest is not"):
         compare(fingerprint(b"a"), fingerprint(b"b"), Policy(), measure)
 
 

@@ -237,7 +237,7 @@ def test_a_map_behind_one_that_renames_all_that_it_fits_is_an_error(
     actual = renamed_keys(lambda k: k.replace("encoder.0.", "stem.")) | {
         "encoder.0.bias": torch.zeros(8)
     }
-    with pytest.raises(UsageError, match="has no effect behind others") as caught:
+    with pytest.raises(UsageError, match="no effect: an earlier map") as caught:
         compared(actual, Policy(key_map=key_map))
     assert "first" in (caught.value.hint or "")
 

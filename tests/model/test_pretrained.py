@@ -168,7 +168,7 @@ def test_an_adapter_is_put_onto_the_base_that_is_named(
     assert verdicts(adapter, "Adapted", base=adapter.parent / "base") == [
         f"{stage} identical" for stage in ("load", "reload", "outputs")
     ]
-    with pytest.raises(ModelError, match="which Adapted puts onto a model") as refused:
+    with pytest.raises(ModelError, match="which Adapted needs a base model for") as refused:
         verdicts(adapter, "Adapted")
     assert "--base FOLDER" in (refused.value.hint or "")
     # A golden remembers the base, which is part of what computes.

@@ -337,10 +337,10 @@ WRONG = {
     '"net.safetensors", ignore="*"': "error: ignore takes a tuple of globs, not '*'",
     '"net.safetensors", atol=-1': "error: atol is -1: a tolerance is 0 or more",
     '"net.safetensors", policy=Policy(), atol=1': "error: give policy=… or its fields as keywords",
-    '"net.safetensors", "a/b"': "error: a golden's name is that of a file, not 'a/b'",
-    '"net.safetensors", "../b"': "error: a golden's name is that of a file, not '../b'",
-    '"net.safetensors", ".."': "error: a golden's name is that of a file, not '..'",
-    '"net.safetensors", ""': "error: a golden's name is that of a file, not ''",
+    '"net.safetensors", "a/b"': "error: not a golden's name: 'a/b'",
+    '"net.safetensors", "../b"': "error: not a golden's name: '../b'",
+    '"net.safetensors", ".."': "error: not a golden's name: '..'",
+    '"net.safetensors", ""': "error: not a golden's name: ''",
     '"net.safetensors", "net", section="a"': "error: golden/net.safetensors: holds the state dict",
     "{}": "error: the live state dict: holds no tensors",
     "7": "error: cannot fingerprint an int",
@@ -1054,7 +1054,7 @@ def test_a_module_has_no_stages(project: Project) -> None:
         """
     )
     assert (
-        "loads a file, which something in memory is not"
+        "loads a file, and this checkpoint is in memory"
         in failure(project.run("--golden-mode=create"))[0]
     )
     assert torch.is_grad_enabled()

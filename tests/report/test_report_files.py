@@ -99,13 +99,17 @@ def test_reports_do_not_change_what_is_printed(project: Path, harness: Harness) 
 @pytest.mark.parametrize(
     ("path", "message", "hint"),
     [
-        ("out.pdf", "is one of .html, .md, .xml, .json, by its suffix", "--report out.html"),
-        ("out", "by its suffix", "--report out.html"),
-        ("-", "by its suffix", "--report report.html"),
+        (
+            "out.pdf",
+            "unknown format; a report is one of .html, .md, .xml",
+            "--report out.html",
+        ),
+        ("out", "unknown format", "--report out.html"),
+        ("-", "unknown format", "--report report.html"),
         ("a folder", "is a folder", "--report 'a folder/report.html'"),
         ("", "is a folder", "--report report.html"),
         ("no folder/out.xml", "no such folder: no folder", "mkdir -p 'no folder'"),
-        ("/dev/null", "by its suffix", "--report report.html"),
+        ("/dev/null", "unknown format", "--report report.html"),
         ("README.md", "exists, and is not a report", "give it another name: --report report.md"),
         ("report.md", "exists, and is not a report", "if it is not needed: rm report.md"),
         ("index.html", "exists, and is not a report", "give it another name: --report report.html"),

@@ -48,7 +48,7 @@ def read_nemo(source: Source) -> Nemo:
         old = {"pickle", "storages", "tensors"} <= set(members)
         raise CheckpointError(
             f"{source.name}: a tar archive without {WEIGHTS} (it holds {found})",
-            hint="torch wrote this before version 0.1.10: load and save it by a newer torch"
+            hint="torch wrote this before version 0.1.10: load and save it with a newer torch"
             if old
             else "give a .nemo archive, or unpack the checkpoint that is in this one",
         )

@@ -44,7 +44,7 @@ def read_safetensors(path: AnyPath, source: Source) -> tuple[list[Tensor], dict[
     if metadata is None:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
-        raise damaged(_invalid(path), "its __metadata__ is no table of texts")
+        raise damaged(_invalid(path), "its __metadata__ is not a table of strings")
     rows = sorted(
         (_row(path, name, entry) for name, entry in header.items()),
         key=lambda row: (row.first, row.last),
@@ -140,7 +140,7 @@ def _read_header(path: AnyPath, source: Source) -> tuple[int, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise damaged(_invalid(path), f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise damaged(_invalid(path), "its header is no table")
+        raise damaged(_invalid(path), "its header is not a JSON object")
     return 8 + length, header
 
 
@@ -161,7 +161,7 @@ def unique(path: AnyPath, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise CheckpointError(
-            f"{path}: the name {twice[:200]!r} stands twice in its header",
+            f"{path}: the name {twice[:200]!r} appears twice in its header",
             hint="the file is malformed: save it again",
         )
     return found

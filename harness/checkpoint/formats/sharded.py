@@ -30,7 +30,7 @@ def read_index(path: AnyPath, text: bytes) -> dict[str, str]:
     if text.count(b",") > MAX_TENSORS:
         raise too_many(str(path), MAX_TENSORS, "tensors of an index")
     if text.count(b"{") + text.count(b"[") > _MAX_OBJECTS:
-        raise damaged(str(path), "the index is nested like no index")
+        raise damaged(str(path), "the index is nested too deeply")
     try:
         index = json.loads(text, object_pairs_hook=lambda pairs: unique(path, pairs))
     except ValueError as error:

@@ -83,7 +83,7 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
         for mark in inside & _OTHER_ARCHIVES.keys():
             raise CheckpointError(
                 f"{source.name}: an archive of {_OTHER_ARCHIVES[mark]}, not a checkpoint",
-                hint=f"load it by {_OTHER_ARCHIVES[mark]}, and save its state_dict by torch.save",
+                hint=f"load it with {_OTHER_ARCHIVES[mark]}, then torch.save its state_dict",
             )
         found = ", ".join(sorted(entries)[:3]) or "nothing"
         raise CheckpointError(
@@ -174,7 +174,7 @@ def _read_legacy(source: Source, data: memoryview) -> TorchFile:
     if _LEGACY_MAGIC.to_bytes(10, "little") not in bytes(data[:32]):
         raise CheckpointError(
             f"{source.name}: a plain pickle, not a file written by torch.save",
-            hint="load it where it was made and save its state dict by torch.save or safetensors",
+            hint="load it where it was made and save its state dict with torch.save or safetensors",
         )
     magic, protocol, _ = (next_pickle(max_nbytes=_MAX_SMALL_NBYTES) for _ in range(3))
     if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:

@@ -86,7 +86,7 @@ def _find_directory(source: Source) -> tuple[int, bytes, int]:
             break
     if index < 0 or len(tail) - index < _EOCD.size:
         raise CheckpointError(
-            f"{source.name}: a zip archive without its directory, which stands at the end",
+            f"{source.name}: a zip archive without its directory, which is at the end of the file",
             hint="the file is truncated, or still being written: copy or download it again",
         )
     _, disk, _, _, count, nbytes, offset, comment = _EOCD.unpack_from(tail, index)
@@ -125,7 +125,7 @@ def _rows(source: Source, directory: bytes, count: int) -> Iterator[_Row]:
         if position + _CENTRAL.size > len(directory):
             raise damaged(
                 source.name,
-                f"the zip archive announces {count} entries, but its directory ends early",
+                f"the zip archive claims {count} entries, but its directory ends early",
             )
         fields = _CENTRAL.unpack_from(directory, position)
         if fields[0] != b"PK\x01\x02":
@@ -156,7 +156,7 @@ def _rows(source: Source, directory: bytes, count: int) -> Iterator[_Row]:
         yield _Row(name, header, compressed, nbytes, method, crc32)
     if position != len(directory):
         raise damaged(
-            source.name, f"the zip archive announces {count} entries, but its directory holds more"
+            source.name, f"the zip archive claims {count} entries, but its directory holds more"
         )
 
 

@@ -44,8 +44,8 @@ def to_path(location: Location) -> AnyPath:
     host, slash, path = location[found.end() :].partition("/")
     if host not in ("", "localhost"):
         raise UsageError(
-            f"{location}: names the machine {host!r}, which file:// cannot reach",
-            hint=f"for a path of this machine: {found[0]}/{host}{slash}{path}",
+            f"{location}: file:// cannot reach another machine ({host!r})",
+            hint=f"for a path on this machine: {found[0]}/{host}{slash}{path}",
         )
     return _no_url(unquote(slash + path))
 
@@ -57,13 +57,13 @@ def _no_url(location: Location) -> AnyPath:
         except UnicodeEncodeError:
             possible = False
         if not possible:
-            raise UsageError(f"{location}: a name that no file can have", hint="check the path")
+            raise UsageError(f"{location}: not a valid file name", hint="check the path")
         return Path(os.fsdecode(location))
     from harness.checkpoint.sources.remote import RemotePath
 
     if not isinstance(location, RemotePath):
         raise UsageError(
-            f"a {type(location).__name__} is no path or URL",
+            f"a {type(location).__name__} is not a path or URL",
             hint="give the path of a file; verify, record, update and fingerprint take as their "
             "first argument also what is in memory",
         )
@@ -87,7 +87,7 @@ def to_local(location: Location, what: str) -> Path:
         return path
     raise UsageError(
         f"{path}: {what} must be on this machine",
-        hint="give a path of this machine; what is to be read, download it first",
+        hint="give a local path: download the file first",
     )
 
 

@@ -111,7 +111,7 @@ class RemotePath:
     def transport(self) -> Transport:
         """How to ask; raises UsageError where the protocol's package is not installed."""
         if "::" in self.url and not self.is_web:  # there, it is of an address: http://[::1]/
-            raise UsageError(f"{self}: is a chain of protocols", hint="give a URL of one protocol")
+            raise UsageError(f"{self}: chains protocols", hint="give a URL of one protocol")
         if self.is_web:
             # Its own session, since fsspec takes a whole file for the range that it asked for.
             from harness.checkpoint.sources.http import WebFiles
@@ -128,7 +128,7 @@ class RemotePath:
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("fsspec"):
                 raise UsageError(
-                    f"{self}: a URL is read by fsspec, which is not installed",
+                    f"{self}: URLs need fsspec, which is not installed",
                     hint="pip install 'checkpoint-harness[remote]'",
                 ) from error
             raise self._no_package(package, error) from error
@@ -137,14 +137,14 @@ class RemotePath:
         except Exception as error:  # whatever the protocol's package raises
             if "Protocol not known" in str(error):
                 raise UsageError(
-                    f"{self}: there is no protocol {self.scheme}://",
-                    hint="give a path of this machine, or an https://, s3://, gs:// or hf:// URL",
+                    f"{self}: unknown protocol {self.scheme}://",
+                    hint="give a local path, or an https://, s3://, gs:// or hf:// URL",
                 ) from error
             raise self._failed("reaching it", error, 1) from self._cause(error)
 
     def _no_package(self, package: str | None, error: ImportError) -> UsageError:
         return UsageError(
-            f"{self}: {self.scheme}:// takes {package or 'a package'}, which is not installed",
+            f"{self}: {self.scheme}:// needs {package or 'a package'}, which is not installed",
             hint=f"pip install {package}" if package else redacted(str(error)),
         )
 
@@ -170,7 +170,7 @@ class RemotePath:
         why = f"{type(error).__name__}: {redacted(str(error))[:300]}".rstrip(": ")
         if _is_denial(error):
             return CheckpointError(
-                f"{self}: {what}: access is denied ({why})",
+                f"{self}: {what}: access denied ({why})",
                 hint=f"check your credentials for {self.scheme}://, or whether the URL has expired",
             )
         tried = f" {attempts} times" if attempts > 1 else ""

@@ -168,5 +168,5 @@ def changed(name: str, how: str) -> CheckpointError:
     """The error of a file that became another one while it was read."""
     return CheckpointError(
         f"{name}: {how}: the file changed while it was read",
-        hint="wait until it is written, and run again",
+        hint="wait until it is written, then run again",
     )

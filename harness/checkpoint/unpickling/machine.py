@@ -15,7 +15,7 @@ from harness.checkpoint.unpickling.inert import Global, Record, Table, plain_key
 from harness.errors import CheckpointError
 
 _MAX_LINE_NBYTES = 4 << 20
-_SAVE_AGAIN = "the file is damaged, or no checkpoint: copy it again, or save it again by torch"
+_SAVE_AGAIN = "the file is damaged, or no checkpoint: copy it again, or save it again with torch"
 _SMALL_BYTES = 4096
 # In memory, measured with CPython 3.11 to 3.13; never less than what is really taken.
 _RECORD_NBYTES = 320

@@ -86,7 +86,7 @@ def opened_adapter(path: AnyPath) -> Iterator[Adapter]:
         found = adapter_of(checkpoint.tensors, _config_of(path))
         if not found.pairs:
             raise CheckpointError(
-                f"{path}: no adapter: it has no lora_A and lora_B (or lora_down and lora_up)",
+                f"{path}: not an adapter: it has no lora_A and lora_B (or lora_down and lora_up)",
                 hint=f"its first key is {next(iter(checkpoint.tensors), 'none')}",
             )
         yield found
@@ -100,13 +100,13 @@ def _config_of(path: AnyPath) -> Mapping[str, Any]:
             if source.nbytes > _MAX_CONFIG_NBYTES:
                 raise CheckpointError(
                     f"{file}: {source.nbytes:,} bytes, and at most {_MAX_CONFIG_NBYTES:,} are read",
-                    hint="it is no configuration of an adapter: remove it",
+                    hint="it is not an adapter_config.json: remove it",
                 )
         try:
             config = json.loads(read_file(file))
         except ValueError as error:
             raise CheckpointError(
-                f"{file}: no JSON: {error}", hint="get it again, or remove it"
+                f"{file}: not JSON: {error}", hint="get it again, or remove it"
             ) from error
         return config if isinstance(config, dict) else {}
     return {}

@@ -77,7 +77,7 @@ class Ranks:
                 raise
             said = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # gloo adds a page
             raise TeamError(
-                f"rank {dist.get_rank()} of {dist.get_world_size()} has lost another rank: "
+                f"rank {dist.get_rank()} of {dist.get_world_size()} lost another rank: "
                 f"{said[:200]}",
                 hint="see what the other ranks printed last, and whether one ran out of memory",
             ) from error

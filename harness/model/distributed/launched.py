@@ -63,7 +63,7 @@ def _meet() -> Ranks:
         return Ranks(dist.new_group(backend="gloo", timeout=TIMEOUT))
     except (RuntimeError, ValueError) as error:  # not all came; the environment makes no sense
         raise TeamError(
-            f"the {os.environ['WORLD_SIZE']} ranks cannot meet at "
+            f"the {os.environ['WORLD_SIZE']} ranks cannot connect at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
             f"{str(error).partition(chr(10))[0][:200]}",
             hint="start all of them, with the same MASTER_ADDR and MASTER_PORT; "

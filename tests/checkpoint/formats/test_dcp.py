@@ -493,7 +493,10 @@ DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "negative offset": (_set("offset", -1), r"places 'w' at \d+ bytes from byte -1 of '__1_0"),
     "no bytes": (_set("length", 0), r"places 'w' at 0 bytes from byte 0 of '__1_0"),
     "above": (_set("relative_path", "../x"), r"places 'w' in '\.\./x', which is no file inside"),
-    "inside and above": (_set("relative_path", "a/../../x"), r"which is no file inside the folder"),
+    "inside and above": (
+        _set("relative_path", "a/../../x"),
+        r"which is no file inside the folder",
+    ),
     "absolute": (_set("relative_path", "/etc/passwd"), r"places 'w' in '/etc/passwd', which is no"),
     "no name": (_set("relative_path", ""), r"places 'w' in '', which is no file inside"),
     "nul": (_set("relative_path", "a\0b"), r"which is no file inside the folder"),

@@ -109,7 +109,7 @@ def test_chunks_that_do_not_fit_are_told_apart(
         ("{}", "does not say where its chunk of 'w' is"),
         (
             '{"w": {"saved_offsets": [0, 0]}, "w": {"saved_offsets": [1, 0]}}',
-            "the name 'w' stands twice",
+            "the name 'w' appears twice",
         ),
     ],
 )
@@ -124,10 +124,10 @@ def test_offsets_that_are_none_are_refused(tmp_path: Path, info: str, match: str
 def test_ordinary_safetensors_without_an_index_are_no_one_checkpoint(tmp_path: Path) -> None:
     save_file({"w": W}, tmp_path / "a.safetensors")
     save_file({"v": W}, tmp_path / "b.safetensors")
-    with pytest.raises(CheckpointError, match="a folder without a checkpoint"):
+    with pytest.raises(CheckpointError, match="a folder of several files"):
         open_checkpoint(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="a folder without a checkpoint"):
+    with pytest.raises(CheckpointError, match="a folder of several files"):
         open_checkpoint(tmp_path)
 
 
@@ -161,7 +161,7 @@ def test_a_damaged_shard_reads_or_says_why_not(
 def test_parts_without_their_index_are_told_by_one_of_them(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"model-00001-of-00002\.safetensors.*no index"
+        CheckpointError, match=r"model-00001-of-00002\.safetensors.*without their index"
     ) as caught:
         open_checkpoint(tmp_path)
-    assert caught.value.hint == "get the .index.json from where they came"
+    assert caught.value.hint == "copy or download the .index.json as well"

@@ -176,8 +176,8 @@ def test_a_silent_server_is_given_up(web: Web, monkeypatch: pytest.MonkeyPatch) 
     [
         (404, "no such file", "check the URL"),
         (410, "no such file", "check the URL"),
-        (403, "access is denied", "credentials"),
-        (401, "access is denied", "credentials"),
+        (403, "access denied", "credentials"),
+        (401, "access denied", "credentials"),
         (400, "failed: ", "check the URL"),
     ],
 )
@@ -204,9 +204,9 @@ class Throttled(Exception):  # noqa: N818
 @pytest.mark.parametrize(
     ("error", "attempts", "match"),
     [
-        (NoCredentialsError("none"), 1, "access is denied"),
-        (PermissionError("no"), 1, "access is denied"),
-        (Throttled(403), 1, "access is denied"),
+        (NoCredentialsError("none"), 1, "access denied"),
+        (PermissionError("no"), 1, "access denied"),
+        (Throttled(403), 1, "access denied"),
         (Throttled(400), 1, "looking at it failed: Throttled"),
         (Throttled(429), 3, "failed 3 times"),
         (ValueError("odd"), 1, "failed: ValueError: odd"),
@@ -329,9 +329,13 @@ def test_the_count_of_a_legacy_storage_is_checked_when_it_is_read(memory: Any) -
     [
         ("s3://bucket/w.pt", "s3fs, which is not installed", "pip install s3fs"),
         ("gs://bucket/w.pt", "gcsfs, which is not installed", "pip install gcsfs"),
-        ("nope://bucket/w.pt", "no protocol nope://", "https://"),
+        ("nope://bucket/w.pt", "unknown protocol nope://", "https://"),
         ("zip://w.pt::memory://a.zip", "chain", "one protocol"),
-        (f"simplecache::https://h/w.pt?{SECRET}", "^simplecache::https://h/w.pt: is a c", "one pr"),
+        (
+            f"simplecache::https://h/w.pt?{SECRET}",
+            "^simplecache::https://h/w.pt: chains p",
+            "one pr",
+        ),
         ("file://elsewhere/w.pt", "elsewhere", "file:///elsewhere/w.pt"),
     ],
 )
@@ -488,7 +492,7 @@ def test_live_stages_and_reports_need_files(project: Path, web: Web, harness: Ha
     ):
         run = harness(*arguments)
         assert (run.code, "must be on this machine" in run.err) == (2, True), run
-        assert "download it first" in run.err
+        assert "download the file first" in run.err
     assert len(web.asked) <= asked + 12
 
 

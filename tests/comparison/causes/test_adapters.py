@@ -76,7 +76,7 @@ def test_another_change_than_the_adapters_is_not_explained_by_it(tmp_path: Path)
 
 def test_what_is_no_adapter_is_an_error(tmp_path: Path) -> None:
     base, tuned, _ = merged(tmp_path, 16, torch.float32, NAMES[0], 2.0)
-    with pytest.raises(CheckpointError, match="no adapter: it has no lora_A and lora_B"):
+    with pytest.raises(CheckpointError, match="not an adapter: it has no lora_A and lora_B"):
         api.diff(base, tuned, adapter=base)
 
 

@@ -191,7 +191,7 @@ def test_rank_0_prints_what_one_process_prints_and_all_end_alike(
     for rank in (1, 2):
         lost = by_rank[rank][-1]
         assert (lost.code, lost.out) == (2, "")
-        assert lost.err.startswith(f"error: rank {rank} of 3 has lost another rank: ")
+        assert lost.err.startswith(f"error: rank {rank} of 3 lost another rank: ")
 
 
 def killed(victim: int) -> None:
@@ -214,7 +214,7 @@ def test_a_rank_that_is_killed_ends_all_others_with_2(
         if number != victim:
             assert (rank.code, rank.out) == (2, "")
             first, second = rank.err.splitlines()
-            assert first.startswith(f"error: rank {number} of 3 has lost another rank: ")
+            assert first.startswith(f"error: rank {number} of 3 lost another rank: ")
             assert second == (
                 "  next: see what the other ranks printed last, and whether one ran out of memory"
             )
@@ -231,7 +231,7 @@ def come_early(*arguments: str) -> Run:
 def test_a_rank_that_nobody_joins_gives_up(golden: str, tmp_path: Path) -> None:
     (alone,) = run_ranks(2, come_early, *VERIFY, only=[0], folder=tmp_path)
     assert alone.value.code == 2
-    assert "error: the 2 ranks cannot meet at 127.0.0.1:" in alone.value.err
+    assert "error: the 2 ranks cannot connect at 127.0.0.1:" in alone.value.err
     assert alone.value.err.endswith("MASTER_PORT; unset WORLD_SIZE to run alone\n")
 
 
