@@ -174,9 +174,9 @@ def serialize(golden: Golden) -> bytearray:
     header = to_json(_header(golden))
     if len(header) > MAX_HEADER_NBYTES // 4:  # in the file it is escaped once more
         raise GoldenError(
-            f"{golden.path}: its header would take {len(header)} bytes, and "
-            f"{MAX_HEADER_NBYTES // 4} is the most that is read; its history has "
-            f"{len(golden.history)} entries",
+            f"{golden.path}: its header would take {len(header):,} bytes, and "
+            f"{MAX_HEADER_NBYTES // 4:,} is the most that is read; its history has "
+            f"{len(golden.history):,} entries",
             hint="record it again with --overwrite, which starts a new history",
         )
     contents = np.frombuffer(to_json(_contents(golden)).encode(), "|u1")

@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 import tracemalloc
+from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -691,3 +693,27 @@ def test_a_golden_is_held_once_more_while_it_is_written(golden: Golden) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(values) < len(data) < peak < 1.1 * len(data)
+
+
+@pytest.mark.parametrize("sign", ["a", '"', "\\", "é", "\0"])
+def test_the_longest_history_that_is_written_can_be_read(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, sign: str
+) -> None:
+    for module in ("golden.file", "checkpoint.formats.safetensors"):
+        monkeypatch.setattr(f"harness.{module}.MAX_HEADER_NBYTES", 40_000)
+
+    def with_reason(length: int) -> Golden:
+        return replace(golden, history=(Update(root="0" * 64, reason=sign * length),))
+
+    def is_refused(length: int) -> bool:
+        with suppress(GoldenError):
+            serialize(with_reason(length))
+            return False
+        return True
+
+    first = bisect_left(range(20_000), 1, key=is_refused)
+    assert 1000 < first < 10_000
+    write_golden(with_reason(first - 1), overwrite=True)
+    assert read_golden(golden.path).history == with_reason(first - 1).history
+    with pytest.raises(GoldenError, match="bytes, and 10,000 is the most that is read"):
+        write_golden(with_reason(first), overwrite=True)
