@@ -236,6 +236,8 @@ def _extra(
 
 
 def _ratio(difference: Difference, expected: Stats | None) -> float:
+    if math.isinf(difference.max_abs[0]):  # a NaN or an infinity, which no rms counts
+        return math.inf
     tolerance = difference.tolerance
     allowed = 0.0 if tolerance.exact else tolerance.atol
     if expected is not None and difference.numel and not tolerance.exact:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from harness import api
 from harness.comparison.findings import FINDING_KINDS
 from harness.report.html import render
 from harness.report.outcome import Result
@@ -43,6 +47,15 @@ def test_the_same_result_makes_the_same_bytes(small: Result) -> None:
 def test_every_kind_of_finding_is_said_in_words(small: Result) -> None:
     data = json.loads(Elements(render(small)).scripts[0])
     assert [kind for kind in FINDING_KINDS if not data["about"].get(kind)] == []
+
+
+def test_a_new_nan_is_as_far_off_as_can_be(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for file, value in zip(files, (1.0, math.nan), strict=True):
+        save_file({"w": np.array([value, 2.0], "f4")}, file)
+    data = json.loads(Elements(render(result_of(api.diff(*files)))).scripts[0])
+    ratio = data["columns"]["difference"].index("ratio")
+    assert float(data["rows"][0][-1][0][-1][ratio]) == math.inf
 
 
 @pytest.mark.parametrize("names", ["small", "passing", "outputs", "hostile"])
