@@ -84,3 +84,14 @@ def read_map(file: Path) -> tuple[Pair, ...]:
             )
         pairs += [(columns[0], columns[1])] if columns else []
     return tuple(pairs)
+
+
+def changed_prefix(old: str, new: str) -> tuple[str, str]:
+    """The starts of two keys up to where they go on alike, each with its last dot."""
+    ours, theirs = old.split("."), new.split(".")
+    alike = 0
+    while alike < min(len(ours), len(theirs)) - 1 and ours[-1 - alike] == theirs[-1 - alike]:
+        alike += 1
+    if alike == 0:
+        return old, new
+    return ".".join(ours[:-alike]) + ".", ".".join(theirs[:-alike]) + "."

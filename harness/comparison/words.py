@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from harness.comparison.cause import Cause
 from harness.comparison.findings import Divergence, Finding, FindingKind
+from harness.comparison.mapping import changed_prefix
 from harness.text.fitting import Style
 from harness.text.folding import fold, fold_names, in_order, printable
 
@@ -107,7 +108,7 @@ def _explained_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]
     for finding in findings:
         # What differs in numbers alone happened to all of them; counters have any numbers.
         cause = _told_cause(finding)
-        said = cause.kind if cause.kind == "counter" else _template(cause.text)
+        said = cause.kind if cause.kind == "counter" else _template(_in_brief(finding))
         groups.setdefault(said, []).append(finding)
     shown, hidden = [*groups.values()][:_MAX_GROUPS], [*groups.values()][_MAX_GROUPS:]
     for members in shown:
@@ -190,8 +191,20 @@ def _cause_of(findings: Sequence[Finding], style: Style) -> str:
         return texts[0]
     if findings[0].causes[0].kind == "counter":
         return "BatchNorm's num_batches_tracked changed"
-    folded = fold(texts, ellipsis=style.ellipsis)
-    return folded[0][0] if len(folded) == 1 else f"{texts[0]} (and so on)"
+    for said in (texts, [*dict.fromkeys(map(_in_brief, findings))]):
+        folded = fold(said, ellipsis=style.ellipsis)
+        if len(folded) == 1:
+            return folded[0][0]
+    return f"{texts[0]} (and so on)"
+
+
+def _in_brief(finding: Finding) -> str:
+    """What happened, with `layers.2.*` for the other key that it names: whole layers move."""
+    cause = _told_cause(finding)
+    if cause.kind != "moved" or len(cause.of) != 1:
+        return cause.text
+    start, _ = changed_prefix(cause.of[0], finding.key)
+    return cause.text.replace(cause.of[0], f"{start}*" if start.endswith(".") else cause.of[0])
 
 
 def _patterns(keys: Sequence[str], style: Style) -> str:

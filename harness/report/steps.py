@@ -14,6 +14,7 @@ from typing import Any
 from harness.comparison.causes.accepting import words_to_accept
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import Finding
+from harness.comparison.mapping import changed_prefix
 from harness.comparison.matching import match
 from harness.errors import UsageError
 
@@ -127,7 +128,7 @@ def _key_map(
     missing = {f.key for f in comparison.findings if f.kind == "missing"}
     there = {f.key.removeprefix(strip) for f in comparison.findings if f.kind == "unexpected"}
     before = comparison.policy
-    prefixes = [_changed_prefix(*pair) for pair in pairs.items()]
+    prefixes = [changed_prefix(*pair) for pair in pairs.items()]
     several = len(set(prefixes)) < len(pairs)
     for candidates in (*([map(_as_glob, prefixes), prefixes] if several else []), pairs.items()):
         # The longest prefix first, for the first that fits counts.
@@ -163,7 +164,7 @@ def _moved(findings: Sequence[Finding], comparison: Comparison) -> tuple[str, st
         return None
     first = next(iter(missing))
     for candidate in list(there)[:_MAX_TRIED]:
-        old, new = _changed_prefix(first, candidate)
+        old, new = changed_prefix(first, candidate)
         # Two names for one tensor may be anything; of several, the rest of each must agree.
         if not old.endswith(".") or not all(key.startswith(old) for key in missing):
             continue
@@ -171,14 +172,3 @@ def _moved(findings: Sequence[Finding], comparison: Comparison) -> tuple[str, st
             stay = comparison.expected.tensors.keys() - missing
             return None if any(key.startswith(old) for key in stay) else (old, new)
     return None
-
-
-def _changed_prefix(old: str, new: str) -> tuple[str, str]:
-    """The starts of two keys up to where they go on alike, each with its last dot."""
-    ours, theirs = old.split("."), new.split(".")
-    alike = 0
-    while alike < min(len(ours), len(theirs)) - 1 and ours[-1 - alike] == theirs[-1 - alike]:
-        alike += 1
-    if alike == 0:
-        return old, new
-    return ".".join(ours[:-alike]) + ".", ".".join(theirs[:-alike]) + "."

@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import save_file
 
 from harness import api
+from harness.comparison.causes.elsewhere import moved_from
 from harness.comparison.comparison import headline, render
 from harness.comparison.difference import Difference
 from harness.comparison.findings import Finding
@@ -241,3 +242,21 @@ def test_a_size_whose_error_is_greater_than_itself_is_an_interval(
     )
     finding = Finding(kind="undecided", key="a", expected="float32 [4]", difference=difference)
     assert f"max |actual - expected| {said}, rms" in render(comparison(finding), PLAIN)
+
+
+def test_layers_that_moved_up_are_one_line_whatever_they_hold() -> None:
+    names = ("norm.weight", "mlp.up.weight", "mlp.down.weight")
+    found = [
+        Finding(
+            kind="different",
+            key=f"layers.{layer}.{name}",
+            expected="float32 [4]",
+            causes=(moved_from(f"layers.{layer + 1}.{name}"),),
+        )
+        for layer in (1, 2)
+        for name in names
+    ]
+    said = render(comparison(*found), PLAIN)
+    assert "holds what layers.{2,3}.* holds in the golden  (6 tensors)" in said
+    alone = render(comparison(*found[:1]), PLAIN)
+    assert "holds what layers.2.norm.weight holds in the golden\n" in alone
