@@ -227,8 +227,8 @@ class Verification:
             said = "is unchanged" if roots[0] == roots[1] else f"is now {roots[1]}"
             click.echo(escaped(f"updated {recorded.path}: root {roots[0]} {said}"))
             if updated.source != recorded.source:
-                sources = f"{updated.source or 'memory'}, before of {recorded.source or 'memory'}"
-                click.echo(escaped(f"  it is now of {sources}"))
+                was, now = recorded.source or "memory", updated.source or "memory"
+                click.echo(escaped(f"  source {was} is now {now}"))
             for entry in updated.history:
                 click.echo(f"  replaced {told_entry(entry)}")
         return changed

@@ -96,7 +96,11 @@ def write_inputs(module: nn.Module, file: Path, *, overwrite: bool) -> dict[str,
 
     tensors = {}
     defaults = _defaults(module)
-    for name, value in named_arguments(module, *inputs_of(module, None)).items():
+    try:
+        arguments = inputs_of(module, None)
+    except NoInputs as error:
+        raise NoInputs(str(error), hint="give the model a golden_inputs() method") from None
+    for name, value in named_arguments(module, *arguments).items():
         if isinstance(value, torch.Tensor):
             # Each in memory of its own, which safetensors asks for.
             tensors[name] = value.detach().cpu().contiguous().clone()

@@ -33,7 +33,11 @@ def change(path: Path) -> None:
 def test_one_command_records_and_one_verifies_files_of_equal_names(
     runs: list[Path], harness: Harness
 ) -> None:
-    assert harness("record", *runs).code == 0
+    run = harness("record", *runs)
+    assert run.code == 0
+    assert [line for line in run.out.splitlines() if line.startswith("next: ")] == [
+        "next: harness verify"
+    ]
     names = sorted(path.stem for path in Path("golden").iterdir())
     assert names == sorted(f"{folder}-ckpt{n}" for folder in FOLDERS for n in (1, 2, 10))
     run = harness("verify")
@@ -66,6 +70,27 @@ def test_each_checkpoint_is_verified_with_the_golden_that_was_recorded_from_it(
         '--update-golden --reason "why"'
     )
     assert harness("verify", runs[0], "nothing*.pt").code == 2
+
+
+def test_an_update_from_another_file_says_so(runs: list[Path], harness: Harness) -> None:
+    harness("record", runs[0], "-g", "g.safetensors")
+    update = ("-g", "g.safetensors", "--update-golden")
+    assert "\n  source base/ckpt1.safetensors is now base/ckpt2.safetensors\n" in (
+        harness("verify", runs[1], *update).out
+    )
+    change(runs[1])
+    assert "source" not in harness("verify", runs[1], *update).out
+
+
+def test_what_must_change_and_does_not_is_nothing_to_update(
+    runs: list[Path], harness: Harness
+) -> None:
+    harness("record", runs[0])
+    run = harness("verify", runs[0], "--must-change", "w")
+    assert run.code == 1
+    assert run.out.endswith(
+        "\n  what --must-change names did not change: change it, or leave out --must-change\n"
+    )
 
 
 def test_a_folder_given_for_goldens_is_that_of_all(runs: list[Path], harness: Harness) -> None:
