@@ -1,16 +1,18 @@
-"""A checkpoint's config as plain data: `model_config.yaml` of .nemo, `hyper_parameters` of .ckpt.
+"""A checkpoint's config as plain data: of a .nemo, of a .ckpt, or of a folder's JSON files.
 
 Refused: aliases, deep nesting, long texts, and more values than a config has.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from harness.checkpoint.sources.paths import AnyPath
+from harness.checkpoint.sources.source import Source, read
 from harness.checkpoint.unpickling.inert import Global, OpaqueKey, Record
 from harness.errors import CheckpointError
 
@@ -71,6 +73,26 @@ def hyperparameters_of(root: Any) -> Mapping[str, Any] | None:
     except ValueError:
         return None
     return plain if isinstance(plain, dict) else None
+
+
+# Of a folder: that of the model, of its parts, and of how it is used; others count by their bytes.
+_SETTINGS = re.compile(
+    r"(.*/)?((generation_|adapter_|scheduler_|preprocessor_)?config|model_index|modules)\.json"
+)
+_MAX_SETTINGS_NBYTES = 1 << 20
+
+
+def settings_of(name: str, source: Source) -> Mapping[str, Any] | None:
+    """The settings in a file beside the weights; None where its bytes have to do."""
+    if not _SETTINGS.fullmatch(name) or source.nbytes > _MAX_SETTINGS_NBYTES:
+        return None
+    try:
+        plain = plain_config(json.loads(read(source, 0, source.nbytes)))
+    except (ValueError, RecursionError):
+        return None
+    if name == "config.json" and isinstance(plain, dict):
+        return plain
+    return {name.removesuffix(".json"): plain}
 
 
 _MAX_CONFIG_VALUES = 100_000

@@ -47,6 +47,13 @@ _OTHER_FORMS = (
     ".mlmodel",
     ".keras",
 )
+# Configurations and tokenizers, but not what a training says of itself.
+_BESIDE = re.compile(
+    r"(?!trainer_state|.*_results|.*\.index\.)(.*config\.json|model_index\.json|modules\.json"
+    r"|.*\.jinja|(tokenizer|vocab|added_tokens|special_tokens_map|processor)\b.*|merges\.txt"
+    r"|.*\.spm|sentencepiece.*\.model|spiece\.model)"
+)
+_MAX_BESIDE = 200
 # A module of sentence-transformers, behind the model in the folder itself: 2_Dense.
 _MODULE = re.compile(r"\d+_[A-Z]\w*")
 # A folder with one of these has parts in the folders below it.
@@ -58,20 +65,27 @@ _LATEST = ("latest", "latest_checkpointed_iteration.txt")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The weights in a folder: files by the name of their part, "" where there is but one."""
+    """The weights in a folder: files by the name of their part, "" where there is but one.
+
+    `others` hold weights, too, and were left aside; those `beside` describe the model.
+    """
 
     parts: Mapping[str, AnyPath] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 def layout_of(folder: AnyPath) -> Layout:
     """Find the files with the weights of a folder; no parts where none has a known name."""
     names = names_in(folder)
     top = _weights_among(folder, names)
-    parts, others = dict(top.parts), list(top.others)
+    parts, others, beside = dict(top.parts), list(top.others), _describing(names)
     is_of_parts = any(name in names for name in _OF_PARTS)
     for name in _folders_among(folder, names):
-        below = _weights_among(folder / name, names_in(folder / name))
+        inside = names_in(folder / name)
+        below = _weights_among(folder / name, inside)
+        if is_of_parts:
+            beside += (f"{name}/{other}" for other in _describing(inside))
         if is_of_parts or not top.parts or _MODULE.fullmatch(name):
             for part, path in below.parts.items():
                 parts[f"{name}/{part}" if part else name] = path
@@ -81,7 +95,12 @@ def layout_of(folder: AnyPath) -> Layout:
     if not (is_of_parts or top.parts):
         # Several models side by side are no one checkpoint: nobody said that they are.
         return Layout() if len(parts) != 1 else Layout(parts={"": next(iter(parts.values()))})
-    return Layout(parts=parts, others=tuple(others))
+    return Layout(parts=parts, others=tuple(others), beside=tuple(beside[:_MAX_BESIDE]))
+
+
+def _describing(names: Iterable[str]) -> list[str]:
+    """The files that say what a model is, and how it is used."""
+    return [name for name in names if _BESIDE.fullmatch(name)]
 
 
 def inner_folder(folder: AnyPath) -> AnyPath:

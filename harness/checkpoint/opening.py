@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from harness.checkpoint.config import config_of_yaml, hyperparameters_of
+from harness.checkpoint.config import config_of_yaml, hyperparameters_of, settings_of
 from harness.checkpoint.formats.nemo import Nemo, is_tar, read_nemo
 from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.formats.torchfile import TorchFile, read_torch_legacy, read_torch_zip
@@ -83,13 +84,37 @@ def _open_folder(folder: AnyPath, section: str | None) -> Checkpoint:
             found = _open_file(next(iter(layout.parts.values())), section)
         if layout.parts:
             others = (*found.others, *((name, None) for name in layout.others))
-            return replace(found, others=others)
+            return replace(_with_files(found, folder, layout.beside), others=others)
     if shards:
         _no_section(folder, section)
         return _rank_shards(folder)
     if sets := rank_sets(folder / name for name in names):
         return _rank_files(folder, sets, section)
     raise no_checkpoint_in(folder, names)
+
+
+def _with_files(found: Checkpoint, folder: AnyPath, names: Sequence[str]) -> Checkpoint:
+    """A folder's checkpoint with what describes it: settings as such, else by the bytes."""
+    settings: dict[str, Any] = {}
+    members: dict[str, Source] = {}
+    for name in names:
+        if not is_file(folder / name):
+            continue
+        source = open_source(folder / name)
+        of_file = settings_of(name, source)
+        if of_file is None:
+            members[name] = source
+        else:
+            source.close()
+            settings |= of_file
+    if not settings and not members:
+        return found
+    return replace(
+        found,
+        members=members,
+        sources=(*found.sources, *members.values()),
+        read_config=lambda: {**(found.config or {}), **settings},
+    )
 
 
 def _open_file(path: AnyPath, section: str | None) -> Checkpoint:

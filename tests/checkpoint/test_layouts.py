@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 from harness import api
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.layouts import inner_folder, layout_of
+from harness.comparison.policy import Policy
 from harness.errors import CheckpointError, NoSection
 
 
@@ -186,3 +188,67 @@ def test_a_file_of_empty_tensors_alone_is_refused(tmp_path: Path) -> None:
         open_checkpoint(path)
     torch.save({**state, "module": {**state["module"], "c": torch.ones(1)}}, path)  # type: ignore[dict-item]
     open_checkpoint(path).close()
+
+
+def described(folder: Path, **changes: object) -> Path:
+    """A folder of transformers, or of diffusers, of which some files are others."""
+    weights(folder / "model.safetensors")
+    files = {
+        "config.json": {"rope_theta": 1.0, "transformers_version": "5.0"},
+        "generation_config.json": {"max": 1},
+        "tokenizer.json": {"vocab": 1},
+        "tokenizer_config.json": {"chat": 1},
+        "trainer_state.json": {"step": 1},
+        "model.safetensors.index.json": {},
+    }
+    for name, content in {**files, **changes}.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "finding"),
+    [
+        ("config.json", {"rope_theta": 2.0}, ("rope_theta", "1.0", "2.0")),
+        ("generation_config.json", {"max": 2}, ("generation_config.max", "1", "2")),
+        ("tokenizer.json", {"vocab": 2}, ("tokenizer.json", "digest", "digest")),
+        ("tokenizer_config.json", {"chat": 2}, ("tokenizer_config.json", "digest", "digest")),
+        ("config.json", "no JSON", ("rope_theta", "1.0", "nothing")),
+        ("config.json", "[" * 100_000, ("rope_theta", "1.0", "nothing")),
+        ("merges.txt", "a b", ("merges.txt", "nothing", "digest")),
+        ("config.json", {"rope_theta": 1.0, "transformers_version": "5.1"}, None),
+        ("trainer_state.json", {"step": 2}, None),
+    ],
+)
+def test_what_describes_the_model_in_a_folder_is_compared(
+    tmp_path: Path, name: str, content: object, finding: tuple[str, str, str] | None
+) -> None:
+    one, other = described(tmp_path / "one"), described(tmp_path / "other", **{name: content})
+    golden = api.record(one, tmp_path / "golden.safetensors")
+    assert api.verify(one, golden).findings == ()
+    for compared in (api.diff(one, other), api.verify(other, golden)):
+        found = {f.key: (f.expected or "", f.actual or "") for f in compared.findings}
+        if finding is None:
+            assert not found
+        else:
+            key, *sides = finding
+            assert all(map(str.__contains__, found[key], sides))
+        assert compared.ok
+    strict = api.diff(one, other, policy=Policy(check_config=True))
+    assert strict.ok is (finding is None)
+    # A file by itself carries nothing.
+    assert api.diff(one, other / "model.safetensors").findings == ()
+
+
+def test_each_part_of_a_pipeline_is_described(tmp_path: Path) -> None:
+    for beta in (1, 2):
+        weights(tmp_path / f"{beta}/unet/diffusion_pytorch_model.safetensors")
+        weights(tmp_path / f"{beta}/vae/diffusion_pytorch_model.safetensors")
+        touch(tmp_path / f"{beta}", "model_index.json", "tokenizer/vocab.json")
+        for part in ("unet/config.json", "scheduler/scheduler_config.json"):
+            (tmp_path / f"{beta}" / part).parent.mkdir(exist_ok=True)
+            (tmp_path / f"{beta}" / part).write_text(json.dumps({"beta": beta}))
+    found = api.diff(tmp_path / "1", tmp_path / "2").findings
+    assert [f.key for f in found] == ["scheduler/scheduler_config.beta", "unet/config.beta"]
+    with open_checkpoint(tmp_path / "1") as checkpoint:
+        assert sorted(checkpoint.members) == ["model_index.json", "tokenizer/vocab.json"]
