@@ -14,7 +14,7 @@ from harness.comparison.policy import Tolerance
 from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.streaming.chunks import CHUNK_NBYTES
 
-NUMEL = 100_000
+NUMEL = 20_000
 TOLERANCES = [(1e-5, 1e-5), (1e-3, 0.0), (0.0, 1e-2), (1e-6, 1e-7), (1e-2, 0.1)]
 TOLERANCES += [(1.1e-3, 0.1), (0.0, 0.0)]  # the narrow types round 1e-2 up, 1.1e-3 down
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}

@@ -17,6 +17,8 @@ from harness.fingerprints.scan import fingerprint
 from harness.golden.golden import Golden
 from tests.comparison.test_allclose import tensor_fingerprint
 
+pytestmark = pytest.mark.usefixtures("without_causes")
+
 NUMEL = 50_000  # several blocks, the last one in part
 
 
@@ -159,7 +161,7 @@ def test_a_dense_change_names_no_elements_but_the_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-3, 1.0])
 def test_intervals_hold_the_truth(tmp_path: Path, dtype: torch.dtype, size: float) -> None:
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    for seed in range(3):
+    for seed in range(2):
         x = weights(dtype, 20_001, seed)
         g = torch.Generator().manual_seed(seed)
         noise = torch.randn(20_001, generator=g, dtype=wide) * size

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from harness import api
-from harness.api import verifying
 from harness.comparison.comparison import Comparison
 from harness.comparison.policy import Policy
 from harness.golden.golden import Golden
 
 # harness.fingerprint widens signalling NaN of bfloat16 under a warning; see test_fingerprint.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered in cast"),
+    pytest.mark.usefixtures("without_causes"),
+]
 
 FLOATS = [
     torch.float64,
@@ -262,12 +264,6 @@ class Pairs:
 def pairs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     found = [*cases(request.param), *integer_cases(request.param)]
     return Pairs(tmp_path_factory.mktemp("pairs"), found)
-
-
-@pytest.fixture(autouse=True)
-def _without_causes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What happened is not asked here, and looking for it takes as long again."""
-    monkeypatch.setattr(verifying, "with_causes", lambda comparison, *_, **__: comparison)
 
 
 @pytest.mark.parametrize(("atol", "rtol"), TOLERANCES)
