@@ -238,7 +238,7 @@ def compare_activations(
         divergence = first_divergence(compared, alone)
     elif close := {finding.key for finding in findings if finding.kind == "close"}:
         first = next(key for key in keys if key in close)
-        notes = (*notes, f"the first that is not equal to the bit: {first}")
+        notes = (*notes, f"the first that is not bit-identical: {first}")
     if passed_over and divergence is None:
         inputs = brief_keys([finding.key for finding in passed_over])
         notes = (*notes, f"inputs that differ, of modules whose outputs agree: {inputs}")

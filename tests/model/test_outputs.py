@@ -188,7 +188,7 @@ def test_what_an_activation_may_move_can_be_a_share_of_its_own_scale(
         assert found.divergence is not None
         assert found.divergence.diverging_module == "act"
     else:
-        assert found.notes == ("the first that is not equal to the bit: act:out",)
+        assert found.notes == ("the first that is not bit-identical: act:out",)
 
 
 def test_a_recorded_share_is_kept_and_is_that_of_a_later_verify(tmp_path: Path) -> None:

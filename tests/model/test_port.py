@@ -70,7 +70,8 @@ def test_the_local_class_computes_what_nemo_does(data: Path, inputs: Path) -> No
     found = verified(data, inputs, "harness.nest:EncDecDenoiseMaskedTokenPredModel")
     assert {stage: one.ok for stage, one in found.items()} == dict.fromkeys(found, True)
     assert list(found) == ["file", "load", "reload", "outputs"]
-    structure, padded = found["outputs"].notes
+    notes = [note for note in found["outputs"].notes if "bit-identical" not in note]
+    structure, padded = notes  # which of them are equal to the bit depends on the processor
     assert structure.startswith("structure, not compared: only in the golden: 9 (preprocessor.feat")
     assert structure.endswith("; only in this model: 2 (encoder.pre_encode.conv.{4,7})")
     assert padded.endswith(": 2 (encoder.layers.{0,1}.conv.depthwise_conv:in.input)")
