@@ -135,17 +135,24 @@ def _axes(g: Tensor | TensorFingerprint, ndim: int) -> tuple[int, ...] | None:
 
 
 @np.errstate(all="ignore")
+def _norms(g: _Values, plain: _Values) -> tuple[Array, Array] | None:
+    """What a weight's norms are to be, and what they are; None where g is of no such weight."""
+    axes = _axes(g.tensor, len(plain.tensor.shape))
+    if axes is None or plain.tensor.numel > _MAX_NUMEL:
+        return None
+    wanted = np.abs(g.array()).reshape(-1)
+    norms = np.sqrt(np.square(plain.array()).sum(axis=axes)).reshape(-1)
+    return (wanted, norms) if norms.shape == wanted.shape else None
+
+
 def _are_norms(g: _Values, plain: _Values) -> bool:
     """Whether a weight's norms are g: to within what is little of how they differ."""
-    axes = _axes(g.tensor, len(plain.tensor.shape))
-    if axes is None or plain.tensor.numel > _MAX_NUMEL or g.tensor.numel < _MIN_NORMS:
+    known = _norms(g, plain)
+    if known is None or g.tensor.numel < _MIN_NORMS:
         return False
-    wanted = np.abs(g.array())
-    norms = np.sqrt(np.square(plain.array()).sum(axis=axes, keepdims=True))
-    if norms.shape != wanted.shape:
-        return False
-    away, spread = np.linalg.norm(norms - wanted), np.linalg.norm(wanted - wanted.mean())
-    return bool(away <= 1e-3 * spread)
+    wanted, norms = known
+    spread = np.linalg.norm(wanted - wanted.mean())
+    return bool(np.linalg.norm(norms - wanted) <= 1e-3 * spread)
 
 
 @np.errstate(all="ignore")
@@ -158,8 +165,11 @@ def _is_direction(
     norm is of: least squares find the numbers, where the sketch has more of them than there are.
     """
     evidence.check_time()
-    axes, vector = _axes(g.tensor, len(v.shape)), vector_of(v, evidence.block_nbytes)
-    if axes is None or vector is None or v.shape != plain.tensor.shape or v.numel > _MAX_NUMEL:
+    known, vector = _norms(g, plain), vector_of(v, evidence.block_nbytes)
+    if known is None or vector is None or v.shape != plain.tensor.shape:
+        return None
+    wanted, norms = known
+    if not np.all(np.abs(norms - wanted) <= _allowed(g.tensor.dtype) * wanted):
         return None
     count = g.tensor.numel
     if vector.rows.size < 2 * count or count > _MAX_NORMS:
@@ -175,22 +185,14 @@ def _is_direction(
         for row, by in enumerate(numbers.T):
             at = place * vector.rows.shape[1] + row
             columns[at] = np.bincount(places[of], weights=by, minlength=count)
-    wanted = vector.rows.reshape(-1)
-    sizes = np.linalg.lstsq(columns.T @ columns, columns.T @ wanted, rcond=None)[0]
-    away = UPPER * float(np.linalg.norm(wanted - columns @ sizes))
+    rows = vector.rows.reshape(-1)
+    sizes = np.linalg.lstsq(columns.T @ columns, columns.T @ rows, rcond=None)[0]
+    away = UPPER * float(np.linalg.norm(rows - columns @ sizes))
     size = float(np.linalg.norm(vector.norms))
     allowed = min(_MOST, 10 * _allowed(v.dtype)) * size
-    if not size or not away <= allowed or not _are_roughly(g, plain, axes):
+    if not size or not away <= allowed:
         return None
     return away / size
-
-
-def _are_roughly(g: _Values, plain: _Values, axes: tuple[int, ...]) -> bool:
-    """Whether a weight's norms are g, to within rounding."""
-    wanted = np.abs(g.array())
-    norms = np.sqrt(np.square(plain.array()).sum(axis=axes, keepdims=True)).reshape(wanted.shape)
-    away = np.abs(norms - wanted)
-    return bool(np.all(away <= _allowed(g.tensor.dtype) * wanted))
 
 
 def _allowed(dtype: DType) -> float:
