@@ -170,3 +170,42 @@ def test_tied_tensors_have_no_cause_of_their_own(
     assert causes(folder, tied, tied, "golden") == []
     apart = {"embed": weight, "head": weight.clone()}
     assert causes(folder, tied, apart, "golden") == []
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    before=STATES,
+    after=STATES,
+    dtypes=st.tuples(DTYPES, DTYPES),
+    turn=st.booleans(),
+    how=st.sampled_from(["golden", "both"]),
+)
+def test_under_other_keys_only_the_same_values_are_each_other(
+    folder: Path, before: Any, after: Any, dtypes: Any, turn: bool, how: str
+) -> None:
+    """Some of the tensors are the golden's, cast and perhaps transposed; the others are not."""
+    ours = made(before, dtypes[0], "a")
+    theirs = {k.replace("a", "b"): (t.t() if turn else t).contiguous() for k, t in ours.items()}
+    theirs |= made([(k, s, n + 100) for k, s, n in after], dtypes[0], "b")
+    theirs = {key: tensor.to(dtypes[1]) for key, tensor in theirs.items()}
+    torch.save(ours, folder / "before.pt")
+    torch.save(theirs, folder / "after.pt")
+    if how == "both":
+        found = api.diff(folder / "before.pt", folder / "after.pt")
+    else:
+        golden = api.record(folder / "before.pt", folder / "g.safetensors", overwrite=True)
+        found = api.verify(folder / "after.pt", golden)
+    for finding in found.findings:
+        first = finding.causes[0] if finding.causes else None
+        if finding.kind != "renamed" or first is None or not first.accept or first.num_added:
+            continue
+        keys = first.of if first.kind in ("joined", "stacked") else (finding.key,)
+        there = (finding.actual or "").split(", ")
+        one, other = (
+            torch.cat([state[key].flatten() for key in some])
+            for state, some in ((ours, keys), (theirs, there))
+        )
+        if "more digits" in first.text:
+            other = other.to(one.dtype)
+        one = one.to(other.dtype)
+        assert torch.equal(one.double().sort().values, other.double().sort().values), first
