@@ -157,7 +157,8 @@ def test_elements_that_change_a_little_are_no_new_order(
         bits[one] += 1
         bits[other] -= 1
     for key, cause in causes(folder, ours, {"w": flat.view(shape)}, "golden"):
-        assert swap or cause.kind not in EXACT, (key, cause)
+        # Neighbours that change so have changed places.
+        assert holds(ours, {"w": flat.view(shape)}, key, cause), (key, cause)
 
 
 @settings(max_examples=10, deadline=None)
