@@ -27,12 +27,15 @@ if TYPE_CHECKING:
         verify_stages,
     )
     from harness.callbacks.lightning import GoldenCheckpoint
+    from harness.callbacks.saves import OnMismatch
     from harness.callbacks.transformers import GoldenTrainerCallback
-    from harness.checkpoint import Checkpoint, open_checkpoint
-    from harness.checkpoint.sources.paths import Location
-    from harness.comparison.cause import Cause
+    from harness.checkpoint import Checkpoint, DType, Tensor, open_checkpoint
+    from harness.checkpoint.sources.paths import AnyPath, Location
+    from harness.checkpoint.sources.source import Source
+    from harness.checkpoint.tensors import Checksum, Storage
+    from harness.comparison.cause import Acceptable, Cause, CauseKind, Proof
     from harness.comparison.comparison import Comparison
-    from harness.comparison.difference import Difference, Verdict
+    from harness.comparison.difference import Difference, Element, Verdict
     from harness.comparison.findings import Divergence, Finding, FindingKind
     from harness.comparison.policy import Policy, Stage, Tolerance
     from harness.errors import (
@@ -44,9 +47,14 @@ if TYPE_CHECKING:
         UsageError,
     )
     from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
-    from harness.golden.golden import Golden, LiveRecord, Update
+    from harness.fingerprints.hashes import Hashes
+    from harness.fingerprints.residues import Residues
+    from harness.fingerprints.sketch import Sketch
+    from harness.fingerprints.stats import Stats
+    from harness.golden.golden import Golden, LiveRecord, PartName, Update
+    from harness.model.activations import Activations
     from harness.model.options import LiveOptions
-    from harness.streaming.workers import Group, Progress
+    from harness.streaming.workers import Group, Progress, Task, Workers
     from harness.subjects import Subject
     from harness.version import __version__
 
@@ -57,11 +65,14 @@ _HOMES = {
     ),
     "harness.callbacks.lightning": ("GoldenCheckpoint",),
     "harness.callbacks.transformers": ("GoldenTrainerCallback",),
-    "harness.checkpoint": ("Checkpoint", "open_checkpoint"),
-    "harness.checkpoint.sources.paths": ("Location",),
-    "harness.comparison.cause": ("Cause",),
+    "harness.callbacks.saves": ("OnMismatch",),
+    "harness.checkpoint": ("Checkpoint", "DType", "Tensor", "open_checkpoint"),
+    "harness.checkpoint.sources.paths": ("AnyPath", "Location"),
+    "harness.checkpoint.sources.source": ("Source",),
+    "harness.checkpoint.tensors": ("Checksum", "Storage"),
+    "harness.comparison.cause": ("Acceptable", "Cause", "CauseKind", "Proof"),
     "harness.comparison.comparison": ("Comparison",),
-    "harness.comparison.difference": ("Difference", "Verdict"),
+    "harness.comparison.difference": ("Difference", "Element", "Verdict"),
     "harness.comparison.findings": ("Divergence", "Finding", "FindingKind"),
     "harness.comparison.policy": ("Policy", "Stage", "Tolerance"),
     "harness.errors": (
@@ -69,20 +80,32 @@ _HOMES = {
         *("HarnessError", "ModelError", "UsageError"),
     ),
     "harness.fingerprints.fingerprint": ("Fingerprint", "TensorFingerprint"),
-    "harness.golden.golden": ("Golden", "LiveRecord", "Update"),
+    "harness.fingerprints.hashes": ("Hashes",),
+    "harness.fingerprints.residues": ("Residues",),
+    "harness.fingerprints.sketch": ("Sketch",),
+    "harness.fingerprints.stats": ("Stats",),
+    "harness.golden.golden": ("Golden", "LiveRecord", "PartName", "Update"),
+    "harness.model.activations": ("Activations",),
     "harness.model.options": ("LiveOptions",),
-    "harness.streaming.workers": ("Group", "Progress"),
+    "harness.streaming.workers": ("Group", "Progress", "Task", "Workers"),
     "harness.subjects": ("Subject",),
     "harness.version": ("__version__",),
 }
 
 __all__ = [
+    "Acceptable",
+    "Activations",
+    "AnyPath",
     "Cause",
+    "CauseKind",
     "Checkpoint",
     "CheckpointError",
+    "Checksum",
     "Comparison",
+    "DType",
     "Difference",
     "Divergence",
+    "Element",
     "Finding",
     "FindingKind",
     "Fingerprint",
@@ -93,20 +116,32 @@ __all__ = [
     "GoldenTrainerCallback",
     "Group",
     "HarnessError",
+    "Hashes",
     "KeptValues",
     "LiveOptions",
     "LiveRecord",
     "Location",
     "ModelError",
+    "OnMismatch",
+    "PartName",
     "Policy",
     "Progress",
+    "Proof",
+    "Residues",
+    "Sketch",
+    "Source",
     "Stage",
+    "Stats",
+    "Storage",
     "Subject",
+    "Task",
+    "Tensor",
     "TensorFingerprint",
     "Tolerance",
     "Update",
     "UsageError",
     "Verdict",
+    "Workers",
     "__version__",
     "diff",
     "fingerprint",

@@ -235,7 +235,7 @@ def write_inputs(
     from harness.model.config import load_config
     from harness.model.inputs import write_inputs as write
     from harness.model.loading import built
-    from harness.model.options import LiveOptions
+    from harness.model.options import LiveOptions, loader_of
 
     live = live or LiveOptions()
     if ":" in str(model) and not is_there(to_path(model)):
@@ -243,7 +243,7 @@ def write_inputs(
     else:
         source = to_local(model, LOADED)
         with opened(source, None) as checkpoint:
-            module = live.loader(checkpoint).load(source, seed=1, section=checkpoint.section)
+            module = loader_of(live, checkpoint).load(source, seed=1, section=checkpoint.section)
     written = write(module, Path(file), overwrite=overwrite)
     return {name: tuple(tensor.shape) for name, tensor in written.items()}
 

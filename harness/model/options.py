@@ -61,56 +61,61 @@ class LiveOptions:
             if file is not None:
                 open_checkpoint(file).close()
 
-    def output_tolerance(self, recorded: Fingerprint | None = None) -> OutputTolerance:
-        """As asked for, else as recorded; whoever asks for one of atol and rel has no other."""
-        found = OutputTolerance()
-        if recorded is not None:
-            atol, rtol = recorded.tolerance
-            found = OutputTolerance(atol=atol, rtol=rtol, rel=recorded.rel)
-        if self.output_rtol is not None:
-            found = replace(found, rtol=self.output_rtol)
-        if self.output_atol is None and self.output_rel is None:
-            return found
-        return replace(found, atol=self.output_atol or 0.0, rel=self.output_rel or 0.0)
 
-    def output_policy(self, recorded: Fingerprint, policy: Policy) -> OutputPolicy:
-        """The tolerances of outputs, and of single activations, which differ in scale."""
-        allowed = self.output_tolerance(recorded)
-        atol, rtol = allowed.atol, allowed.rtol
-        by_key = {}
-        if allowed.rel and not policy.exact:
-            for key, tensor in recorded.tensors.items():
-                shown = float(f"{atol + allowed.rel * tensor.rms:.2e}")  # as a report has it
-                by_key[key] = Tolerance(atol=shown, rtol=rtol)
-        globs = () if policy.exact else self.output_tolerances
-        for key in recorded.tensors if globs else ():
-            for glob, its_atol, its_rtol in globs:
-                if fits(glob, [key]):
-                    its_rtol = rtol if its_rtol is None else its_rtol
-                    by_key[key] = Tolerance(atol=its_atol, rtol=its_rtol)
-        for glob, *_ in globs:
-            if not fits(glob, recorded.tensors):
-                raise UsageError(
-                    f"--output-tolerance {glob}: matches no activation",
-                    hint=f"names look like {[*recorded.tensors, 'nothing'][0]}",
-                )
-        return OutputPolicy(
-            atol=atol,
-            rtol=rtol,
-            exact=policy.exact,
-            check_dtype=policy.check_dtype,
-            by_key=by_key,
-        )
+def output_tolerance(options: LiveOptions, recorded: Fingerprint | None = None) -> OutputTolerance:
+    """As asked for, else as recorded; whoever asks for one of atol and rel has no other."""
+    found = OutputTolerance()
+    if recorded is not None:
+        atol, rtol = recorded.tolerance
+        found = OutputTolerance(atol=atol, rtol=rtol, rel=recorded.rel)
+    if options.output_rtol is not None:
+        found = replace(found, rtol=options.output_rtol)
+    if options.output_atol is None and options.output_rel is None:
+        return found
+    return replace(found, atol=options.output_atol or 0.0, rel=options.output_rel or 0.0)
 
-    @property
-    def selection(self) -> Selection:
-        return Selection(activations=self.activations, only=self.only)
 
-    def loader(self, checkpoint: Checkpoint) -> Loader:
-        config = None if self.config is None else load_config(self.config)
-        return Loader(
-            checkpoint, target=self.target, config=config, base=self.base, trust=self.trust
-        )
+def output_policy(options: LiveOptions, recorded: Fingerprint, policy: Policy) -> OutputPolicy:
+    """The tolerances of outputs, and of single activations, which differ in scale."""
+    allowed = output_tolerance(options, recorded)
+    atol, rtol = allowed.atol, allowed.rtol
+    by_key = {}
+    if allowed.rel and not policy.exact:
+        for key, tensor in recorded.tensors.items():
+            shown = float(f"{atol + allowed.rel * tensor.rms:.2e}")  # as a report has it
+            by_key[key] = Tolerance(atol=shown, rtol=rtol)
+    globs = () if policy.exact else options.output_tolerances
+    for key in recorded.tensors if globs else ():
+        for glob, its_atol, its_rtol in globs:
+            if fits(glob, [key]):
+                its_rtol = rtol if its_rtol is None else its_rtol
+                by_key[key] = Tolerance(atol=its_atol, rtol=its_rtol)
+    for glob, *_ in globs:
+        if not fits(glob, recorded.tensors):
+            raise UsageError(
+                f"--output-tolerance {glob}: matches no activation",
+                hint=f"names look like {[*recorded.tensors, 'nothing'][0]}",
+            )
+    return OutputPolicy(
+        atol=atol,
+        rtol=rtol,
+        exact=policy.exact,
+        check_dtype=policy.check_dtype,
+        by_key=by_key,
+    )
+
+
+def selection_of(options: LiveOptions) -> Selection:
+    """Which activations are compared."""
+    return Selection(activations=options.activations, only=options.only)
+
+
+def loader_of(options: LiveOptions, checkpoint: Checkpoint) -> Loader:
+    """What builds the model of a checkpoint."""
+    config = None if options.config is None else load_config(options.config)
+    return Loader(
+        checkpoint, target=options.target, config=config, base=options.base, trust=options.trust
+    )
 
 
 def remembered(golden: Golden) -> LiveOptions:

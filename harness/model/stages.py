@@ -37,7 +37,13 @@ from harness.model.inputs import NoInputs, inputs_of
 from harness.model.lightning import lost_hyperparameters
 from harness.model.loading import Loader, NotLoaded, Saved, compare_training_state
 from harness.model.mismatch import brief_keys, of_failed_load
-from harness.model.options import LiveOptions
+from harness.model.options import (
+    LiveOptions,
+    loader_of,
+    output_policy,
+    output_tolerance,
+    selection_of,
+)
 from harness.model.outputs import outputs_of
 from harness.model.state import as_checkpoint, on_meta, state_of, transient_buffers
 
@@ -74,12 +80,12 @@ def record_live(
     Of buffers as much is kept as of its `weights`. The tolerance of outputs, where none is asked
     for, is that of the record `before`.
     """
-    loader = options.loader(checkpoint)
+    loader = loader_of(options, checkpoint)
     module = loader.load(path, seed=_FIRST_SEED, section=checkpoint.section)
     buffers = transient_buffers(module)
     outputs = None
     if stage == "outputs":
-        tolerance = options.output_tolerance(None if before is None else before.outputs)
+        tolerance = output_tolerance(options, None if before is None else before.outputs)
         outputs = outputs_of(module, inputs_of(module, options.inputs), tolerance=tolerance)
     return LiveRecord(
         target=options.target,
@@ -114,7 +120,7 @@ def live_stages(
     """
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path, section=expected.section))
-        loader = options.loader(checkpoint)
+        loader = loader_of(options, checkpoint)
         stages = _Live(path, checkpoint, loader, expected, policy, stack)
         try:
             module = loader.load(path, seed=_FIRST_SEED, section=checkpoint.section)
@@ -397,7 +403,7 @@ def _compare_outputs(
     """
 
     policy, recorded = asked.policy, None if expected.live is None else expected.live.outputs
-    tolerance = options.output_tolerance(recorded)
+    tolerance = output_tolerance(options, recorded)
 
     def computed(model: nn.Module, measure: WhileRunning | None = None) -> Fingerprint:
         # Of one model: the other may have drawn others when it was built.
@@ -412,12 +418,12 @@ def _compare_outputs(
         )
 
     def beside(ours: Fingerprint, model: nn.Module) -> Comparison:
-        measure = WhileRunning(expected=ours, policy=options.output_policy(ours, policy))
+        measure = WhileRunning(expected=ours, policy=output_policy(options, ours, policy))
         theirs = computed(model, measure)
         keys = {*ours.tensors, *theirs.tensors}
         ignore = tuple(glob for glob in policy.ignore if fits(glob, keys))
         asked.use(Policy(ignore=ignore))
-        return compare_activations(measure, theirs, replace(options.selection, ignore=ignore))
+        return compare_activations(measure, theirs, replace(selection_of(options), ignore=ignore))
 
     if expected.live is None:
         compared = beside(computed(module), again)

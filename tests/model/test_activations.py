@@ -13,7 +13,7 @@ from harness.comparison.comparison import Comparison, render
 from harness.comparison.policy import Policy
 from harness.errors import UsageError
 from harness.model.activations import WhileRunning, compare_activations, renamed
-from harness.model.options import LiveOptions
+from harness.model.options import LiveOptions, output_policy, selection_of
 from harness.model.outputs import outputs_of
 from tests.conftest import Harness
 
@@ -108,10 +108,10 @@ def compared(
 ) -> Comparison:
     live, policy = LiveOptions(**options), policy or Policy()
     expected, _ = renamed(outputs_of(one, INPUTS), policy, {n for n, _ in other.named_modules()})
-    tolerances = live.output_policy(expected, policy)
+    tolerances = output_policy(live, expected, policy)
     measure = WhileRunning(expected=expected, policy=tolerances)
     actual = outputs_of(other, INPUTS, see=measure.see)
-    return compare_activations(measure, actual, live.selection)
+    return compare_activations(measure, actual, selection_of(live))
 
 
 def test_an_inlined_activation_is_structure_in_one_line_and_no_failure() -> None:
@@ -242,10 +242,10 @@ def test_an_input_that_differs_where_the_output_agrees_is_noted_and_passes() -> 
 
 def test_other_inputs_of_the_model_are_said() -> None:
     one, other = outputs_of(model(Model, Block()), INPUTS), model(Model, Block())
-    policy = LiveOptions().output_policy(one, Policy())
+    policy = output_policy(LiveOptions(), one, Policy())
     measure = WhileRunning(expected=one, policy=policy)
     actual = outputs_of(other, ((INPUTS[0][0] + 1,), {}), see=measure.see)
-    found = compare_activations(measure, actual, LiveOptions().selection)
+    found = compare_activations(measure, actual, selection_of(LiveOptions()))
     assert found.divergence is not None
     assert (found.divergence.diverging_module, found.divergence.diverging) == ("(model)", ("x",))
 

@@ -29,7 +29,7 @@ from harness.model.activations import (
     compare_activations,
     first_divergence,
 )
-from harness.model.options import LiveOptions
+from harness.model.options import LiveOptions, output_policy
 from harness.model.outputs import OutputTolerance, outputs_of
 from tests.model.variants import Plain
 
@@ -180,7 +180,7 @@ def test_what_an_activation_may_move_can_be_a_share_of_its_own_scale(
     actual.load_state_dict(expected.state_dict())
     recorded = outputs_of(expected, INPUTS, tolerance=OutputTolerance(atol=0.0, rel=1e-4))
     measure = WhileRunning(
-        expected=recorded, policy=LiveOptions().output_policy(recorded, Policy())
+        expected=recorded, policy=output_policy(LiveOptions(), recorded, Policy())
     )
     found = compare_activations(measure, outputs_of(actual, INPUTS, see=measure.see), Selection())
     assert found.verdict == verdict
