@@ -34,6 +34,8 @@ KNOWN_SECTIONS = (
     "params",
     "ema",
 )
+# Compared as the config, or of no account: who wrote the file.
+_SAID = ("hyper_parameters", "hparams_name", "pytorch-lightning_version")
 _MAX_NAME = 200  # of a section that is not known
 # What training code puts right beside the weights, as torchtitan and Megatron do: as a container,
 # or flattened into keys, those of a parameter's own state among them (`state.head.weight.exp_avg`).
@@ -53,7 +55,7 @@ class Parts:
     """One part of a file: its `path` ("" for the root), and its entries by key.
 
     `unread` are entries that are neither tensors nor data, with why; `others` are the other parts
-    of the file that hold tensors, with how many.
+    of the file, with how many tensors they hold: 0 of values alone.
     """
 
     path: str
@@ -196,7 +198,7 @@ class _Finder:
         )
 
     def _others(self, steps: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-        """What else holds tensors, on the way from the root to a section."""
+        """What else there is on the way from the root to a section, with how many tensors."""
         value, above = self.root, ""
         for taken in steps:
             children = [(spelled(step), child) for step, child in self.tree.children(value)]
@@ -204,7 +206,8 @@ class _Finder:
                 return
             for name, child in children:
                 count = self.tree.count(child)
-                if name != taken and count:
+                is_said = name in _SAID or child is None or child in ({}, [], (), "")
+                if name != taken and (count or not is_said):
                     yield f"{above}{name}", count
             value = dict(children)[taken]
             above = f"{above}{taken}."

@@ -123,6 +123,7 @@ class Comparison:
 
 
 _MAX_OTHERS = 6
+_MAX_VALUES = 4
 SYMBOLS = {"identical": "✓", "close": "✓", "undecided": "?", "different": "✗"}
 _COLORS = {"identical": "32", "close": "32", "undecided": "33", "different": "31"}
 
@@ -166,12 +167,20 @@ def _part_compared(comparison: Comparison) -> str:
     if comparison.stage != "file":
         return ""
     actual = comparison.actual
-    names = [printable(name) for name, _ in actual.others]
-    more = f", and {len(names) - _MAX_OTHERS} more" if len(names) > _MAX_OTHERS else ""
     section = "" if actual.section in ("", ".") else f"section {printable(actual.section)}"
-    others = f"not compared: {', '.join(names[:_MAX_OTHERS])}{more}" if names else ""
+    parts = _few([name for name, count in actual.others if count != 0], _MAX_OTHERS)
+    values = [name for name, count in actual.others if count == 0]
+    if values:
+        kind = "value" if len(values) == 1 else "values"
+        parts += f"{', ' if parts else ''}{kind} {_few(values, _MAX_VALUES)}"
+    others = f"not compared: {parts}" if parts else ""
     said = "; ".join(filter(None, (section, others)))
     return f" ({said})" if said else ""
+
+
+def _few(names: Sequence[str], most: int) -> str:
+    more = f", and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + more
 
 
 def _lines(

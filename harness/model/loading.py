@@ -314,7 +314,8 @@ def _fitting_section(path: Path, module: nn.Module) -> str | None:
         with open_checkpoint(path) as checkpoint:
             # Also what has keys that begin so: of a flat state dict, or of a folder's parts.
             words = dict.fromkeys(key.partition(".")[0] for key in checkpoint.tensors)
-            others = [*(name for name, _ in checkpoint.others), *words][:_MAX_SECTIONS]
+            named = (name for name, count in checkpoint.others if count != 0)
+            others = [*named, *words][:_MAX_SECTIONS]
     except NoSection as error:
         others = [*error.sections]
     for name in others:

@@ -52,13 +52,19 @@ def _head(fingerprint: Fingerprint) -> Iterator[str]:
     )
     if num_values:
         yield f"values     {num_values:,} entries that are no tensors"
+    values = [name for name, count in fingerprint.others if count == 0]
     for name, count in fingerprint.others:
+        if count == 0:
+            continue
         where = (
             ""
             if count is None
             else f" ({count:,} tensor{'s' * (count != 1)}): --section {quoted(name)}"
         )
         yield f"not shown  {escaped(name)}{where}"
+    if values:
+        more = ", …" if len(values) > _MAX_SHOWN else ""
+        yield f"not shown  values: {escaped(', '.join(values[:_MAX_SHOWN]))}{more}: --all-sections"
     yield from (f"not read   {escaped(entry)}" for entry in fingerprint.unread)
     config = fingerprint.config or {}
     if config:

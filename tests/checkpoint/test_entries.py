@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import harness
+from harness import api
 from harness.checkpoint import open_checkpoint
 from harness.checkpoint.dtypes import DTYPES
 from harness.comparison.comparison import render
 from harness.errors import CheckpointError, NoSection
+from harness.report.table import render_table
 
 
 def _saved(path: Path, state: object, **options: Any) -> Path:
@@ -170,8 +172,28 @@ def test_a_second_copy_of_the_weights_is_named(tmp_path: Path, main: str, copy: 
     other = _saved(tmp_path / "other.pt", {main: weights, copy: {"w": torch.zeros(2)}, "epoch": 1})
     found = harness.diff(one, other)
     assert found.verdict == "identical"
-    assert f"1 identical (section {main}; not compared: {copy})" in render(found)
-    assert found.actual.others == ((copy, 1),)
+    assert f"1 identical (section {main}; not compared: {copy}, value epoch)" in render(found)
+    assert found.actual.others == ((copy, 1), ("epoch", 0))
+
+
+def test_values_beside_the_weights_are_named(tmp_path: Path) -> None:
+    beside = {
+        "step": 1,
+        "scheduler": {"lr": 0.1},
+        "none": None,
+        "empty": {},
+        "pytorch-lightning_version": "2",
+    }
+    state: dict[str, Any] = {"state_dict": {"w": torch.ones(2)}, **beside}
+    found = harness.diff(
+        _saved(tmp_path / "one.pt", state), _saved(tmp_path / "two.pt", {**state, "step": 2})
+    )
+    assert found.verdict == "identical"
+    assert "(section state_dict; not compared: values step, scheduler)" in render(found)
+    shown = render_table(harness.fingerprint(tmp_path / "one.pt"))
+    assert "not shown  values: step, scheduler: --all-sections" in shown
+    whole = api.diff(tmp_path / "one.pt", tmp_path / "two.pt", section=".")
+    assert [f.key for f in whole.findings] == ["step"]
 
 
 @pytest.mark.parametrize("name", ["weight", "generator"])
@@ -180,7 +202,7 @@ def test_weights_under_an_unknown_name_are_opened_there(tmp_path: Path, name: st
     state["optim"]["param_groups"] = []
     with open_checkpoint(_saved(tmp_path / "w.pt", state)) as checkpoint:
         assert (checkpoint.section, list(checkpoint.tensors)) == (name, ["w"])
-        assert checkpoint.others == (("optim", 1),)
+        assert checkpoint.others == (("epoch", 0), ("optim", 1))
     both = {"generator": {"w": torch.ones(2)}, "discriminator": {"w": torch.ones(2)}}
     with pytest.raises(NoSection, match="no state dict found"):
         open_checkpoint(_saved(tmp_path / "two.pt", both))
