@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,21 @@ def test_importing_the_package_imports_nothing_else() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "['harness']"
+
+
+def test_each_module_has_a_test_file_of_its_name_or_the_folder_says_which_tests_it() -> None:
+    tests = Path(__file__).parent
+    for module in sorted(PACKAGE.rglob("*.py")):
+        place = module.relative_to(PACKAGE)
+        if place.stem.startswith("__") or (tests / place.with_name(f"test_{place.name}")).exists():
+            continue
+        folder = tests / place.parent
+        name = place.stem
+        if not folder.exists():
+            folder, name = tests, ".".join(place.with_suffix("").parts)
+        said = re.search(
+            rf"^# {name}: ([^:\n]+)", (folder / "__init__.py").read_text(), re.MULTILINE
+        )
+        assert said is not None, place
+        for file in said[1].split(", "):
+            assert (folder / f"{file}.py").exists() or (folder / file).is_dir(), (place, file)

@@ -1,0 +1,2 @@
+# Tested in files of other names:
+# sharded: test_safetensors: by the shards of an index
