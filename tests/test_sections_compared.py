@@ -64,11 +64,11 @@ def test_all_sections_are_one_golden(tmp_path: Path, file: Path) -> None:
         found = harness.verify(file, golden)
         assert [finding.key for finding in found.findings] == [key]
         assert "all sections" in render(found)
-    with pytest.raises(UsageError, match="of all sections"):
+    with pytest.raises(UsageError, match="from all sections"):
         api.verify(file, golden, section="ema")
 
 
 def test_one_section_is_not_all_of_them(file: Path, golden: Path) -> None:
-    with pytest.raises(UsageError, match="of section ema") as caught:
+    with pytest.raises(UsageError, match="from section ema") as caught:
         api.verify(file, golden, section=".")
     assert "--all-sections" in caught.value.hint
