@@ -119,7 +119,7 @@ def _across_types(
         }
     ):
         if (ours.min, ours.max) != (theirs.min, theirs.max):
-            return replace(blank, why="its least or greatest element is another one")
+            return replace(blank, why="its minimum or maximum differs")
         if ours.num_zero != theirs.num_zero or any(blank.num_nonfinite):
             return replace(blank, why="it holds another number of zeros or of numbers at all")
     return replace(
@@ -191,7 +191,7 @@ def _bounded(
     limit = allows * (tolerance.atol * (1 + relative) + absolute)
     share = allows * (tolerance.rtol * (1 + relative) + absolute)
     if outer > limit + share * greatest:
-        why = "its least or greatest element moved beyond the tolerance"
+        why = "its minimum or maximum moved beyond the tolerance"
         return replace(found, why=why, chance=0.0)
     proofs = np.count_nonzero(gap.lower > np.sqrt(numels) * limit + share * norms)
     if proofs:
