@@ -41,21 +41,19 @@ def elsewhere(
     exact: dict[object, list[str]] = {}
     cast: dict[object, list[str]] = {}
     left = {k: t for k, t in missing.items() if t.stats is not None and not is_constant(t.stats)}
-    for key, expected in left.items():
-        for index, is_cast in ((exact, False), (cast, True)):
-            for name in {*ends(expected, is_cast=is_cast)}:
+    for (key, expected), both in zip(left.items(), ends([*left.values()]), strict=True):
+        for index, names in zip((exact, cast), both, strict=True):
+            for name in names:
                 index.setdefault((expected.numel, name), []).append(key)
-    for there, tensor in unexpected.items():
-        actual = evidence.actual.get(there)
-        if actual is None:
-            continue
-        names = [(exact, name) for name in {*ends(actual), *ends(actual, is_cast=True)}]
-        names += [(cast, name) for name in ends(actual)]
-        found = (key for index, name in names for key in index.get((actual.numel, name), ()))
+    known = [t for t in map(evidence.actual.get, unexpected) if t is not None]
+    for actual, (own, after) in zip(known, ends(known), strict=True):
+        tensor = unexpected[actual.key]
+        wanted = [(exact, name) for name in own | after] + [(cast, name) for name in own]
+        found = (key for index, name in wanted for key in index.get((actual.numel, name), ()))
         for key in dict.fromkeys(found):
             if key in left and (causes := _as_one(evidence, left[key], actual, tensor)):
                 del left[key]
-                yield key, there, causes
+                yield key, actual.key, causes
                 break
 
 

@@ -181,11 +181,18 @@ class _Series(Generic[_Part]):
         ndim = len(whole.shape)
         if not ndim or whole.numel < 2:
             return
-        alone = [[t] for t in self._alone.get(numbers, ()) if t.key not in used]
-        yield from self._members(whole.shape, alone, is_stacked=False, in_order=True)
+        near = self._alone.get(numbers, [])
+        if len(near) <= _MAX_MEMBERS:
+            alone = [[t] for t in near if t.numel < whole.numel and t.key not in used]
+            yield from self._members(whole.shape, alone, is_stacked=False, in_order=True)
         by_count: dict[int, list[list[tuple[int, _Part]]]] = {}
         for some in self._series.get(numbers, {}).values():
-            if 2 <= len(some) <= _MAX_MEMBERS and not any(t.key in used for _, t in some):
+            is_small = some[0][1].numel * len(some) <= whole.numel
+            if (
+                is_small
+                and 2 <= len(some) <= _MAX_MEMBERS
+                and not any(t.key in used for _, t in some)
+            ):
                 by_count.setdefault(len(some), []).append(some)
         for count, series in by_count.items():
             sizes = [(whole.shape[1:], True)] if whole.shape[0] == count and ndim > 1 else []

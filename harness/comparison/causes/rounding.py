@@ -7,7 +7,7 @@ In: an expected fingerprint, and a view of the actual tensor that may have its v
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -202,24 +202,31 @@ def nearly(evidence: Evidence, view: View, expected: TensorFingerprint) -> Match
 
 def may_be_cast(expected: TensorFingerprint, actual: TensorFingerprint) -> bool:
     """Whether the least and the greatest value allow that the one was cast to the other."""
-    ours, theirs = {*ends(expected)}, {*ends(actual)}
-    return bool(
-        theirs & {*ours, *ends(expected, is_cast=True)} or ours & {*ends(actual, is_cast=True)}
-    )
+    (ours, cast), (theirs, other) = ends([expected, actual])
+    return not theirs.isdisjoint(ours | cast) or not ours.isdisjoint(other)
 
 
-def ends(tensor: TensorFingerprint, *, is_cast: bool = False) -> Iterator[tuple[float, float]]:
-    """The least and the greatest value, also as other dtypes have them: rounding keeps an order."""
-    stats = tensor.stats
-    if stats is None or tensor.dtype.kind != "float":
-        return
-    if not is_cast:
-        yield stats.min, stats.max
-        return
-    values = np.array([stats.min, stats.max])
-    with np.errstate(all="ignore"):
-        for through in {way for stored in _CASTS for way in _ways(tensor.dtype, stored)}:
+_Ends = set[tuple[float, float]]
+
+
+def ends(tensors: Sequence[TensorFingerprint]) -> list[tuple[_Ends, _Ends]]:
+    """The least and the greatest value of each tensor, and what casts may make of them.
+
+    Rounding keeps an order. All tensors of a dtype are cast at once.
+    """
+    found: list[tuple[_Ends, _Ends]] = [(set(), set()) for _ in tensors]
+    of_dtype: dict[DType, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor.stats is not None and tensor.dtype.kind == "float":
+            of_dtype.setdefault(tensor.dtype, []).append(place)
+            found[place][0].add((tensor.stats.min, tensor.stats.max))
+    for dtype, places in of_dtype.items():
+        values = np.array([pair for place in places for pair in found[place][0]])
+        for through in {way for stored in _CASTS for way in _ways(dtype, stored)}:
             now = values
-            for dtype in through:
-                now = now.astype("<f4").astype(numpy_dtype(dtype)).astype("<f8")
-            yield float(now[0]), float(now[1])
+            with np.errstate(all="ignore"):
+                for step in through:
+                    now = now.astype("<f4").astype(numpy_dtype(step)).astype("<f8")
+            for place, (least, greatest) in zip(places, now.tolist(), strict=True):
+                found[place][1].add((least, greatest))
+    return found

@@ -31,7 +31,7 @@ from harness.fingerprints.fingerprint import TensorFingerprint
 
 _MIN_NUMEL = 32
 _MAX_TERMS, _MAX_SHOWN = 64, 4
-_MAX_CANDIDATES, _MAX_ROWS = 128, 1024
+_MAX_ALIKE, _MAX_CANDIDATES, _MAX_ROWS = 1024, 128, 1024
 _SAMPLED, _RUNS = 512, 4
 _MAX_READ_NBYTES = 256 << 20  # of a reference, whose tensors are not known otherwise
 
@@ -54,6 +54,7 @@ class Sums:
         self._evidence = evidence
         self._bases: dict[object, _Basis | None] = {}
         self._samples: dict[object, Array] = {}
+        self._keys: dict[object, list[str]] = {}
         self._read: dict[str, TensorFingerprint] = {}
 
     @np.errstate(all="ignore")
@@ -94,7 +95,7 @@ class Sums:
         references, tensor = self._evidence.references, self._evidence.tensors.get(actual.key)
         if tensor is None or actual.dtype.kind != "float" or actual.numel < 2 * _SAMPLED:
             return True
-        alike = {k: t for k, t in references.items() if _is_alike(t, actual)}
+        alike = {k: references[k] for k in self._alike(key, actual) if k in references}
         name: tuple[object, ...] = (actual.dtype.name, actual.shape)
         if len(alike) > _MAX_CANDIDATES:
             alike = {k: alike[k] for k in _nearest(key, alike)[:_MAX_CANDIDATES]}
@@ -108,9 +109,21 @@ class Sums:
         allowed = 64 * Roundoff.of(actual.dtype).relative * np.linalg.norm(wanted)
         return not away > allowed  # nor where something is not finite
 
+    def _alike(self, key: str, actual: TensorFingerprint) -> list[str]:
+        """The golden's keys of this dtype and shape; of very many, those of the key's series."""
+        if not self._keys:
+            for other, tensor in self._evidence.expected.items():
+                form = tensor.dtype.name, tensor.shape
+                for name in (form, (form, NUMBER.sub("#", other))):
+                    self._keys.setdefault(name, []).append(other)
+        form = actual.dtype.name, actual.shape
+        found = self._keys.get(form, [])
+        if len(found) > _MAX_ALIKE:
+            found = self._keys.get((form, NUMBER.sub("#", key)), [])[:_MAX_ALIKE]
+        return found
+
     def _basis(self, key: str, actual: TensorFingerprint, theirs: Vector) -> _Basis | None:
-        tensors = self._evidence.expected
-        alike = {k: t for k, t in tensors.items() if _is_alike(t, actual)}
+        alike = {k: self._evidence.expected[k] for k in self._alike(key, actual)}
         most = min(_MAX_CANDIDATES, theirs.rows.size // 2)
         is_narrowed = len(alike) > most
         if is_narrowed:
@@ -164,10 +177,6 @@ def _sample(tensor: Tensor) -> Array:
         first = (tensor.numel - _SAMPLED) * place // _RUNS
         tensor.read_into(first * tensor.dtype.itemsize, run.data)
     return as_floats(runs.reshape(-1), tensor.dtype).astype("<f8")
-
-
-def _is_alike(one: Tensor | TensorFingerprint, other: TensorFingerprint) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype
 
 
 def _nearest(key: str, keys: Mapping[str, object]) -> list[str]:
