@@ -86,6 +86,10 @@ _MEANT = {
     "create": "record CKPT",
     "compare": "diff EXPECTED ACTUAL",
     "list": "show FILE",
+    "info": "show FILE",
+    "inspect": "show FILE",
+    "log": "show GOLDEN",
+    "accept": "verify CKPT --update-golden --reason WHY",
     "help": "--help",
 }
 
