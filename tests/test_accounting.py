@@ -194,7 +194,7 @@ def _nested(value: object, depth: int = 50) -> object:
     return value if depth == 0 else [_nested(value, depth - 1)]
 
 
-_structure = np.dtype({"names": ["a"], "formats": [[("b", "<i4")]], "offsets": [4], "itemsize": 12})
+_structure = np.dtype([("a", [("b", "<i4")])])
 
 
 _TENSORS: list[Callable[[int], object]] = [

@@ -46,7 +46,8 @@ class Cast:
         self.view.read_into(first * stored.itemsize, data.data)
         values: Array = data.view(numpy_dtype(stored))
         with np.errstate(all="ignore"):
-            if stored.name == "float64" and self.dtype.itemsize < 4:  # by way of float32
+            # By way of float32: as torch does, and since not each float8 can be cast to another.
+            if stored.itemsize == 1 or (stored.name == "float64" and self.dtype.itemsize < 4):
                 values = values.astype("<f4")
             buffer[:] = values.astype(numpy_dtype(self.dtype)).view("|u1").data
 
