@@ -83,5 +83,5 @@ def test_what_is_no_adapter_is_an_error(tmp_path: Path) -> None:
 def test_a_configuration_that_is_no_json_is_an_error(tmp_path: Path) -> None:
     files = merged(tmp_path, 16, torch.float32, NAMES[0], 2.0)
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: no JSON"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: not JSON"):
         found(files, "both files")
