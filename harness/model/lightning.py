@@ -12,7 +12,7 @@ import argparse
 import inspect
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,19 +98,21 @@ def load_lightning(
     handed = folder / "handed.ckpt"
     # Weights alone name no version, which Lightning needs; they are as of the one that reads them.
     version = {"pytorch-lightning_version": getattr(lightning_of(make), "__version__", "2.0.0")}
-    torch.save({**version, **data_of(path), "state_dict": dict(state)}, handed)
+    torch.save({**version, **data_of(path, make), "state_dict": dict(state)}, handed)
     try:
         return load(str(handed), map_location="cpu", **options)
     finally:
         handed.unlink()
 
 
-def data_of(path: Path) -> dict[str, Any]:
-    """Everything in a Lightning checkpoint but weights and optimizers, as plain data.
+def data_of(path: Path, make: type) -> dict[str, Any]:
+    """Everything in a Lightning checkpoint but weights and optimizers, as plain data for a class.
 
     Read by the harness. An entry that holds something else than data is left out; ModelError where
-    a hyperparameter does, or names a class that only LightningCLI would import.
+    a hyperparameter does, or names what only LightningCLI would import: a class of another package
+    than those that this one is of.
     """
+    own = {base.__module__.partition(".")[0] for base in make.__mro__} | {"__main__"}
     handed: dict[str, Any] = {}
     with _entries(path) as entries:
         for key, value in entries.items():
@@ -124,7 +126,7 @@ def data_of(path: Path) -> dict[str, Any]:
     for key in _HYPERPARAMETERS:
         values = handed.get(key)
         if isinstance(values, dict) and any(name in values for name in _OF_CLI):
-            named = sorted({*_instantiator(values), *_class_paths(values)})
+            named = sorted({*_instantiator(values), *_class_paths(values), *_strange(values, own)})
             if named:
                 raise _refused(path, named)
             handed[key] = plain_hyperparameters(values)
@@ -203,6 +205,13 @@ def _instantiator(values: Mapping[str, Any]) -> Iterator[str]:
     """The function that Lightning would import to build the class, unless it is its own."""
     named = values.get("_instantiator")
     if named not in (None, *(f"{package}.cli.instantiate_module" for package in PACKAGES)):
+        yield str(named)
+
+
+def _strange(values: Mapping[str, Any], own: Set[str]) -> Iterator[str]:
+    """The class that the file says it is of, where it is of none of our `own` packages."""
+    named = values.get("_class_path")
+    if named is not None and str(named).partition(".")[0] not in own:
         yield str(named)
 
 

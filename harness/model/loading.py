@@ -208,7 +208,7 @@ class Loader:
         module = _a_module(self._make(**self._keywords), self.target)
         state = put_together(module, _state_in(path, section))
         if self.container == _LIGHTNING and lightning_of(module) is not None:
-            handed = {**data_of(path), "state_dict": state}
+            handed = {**data_of(path, type(module)), "state_dict": state}
             module.on_load_checkpoint(handed)  # type: ignore[operator]
             state = handed["state_dict"]
         _check_extra_state(module, state, path, self.target)

@@ -141,6 +141,7 @@ def test_a_checkpoint_loads_by_what_the_target_offers(saved: Path, model: str) -
     "hyperparameters",
     [
         {"_instantiator": f"{CHOSEN}.anything"},
+        {"_class_path": f"{CHOSEN}.Net"},
         {"_instantiator": f"{CHOSEN}.anything", "_class_path": f"{CHOSEN}.Net"},
         {
             "_instantiator": "pytorch_lightning.cli.instantiate_module",
@@ -189,10 +190,11 @@ def test_what_a_pickle_would_call_elsewhere_never_is(saved: Path, model: str, pl
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("module", [HERE, "tests.of.before", "__main__"])
 def test_an_honest_checkpoint_of_lightning_cli_loads_into_the_class_that_the_user_names(
-    saved: Path, package: str
+    saved: Path, package: str, module: str
 ) -> None:
-    added = {"_instantiator": f"{package}.cli.instantiate_module", "_class_path": f"{HERE}.Net"}
+    added = {"_instantiator": f"{package}.cli.instantiate_module", "_class_path": f"{module}.Net"}
     altered(saved, lambda content: content["hyper_parameters"].update(added))
     assert verdicts(saved, "Net") == ["identical"] * 3
 
@@ -208,7 +210,7 @@ def test_data_among_hyperparameters_reaches_the_class_as_what_it_was(tmp_path: P
         3: None,
     }
     path = save(Net(3, extra=extra), tmp_path / "net.ckpt")
-    found = data_of(path)["hyper_parameters"]["extra"]
+    found = data_of(path, Net)["hyper_parameters"]["extra"]
     assert torch.equal(found.pop("table"), extra.pop("table"))
     assert found == extra
     assert found["config"].layers[1].name == "tiny"
