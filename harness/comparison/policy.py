@@ -215,6 +215,8 @@ class Policy:
         strips = any(key.startswith(prefix) for key in actual)
         there = {key.removeprefix(prefix) for key in actual} if strips else set(actual)
         either = {*expected, *there}
+        # Nothing is renamed yet, whatever indices that are shifted would fit by chance.
+        is_as_it_was = there.issuperset(expected)
         return replace(
             self,
             ignore=tuple(glob for glob in self.ignore if fits(glob, either)),
@@ -224,7 +226,7 @@ class Policy:
             key_map=tuple(
                 pair
                 for pair in self.key_map
-                if names_any(pair[0], expected) and makes_any(pair, there)
+                if names_any(pair[0], expected) and makes_any(pair, there) and not is_as_it_was
             ),
         )
 

@@ -49,6 +49,8 @@ def inputs_of(module: nn.Module, file: Path | None) -> Arguments:
         found = None
         for name in _INPUTS:
             own: Any = getattr(module, name, None)
+            if own is None and isinstance(module, nn.DataParallel):
+                own = getattr(module.module, name, None)
             found = copy.deepcopy(own() if callable(own) else own)
             if found is not None:
                 break

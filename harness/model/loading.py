@@ -212,7 +212,8 @@ class Loader:
             module.on_load_checkpoint(handed)  # type: ignore[operator]
             state = handed["state_dict"]
         _check_extra_state(module, state, path, self.target)
-        module.load_state_dict(with_tied(module, state), strict=True)
+        inner = _unwrapped(module, state)
+        inner.load_state_dict(with_tied(inner, state), strict=True)
         return module
 
     def save(self, module: nn.Module, folder: Path, stem: str, *, original: Path) -> Saved:
@@ -280,6 +281,20 @@ class Loader:
         for config, saved in pairs:
             config.scheduler.load_state_dict(saved)
         return None, None
+
+
+def _unwrapped(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+    """The module in torch's own wrappers, which a state dict without their prefix is of."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(module, name, None)
+        is_own = type(module).__module__.startswith("torch.")
+        if (
+            is_own
+            and isinstance(inner, nn.Module)
+            and not any(key.startswith(f"{name}.") for key in state)
+        ):
+            return _unwrapped(inner, state)
+    return module
 
 
 def _defines(kind: type, name: str) -> type | None:

@@ -303,3 +303,49 @@ def test_a_load_that_fails_for_weight_norm_says_what_became_of_it(
     assert run.code == 1
     assert run.out.count(f"weight = g·v/‖v‖: weight_norm was {said}") == 2
     assert "renamed" not in run.out
+
+
+class Shifted(Old):
+    """What was block N is block N + 1 here, behind a new first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Identity(), *self.blocks])
+        self._register_load_state_dict_pre_hook(self._shift)  # type: ignore[no-untyped-call]
+
+    def _shift(self, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        if f"{prefix}blocks.2.norm.weight" not in state:
+            for number in (1, 0):
+                for key in [key for key in state if key.startswith(f"{prefix}blocks.{number}.")]:
+                    name = key.replace(f"blocks.{number}.", f"blocks.{number + 1}.")
+                    state[name] = state.pop(key)
+
+
+def test_maps_of_indices_that_are_shifted_wait_for_the_stage_that_has_them(
+    harness: Harness, recorded: Path
+) -> None:
+    maps = ("--map", "blocks.0.=blocks.1.", "--map", "blocks.1.=blocks.2.")
+    run = harness(*command("Shifted", *maps))
+    assert run.code == 0, run
+    assert run.out.count("ok identical") == 4
+
+
+def parallel() -> nn.Module:
+    return nn.DataParallel(Old())
+
+
+def compiled() -> Any:
+    return torch.compile(Old())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize(("model", "prefix"), [("parallel", "module."), ("compiled", "_orig_mod.")])
+def test_what_torch_wraps_loads_and_passes_with_the_prefix_that_is_printed(
+    harness: Harness, recorded: Path, model: str, prefix: str
+) -> None:
+    run = harness(*command(model))
+    assert run.code == 1
+    assert f"--strip-prefix {prefix}" in run.out
+    run = harness(*command(model, "--strip-prefix", prefix))
+    assert run.code == 0, run
+    assert run.out.count("ok identical") == 4
