@@ -24,11 +24,19 @@ from harness.checkpoint.layouts import inner_folder, layout_of, names_in
 from harness.checkpoint.limits import MAX_HEADER_NBYTES
 from harness.checkpoint.mistakes import no_checkpoint_in, not_a_checkpoint, similar_path
 from harness.checkpoint.parts import open_parts
-from harness.checkpoint.rankfiles import RankFile, files_of, rank_sets
+from harness.checkpoint.rankfiles import RankFile, rank_sets
 from harness.checkpoint.sections import Parts, find_section
 from harness.checkpoint.sources.access import open_source
 from harness.checkpoint.sources.inflated import InflatedSource
-from harness.checkpoint.sources.paths import DISTCP, METADATA, AnyPath, Location, is_file, to_path
+from harness.checkpoint.sources.paths import (
+    DISTCP,
+    METADATA,
+    AnyPath,
+    Location,
+    files_of,
+    is_file,
+    to_path,
+)
 from harness.checkpoint.sources.source import Source, read
 from harness.checkpoint.tensors import Checkpoint, Tensor, tensor_table
 from harness.errors import CheckpointError, NoSection

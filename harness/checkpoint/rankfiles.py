@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from harness.checkpoint.formats.assembled import Piece, assemble
 from harness.checkpoint.sections import Parts
-from harness.checkpoint.sources.paths import AnyPath
+from harness.checkpoint.sources.paths import AnyPath, files_of
 from harness.checkpoint.tensors import Tensor
 from harness.checkpoint.unpickling.dtensors import LocalPart
 from harness.errors import CheckpointError
@@ -58,11 +58,16 @@ def choose_set(folder: AnyPath, sets: Mapping[str, list[RankFile]]) -> str:
     return globs[0]
 
 
-def files_of(glob: AnyPath) -> Sequence[AnyPath]:
-    """The files that a glob stands for, "*" or "?" in the last part of a path."""
-    if not isinstance(glob, Path) or not any(sign in glob.name for sign in "*?["):
-        return []
-    return sorted(islice(glob.parent.glob(glob.name), _MAX_FILES))
+def with_sets(paths: Sequence[AnyPath]) -> list[AnyPath]:
+    """The paths, with its glob in place of the files of each set of which all are there."""
+    sets = {
+        folder / glob: [file.path for file in files]
+        for folder in dict.fromkeys(path.parent for path in paths if isinstance(path, Path))
+        for glob, files in rank_sets(path for path in paths if path.parent == folder).items()
+        if len(files) > 1
+    }
+    whole = {path: glob for glob, of in sets.items() if {*of} == {*files_of(glob)} for path in of}
+    return list(dict.fromkeys(whole.get(path, path) for path in paths))
 
 
 def check_ranks(name: str, files: Sequence[RankFile]) -> None:

@@ -51,7 +51,11 @@ PATH = Place()
 
 
 def expanded(paths: Sequence[AnyPath]) -> list[AnyPath]:
-    """The paths, with those that are patterns and no files as what fits them, in their order."""
+    """The paths, with those that are patterns and no files as what fits them, in their order.
+
+    The files of all ranks of one save are one checkpoint.
+    """
+    from harness.checkpoint.rankfiles import with_sets
     from harness.golden.folder import natural
 
     found: list[AnyPath] = []
@@ -65,7 +69,7 @@ def expanded(paths: Sequence[AnyPath]) -> list[AnyPath]:
             found += fitting
         else:
             found.append(path)
-    return found
+    return with_sets(found)
 
 
 def without_operands(arguments: Sequence[str], operands: Sequence[AnyPath]) -> list[str]:

@@ -65,6 +65,7 @@ def names_of(checkpoint: AnyPath) -> list[str]:
         name = checkpoint.resolve().name
     for suffix in (*_SUFFIXES, *_SUFFIXES):
         name = name.removesuffix(suffix)
+    name = re.sub(r"[_-]?\*", "", name)  # of a glob
     parts = [name or checkpoint.name]
     names = [parts[0]]
     for folder in reversed(folders):

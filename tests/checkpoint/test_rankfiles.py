@@ -19,7 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import harness
 from harness.checkpoint import open_checkpoint
+from harness.checkpoint.rankfiles import with_sets
 from harness.errors import CheckpointError
+from tests.conftest import Harness
 
 Placed = tuple[torch.Tensor, Sequence[Any]]
 
@@ -173,3 +175,27 @@ def test_several_sets_in_a_folder_are_told_apart(tmp_path: Path) -> None:
         file.rename(folder / file.name.replace("model", "actor").replace("optim", "critic"))
     with pytest.raises(CheckpointError, match="several saves"):
         open_checkpoint(folder)
+
+
+def test_the_files_of_all_ranks_are_one_checkpoint_however_a_shell_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harness: Harness
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        _save(tmp_path / name, (2,), {"w": (torch.full((4, 2), value), [Shard(0)])})
+    first, second = (
+        [Path(name) / f"model_world_size_2_rank_{rank}.pt" for rank in (0, 1)] for name in "ab"
+    )
+    globs = [Path(name) / "model_world_size_2_rank_*.pt" for name in "ab"]
+    other = Path("a") / "other.pt"
+    assert with_sets([*first, other, *second]) == [globs[0], other, globs[1]]
+    assert with_sets([first[0], *second]) == [first[0], globs[1]]
+
+    assert harness("record", *first).code == 0
+    assert harness("verify").code == 0
+    assert harness("verify", globs[0]).code == 0
+    assert harness("verify", *first).code == 0
+    for file, changed in zip(first, second, strict=True):
+        file.write_bytes(changed.read_bytes())
+    found = harness("verify")
+    assert (found.code, "all 2" in found.out) == (1, True)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -24,6 +26,7 @@ Location: TypeAlias = "str | os.PathLike[str] | RemotePath"
 # In a folder of torch.distributed.checkpoint: its index, and the suffix of what that places.
 METADATA = ".metadata"
 DISTCP = ".distcp"
+_MAX_FILES = 100_000  # of a glob
 
 # Anything else with a colon in it is a file's name, or a drive of Windows. A chain of protocols
 # (`simplecache::s3://…`) is a URL, too, though one that is refused.
@@ -92,11 +95,18 @@ def to_local(location: Location, what: str) -> Path:
 
 
 def is_there(path: AnyPath) -> bool:
-    """Whether something is at a path; False for a file that cannot even be looked at."""
+    """Whether something is at a path, or fits a glob; False for what cannot even be looked at."""
     try:
-        return path.exists()
+        return path.exists() or bool(files_of(path))
     except OSError:
         return False
+
+
+def files_of(glob: AnyPath) -> Sequence[AnyPath]:
+    """The files that a glob stands for, "*" or "?" in the last part of a path."""
+    if not isinstance(glob, Path) or not any(sign in glob.name for sign in "*?["):
+        return []
+    return sorted(islice(glob.parent.glob(glob.name), _MAX_FILES))
 
 
 def path_of(subject: object) -> AnyPath | None:
