@@ -16,6 +16,8 @@ from harness.errors import HarnessError
 # As `str` spells one: a pattern of others (01, ٣) would stand for other keys.
 _NUMBER = re.compile(r"(?<![^.\[])(0|[1-9][0-9]{0,17})(?![^.\]])")
 
+_NUMBERED = re.compile(r"(.*[^0-9])(0|[1-9][0-9]{0,17})")
+
 
 def in_section(section: str) -> str:
     """Which part of a file something is of, as it follows the file's format."""
@@ -80,12 +82,20 @@ def fold_names(keys: Sequence[str], *, ellipsis: str = "…") -> list[tuple[str,
         folded = []
         for (start, end), found in groups.items():
             if len(found) > 1:
-                names = ",".join(pattern.split(".")[place] for pattern, _ in found)
-                parts = [start] * bool(start) + [f"{{{names}}}"] + [end] * bool(end)
+                names = _alternatives([pattern.split(".")[place] for pattern, _ in found], ellipsis)
+                parts = [start] * bool(start) + [names] + [end] * bool(end)
                 found = [(".".join(parts), [key for _, members in found for key in members])]
             folded += found
         place += 1
     return folded
+
+
+def _alternatives(names: Sequence[str], ellipsis: str) -> str:
+    """One of several names: `{w1,w2}`, and `layer{1…4}` where they are numbered."""
+    numbered = [match for name in names if (match := _NUMBERED.fullmatch(name))]
+    if len(numbered) == len(names) > 2 and len({match[1] for match in numbered}) == 1:
+        return f"{numbered[0][1]}{{{_ranges(sorted(int(m[2]) for m in numbered), ellipsis)}}}"
+    return f"{{{','.join(names)}}}"
 
 
 def _grids(keys: Sequence[tuple[list[int], str]]) -> Iterator[list[str]]:
