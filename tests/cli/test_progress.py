@@ -93,19 +93,20 @@ def test_what_differs_is_expected_to_be_read_again(folder: Path, tmp_path: Path)
     large, alone = changed["large"].nbytes, changed["alone"].nbytes
     # The common keys are compared, the statistics of what differs are taken on both sides; then
     # whether either file is damaged there, of a folder with what lies around the tensor's pieces;
-    # and what may explain the difference is looked for on both sides.
+    # and what may explain the difference is looked for on both sides, in a few passes.
     for stats, read in [(False, NBYTES), (True, 3 * NBYTES)]:
         watch = Watch()
         diff(folder, tmp_path / "changed.pt", stats=stats, progress=watch)
         assert watch.done == watch.totals[-1]
-        assert 0 <= watch.done - (alone + read + 4 * large) < STRUCTURE
+        assert 2 * large <= watch.done - (alone + read) < 8 * large + STRUCTURE
     # By its sketch, or exactly with the reference; then whether the file itself is damaged.
     watch = Watch()
     harness.verify(tmp_path / "changed.pt", recorded, progress=watch)
     assert watch.done == watch.totals[-1] == NBYTES + 2 * alone + 2 * large
     watch = Watch()
     harness.verify(tmp_path / "changed.pt", recorded, reference=folder, progress=watch)
-    assert watch.done == watch.totals[-1] == NBYTES + 2 * alone + 6 * large
+    assert watch.done == watch.totals[-1]
+    assert 4 * large <= watch.done - (NBYTES + 2 * alone) <= 10 * large
     watch = Watch()
     update(tmp_path / "changed.pt", recorded, progress=watch)
     assert watch.done == watch.totals[-1]
