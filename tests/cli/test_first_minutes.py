@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,7 @@ def test_a_mistake_is_told_with_the_next_step(
 ) -> None:
     monkeypatch.chdir(template)
     monkeypatch.syspath_prepend(template)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = sorted(template.rglob("*"))
     run = harness(*shlex.split(command))
     assert run.code == 2
@@ -156,7 +158,7 @@ def test_a_mistake_is_told_with_the_next_step(
     assert message in said
     assert len(then) == bool(hint)
     assert all(line.startswith("  next: ") and hint in line for line in then)
-    assert [p for p in sorted(template.rglob("*")) if "__pycache__" not in str(p)] == before
+    assert sorted(template.rglob("*")) == before
 
 
 STEPS = [

@@ -125,7 +125,7 @@ def test_write_makes_the_report_of_the_suffix(
 
 
 def test_write_refuses_other_suffixes_and_other_files(compared: Comparison, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"report\.pdf: a report is one of \.html") as caught:
+    with pytest.raises(UsageError, match=r"report\.pdf: unknown format; a report is") as caught:
         compared.write(tmp_path / "report.pdf")
     assert "--report" not in f"{caught.value}{caught.value.hint}"
     other = tmp_path / "index.json"
