@@ -276,7 +276,7 @@ class _Live:
         written = self._stack.enter_context(open_checkpoint(saved.path))
         if len(written.tensors.keys() & wanted) <= len(held & wanted):
             return state
-        return replace(written, name=f"{state.name}, as it is saved")
+        return replace(written, name=f"{state.name}, saved")
 
     def _compare_state(self, module: nn.Module, stage: str) -> Comparison:
         started = time.monotonic()
@@ -398,8 +398,8 @@ def _compare_outputs(
 ) -> Comparison:
     """What the loaded model computes, against the golden; without one, against the reloaded's.
 
-    Where the reloaded model's state `is_same`, it has to compute the same, too: else that is told,
-    whatever the golden says, for no golden could hold it.
+    Where the reloaded model's state `is_same`, it has to compute the same, too: a difference is
+    reported whatever the golden says, for no golden could hold it.
     """
 
     policy, recorded = asked.policy, None if expected.live is None else expected.live.outputs

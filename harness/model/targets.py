@@ -47,7 +47,7 @@ def user_code(doing: str, hint: str, brief: Callable[[str], str] = str) -> Itera
 
 
 def _where(error: BaseException) -> str:
-    """The innermost line of it that is nobody's library, for who has no Python shell at hand."""
+    """The innermost line of the traceback that is in no library: where the user's code failed."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "site-packages" not in f.filename and not _is_library(f.filename)]
     if not own:
