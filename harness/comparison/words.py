@@ -129,6 +129,8 @@ def _told_cause(finding: Finding) -> Cause:
         return first
     if first.bound and not others:
         return replace(first, text="nearly the golden's values")
+    if first.correlation and not others:
+        return replace(first, text="other values that correlate with the golden's")
     return others[0] if others else first
 
 
@@ -187,6 +189,9 @@ def _cause_of(findings: Sequence[Finding], style: Style) -> str:
     if causes[0].kind == "moved" and causes[0].bound:
         bound = 10.0 ** math.ceil(math.log10(max(cause.bound or 0.0 for cause in causes)))
         return f"{texts[0]}, to within {bound:.0e} of their norm"
+    if causes[0].kind == "moved" and causes[0].correlation:
+        ends = dict.fromkeys(f"{f(c.correlation or 0.0 for c in causes):.2f}" for f in (min, max))
+        return f"{texts[0]} ({' to '.join(ends)})"
     if len(texts) == 1:
         return texts[0]
     if findings[0].causes[0].kind == "counter":

@@ -24,7 +24,7 @@ _FIX_THE_CODE = (
 )
 _CHANGE_THEM = "what --must-change names did not change: change it, or leave out --must-change"
 _GET_IT_AGAIN = "bytes of the checkpoint changed since they were saved: get the file again"
-_MAX_MAPPED = 4  # more make a command that nobody reads
+_MAX_MAPPED = 12  # more make a command that nobody pastes
 _MAX_TRIED = 1000  # new names that the first missing one might have
 # A part of a key that is a number, in front of another part.
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
@@ -102,7 +102,9 @@ def _new_names(
     renamed = [
         finding
         for finding in failing
-        if finding.kind == "renamed" and all(c.accept == ("renamed",) for c in finding.causes[:1])
+        if finding.kind == "renamed"
+        and finding.actual in (None, finding.actual_key)
+        and all(cause.accept in (("renamed",), ()) for cause in finding.causes[:1])
     ]
     prefix = next((f.key for f in failing if f.kind == "prefix" and f.expected == "no prefix"), "")
     strip = policy.strip_prefix + prefix
@@ -112,7 +114,10 @@ def _new_names(
     fields: dict[str, Any] = {"key_map": (*policy.key_map, *key_map)}
     if prefix:
         fields["strip_prefix"] = strip
-    return ("accept the new names" if len(renamed) > 1 else "accept the new name"), fields
+    names = "names" if len(renamed) > 1 else "name"
+    if any(not cause.accept for finding in renamed for cause in finding.causes[:1]):
+        return f"compare the values under the new {names}", fields
+    return f"accept the new {names}", fields
 
 
 def _key_map(
@@ -129,8 +134,8 @@ def _key_map(
     there = {f.key.removeprefix(strip) for f in comparison.findings if f.kind == "unexpected"}
     before = comparison.policy
     prefixes = [changed_prefix(*pair) for pair in pairs.items()]
-    several = len(set(prefixes)) < len(pairs)
-    for candidates in (*([map(_as_glob, prefixes), prefixes] if several else []), pairs.items()):
+    shorter = [some for some in ([*map(_as_glob, prefixes)], prefixes) if len({*some}) < len(pairs)]
+    for candidates in (*shorter, pairs.items()):
         # The longest prefix first, for the first that fits counts.
         unique = sorted(
             dict.fromkeys(candidates), key=lambda pair: -len(pair[0]) * pair[0].endswith(".")

@@ -153,6 +153,7 @@ def _with_known(comparison: Comparison) -> Comparison:
     are = "are equal"
     if any(not cause.accept for cause in of_renamed):
         are = "are equal or nearly so" if all(c.accept or c.bound for c in of_renamed) else "are"
+        are = "are equal or related" if any(c.correlation for c in of_renamed) else are
     equal = f"no key in common, but {len(renamed):,} of {total:,} tensors {are} under other keys"
     if any("rounded" in cause.accept for cause in firsts):
         equal += ", up to rounding"
@@ -275,24 +276,23 @@ class _Search:
             self._detail(("missing", "unexpected"), sketches=True)
             missing, unexpected = self._alone()
             for key, there, cause in nearby(evidence, missing, unexpected):
-                self.findings.rename((key,), (there,), (cause,))
-            self._renamed_alike()
+                self._renamed(key, there, cause)
+            missing, unexpected = self._alone()
+            known = [(f.key, f.actual) for f in self.findings if f.kind == "renamed" and f.actual]
+            for key, there in renamed_alike(known, missing, unexpected):
+                self._renamed(key, there, None)
 
-    def _renamed_alike(self) -> None:
-        """Of keys that differ as known ones do, what happened to their tensors beside."""
-        missing, unexpected = self._alone()
-        renamed = [(f.key, f.actual) for f in self.findings if f.kind == "renamed" and f.actual]
-        for key, there in renamed_alike(renamed, missing, unexpected):
-            self.evidence.check_time()
-            pair = Finding(kind="shape", key=key, actual_key=there)
-            causes = self._causes_of(pair)
-            if causes and causes[0].of != (key,):
-                moved = moved_from(key)
-                accept = ("renamed", *causes[0].accept) if causes[0].accept else ()
-                text = f"{moved.text}: {causes[0].text}"
-                first = replace(causes[0], text=text, of=(key,), accept=accept)
-                others = (replace(cause, accept=()) for cause in (moved, *causes[1:]))
-                self.findings.rename((key,), (there,), (first, *others))
+    def _renamed(self, key: str, there: str, known: Cause | None) -> None:
+        """Say what happened to a tensor beside its new name; at least what is known."""
+        self.evidence.check_time()
+        causes = self._causes_of(Finding(kind="shape", key=key, actual_key=there))
+        if causes and causes[0].of != (key,):
+            accept = ("renamed", *causes[0].accept) if causes[0].accept else ()
+            first = replace(causes[0], of=(key,), accept=accept)
+            others = (replace(cause, accept=()) for cause in (moved_from(key), *causes[1:]))
+            self.findings.rename((key,), (there,), (first, *others))
+        elif known is not None:
+            self.findings.rename((key,), (there,), (known,))
 
     def _alone(self) -> tuple[dict[str, TensorFingerprint], dict[str, Tensor]]:
         """The tensors that only one side has, without a cause so far."""

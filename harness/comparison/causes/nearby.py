@@ -1,12 +1,14 @@
 """Which of the tensors without a counterpart are each other, though not of equal values.
 
 In: the golden's tensors without a counterpart, and the checkpoint's. Out: pairs that are much
-nearer to each other than to all others, with the `Cause` and how far apart they are at most; and
-pairs whose names differ as those of tensors that are known to be renamed, which proves nothing yet.
+nearer to each other than to all others, or correlate far more (what was trained on), with the
+`Cause` and how far apart they are at most; and pairs whose names differ as those of tensors that
+are known to be renamed, which proves nothing yet.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
@@ -14,16 +16,21 @@ from itertools import takewhile
 import numpy as np
 
 from harness.checkpoint.dtypes import Array
+from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence, is_constant
 from harness.comparison.causes.linear import UPPER, Vector, are_comparable, vector_of
 from harness.comparison.causes.regrouped import NUMBER
+from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint
 
 _MIN_NUMEL, _MAX_ROWS = 16, 4096
 _MAX_DISTANCE = 0.05  # as a share of the norm
 _MARGIN = 4.0  # how much farther the next one is
 _MAX_PAIRS = 1 << 20
+# What correlates at least so much, and more than all others by so much: in Fisher's z, beside as
+# many standard errors as chance does not reach.
+_MIN_SCORE, _ERRORS, _LEAD_ERRORS = math.atanh(0.5), 4.0, 7.0
 
 
 def nearby(
@@ -35,8 +42,13 @@ def nearby(
         evidence.check_time()
         ours = _vectors(evidence, (t for t in missing.values() if t.shape == shape))
         theirs = _vectors(evidence, (t for t in found if t.shape == shape))
-        if ours and theirs and len(ours) * len(theirs) <= _MAX_PAIRS:
-            yield from _pairs(ours, theirs)
+        is_little = len(ours) * len(theirs) <= _MAX_PAIRS
+        if ours and theirs and is_little and _are_comparable(ours, theirs):
+            samples = _sampled(evidence.references, ours), _sampled(evidence.tensors, theirs)
+            pairs = samples if all(samples) else (ours, theirs)
+            for key, there, cause in (*_near(ours, theirs), *_related(*pairs)):
+                if ours.pop(key, None) and theirs.pop(there, None):
+                    yield key, there, cause
 
 
 def renamed_alike(
@@ -85,14 +97,30 @@ def _vectors(evidence: Evidence, tensors: Iterable[TensorFingerprint]) -> dict[s
     return vectors
 
 
+def _sampled(tensors: Mapping[str, Tensor], known: Iterable[str]) -> dict[str, Vector]:
+    """The first values of tensors that can be read; none where one of them cannot."""
+    found: dict[str, Vector] = {}
+    for key in known:
+        if (tensor := tensors.get(key)) is None:
+            return {}
+        numel = min(tensor.numel, _MAX_ROWS)
+        data = np.empty(numel * tensor.dtype.itemsize, "|u1")
+        tensor.read_into(0, data.data)
+        rows = as_floats(data, tensor.dtype).astype("<f8").reshape(-1, 1)
+        found[key] = Vector(rows=rows, norms=np.abs(rows[:, 0]), is_exact=True, numel=numel)
+    return found
+
+
+def _are_comparable(ours: Mapping[str, Vector], theirs: Mapping[str, Vector]) -> bool:
+    first, *others = (*ours.values(), *theirs.values())
+    return all(are_comparable(first, other) for other in others)
+
+
 @np.errstate(all="ignore")
-def _pairs(
+def _near(
     ours: Mapping[str, Vector], theirs: Mapping[str, Vector]
 ) -> Iterator[tuple[str, str, Cause]]:
     keys, there = [*ours], [*theirs]
-    first = ours[keys[0]]
-    if not all(are_comparable(first, v) for v in (*ours.values(), *theirs.values())):
-        return
     e, a = (
         np.stack([v.rows.ravel()[:_MAX_ROWS] for v in side.values()]) for side in (ours, theirs)
     )
@@ -100,15 +128,60 @@ def _pairs(
     distances = np.sqrt(np.maximum(squares, 0.0))
     best = distances.argmin(axis=1)
     for row, column in enumerate(best):
-        others = np.concatenate(
-            [np.delete(distances[row], column), np.delete(distances[:, column], row)]
-        )
+        others = _others(distances, row, column)
         one, other = ours[keys[row]], theirs[there[column]]
         bound = _bound(one, other)
         # Of what lies so near to each other rounding of the products shows no distance.
         nearest = max(float(distances[row, column]), 1e-7 * float(np.linalg.norm(a[column])))
         if bound <= _MAX_DISTANCE and (others > _MARGIN * nearest).all():
             yield keys[row], there[column], _cause(keys[row], bound, is_exact=one.is_exact)
+
+
+def _related(
+    ours: Mapping[str, Vector], theirs: Mapping[str, Vector]
+) -> Iterator[tuple[str, str, Cause]]:
+    """Pair what correlates, as the cosines of blocks without their means, and with nothing else."""
+    keys, there = [*ours], [*theirs]
+    e, a = (np.stack([*map(_directions, side.values())]) for side in (ours, theirs))
+    num_blocks, size = e.shape[1:]
+    error = 1 / math.sqrt(num_blocks * (size - 1))
+    cosines = np.einsum("ibk,jbk->ij", e, a, optimize=True) / num_blocks
+    scores = np.arctanh(np.clip(cosines, -1 + 1e-12, 1 - 1e-12))  # Fisher's z
+    for row, column in enumerate(scores.argmax(axis=1)):
+        score = float(scores[row, column])
+        most = np.abs(_others(scores, row, column)).max(initial=0.0)
+        if score > max(_MIN_SCORE + _ERRORS * error, most + _LEAD_ERRORS * error):
+            is_exact = ours[keys[row]].is_exact
+            yield keys[row], there[column], _of_score(keys[row], score, error, is_exact=is_exact)
+
+
+def _of_score(key: str, score: float, error: float, *, is_exact: bool) -> Cause:
+    value = math.tanh(score)
+    about = max(0.01, value - math.tanh(score - 2 * error))
+    return Cause(
+        kind="moved",
+        text=f"correlates with {key} of the golden ({value:.2f} ± {about:.2f}), and less with all "
+        "others",
+        proof="values" if is_exact else "sketch",
+        of=(key,),
+        correlation=value,
+    )
+
+
+def _directions(vector: Vector) -> Array:
+    """Unit vectors (blocks, k) of up to 256 blocks, or (1, n) of values, each without its mean."""
+    rows, ones = (
+        x.T if vector.is_exact else x[: _MAX_ROWS // x.shape[1]] for x in (vector.rows, vector.ones)
+    )
+    mean = (rows * ones).sum(axis=1) / np.maximum((ones * ones).sum(axis=1), 1e-300)
+    rows = rows - mean[:, None] * ones
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.where(norms > 0.0, norms, 1.0))
+
+
+def _others(table: Array, row: int, column: int) -> Array:
+    """The rest of a pair's row and column."""
+    return np.concatenate([np.delete(table[row], column), np.delete(table[:, column], row)])
 
 
 def _bound(one: Vector, other: Vector) -> float:

@@ -4,7 +4,6 @@
 # evidence: test_explain
 # fused: test_explain
 # linear: test_explain
-# nearby: test_explain
 # regrouped: test_explain
 # rounding: test_explain
 # rows: test_explain
