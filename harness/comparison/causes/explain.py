@@ -49,6 +49,7 @@ from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.streaming.workers import ALL_CORES, Workers
 
 _VALUED = ("different", "undecided", "close")
+_MANY, _RELATED = 4, 0.3  # tensors, and their least correlation, that are said to be trained on
 _EXPLAINED = ("missing", "unexpected", "renamed", "prefix", "shape", "dtype", *_VALUED)
 # The search ends in less time than the comparison took. A small checkpoint's is given more, so that
 # no busy machine ends it, and what was not compared is given so many bytes a second.
@@ -89,13 +90,10 @@ def explained(
     except OutOfTime:
         left = sum(1 for finding in search.findings if not finding.causes)
         note = f"the search for causes ended early: {left:,} findings were not looked at in full"
-    search.together()
+    said = search.together()
     findings = tuple(sorted(search.findings, key=lambda f: FINDING_KINDS.index(f.kind)))
-    found = replace(
-        comparison,
-        findings=findings,
-        notes=(*comparison.notes, *([note] if note else [])),
-    )
+    notes = (one for one in (said, note) if one)
+    found = replace(comparison, findings=findings, notes=(*comparison.notes, *notes))
     return accepted(_with_known(found))
 
 
@@ -375,18 +373,26 @@ class _Search:
             found += () if match is None else match.causes
         return found
 
-    def together(self) -> None:
-        """What no tensor may prove alone: that they have nothing to do with the golden's."""
+    def together(self) -> str | None:
+        """What no tensor may prove alone: that they have nothing to do with the golden's.
+
+        Returns a note where they have: that they were trained on is no cause of each.
+        """
         found: dict[str, tuple[Finding, Correlation]] = {}
+        related: list[float] = []
         groups: dict[str, list[str]] = {}
         for finding in self.findings:
             if (finding.kind, finding.key) not in self.tested or finding.causes:
                 continue  # what was not tested may have a better cause
             if finding.kind not in ("different", "undecided"):
                 continue
-            related = self._correlation(finding)
-            if related is not None and not related.is_related:
-                found[finding.key] = finding, related
+            correlated = self._correlation(finding)
+            if correlated is None:
+                continue
+            if correlated.is_related:
+                related += [correlated.value] if _differs_throughout(finding) else []
+            else:
+                found[finding.key] = finding, correlated
                 name = "".join(c for c in finding.key if not c.isdigit())
                 groups.setdefault(name, []).append(finding.key)
         clear: list[str] = []
@@ -397,10 +403,17 @@ class _Search:
         # Tensors too small to tell alone are told together.
         for some in (clear, unclear):
             cause = unrelated([found[key][1] for key in some])
-            for finding, related in (found[key] for key in some):
-                own = cause or (unrelated([related]) if some is clear else None)
+            for finding, related_to in (found[key] for key in some):
+                own = cause or (unrelated([related_to]) if some is clear else None)
                 if own is not None:
                     self.findings.explain(finding, own)
+        if len(related) < _MANY or min(related) < _RELATED:
+            return None
+        ends = dict.fromkeys(f"{end:.2f}" for end in (min(related), max(related)))
+        return (
+            f"{len(related):,} tensors that differ correlate with what they were "
+            f"({' to '.join(ends)}): trained on, or another version; diff --table shows how far"
+        )
 
     def _correlation(self, finding: Finding) -> Correlation | None:
         expected, actual, tensor = self._sides(finding)
@@ -410,6 +423,14 @@ class _Search:
         if reference is not None and tensor is not None and reference.shape == tensor.shape:
             return sampled(reference, tensor, (reference.dtype, tensor.dtype))
         return correlation(expected, actual, self.evidence.block_nbytes)
+
+
+def _differs_throughout(finding: Finding) -> bool:
+    """Whether it differs everywhere, as what was trained on does, as far as is known."""
+    difference = finding.difference
+    if difference is None or not all(difference.strip):
+        return False
+    return difference.num_differing is None or difference.num_differing > len(difference.elements)
 
 
 def _names_all(finding: Finding) -> bool:

@@ -665,3 +665,29 @@ def test_tensors_that_exchanged_their_keys_are_accepted_as_moved(
     assert not compare(tmp_path, before, after, how, Policy(accept=("renamed",))).ok
     lost = after | {keys[0]: before[keys[0]]}
     assert not compare(tmp_path, before, lost, how, Policy(accept=("moved",))).ok
+
+
+@pytest.mark.parametrize("how", ["golden alone", "both files"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_model_that_was_trained_on_a_note_says_so(
+    tmp_path: Path, dtype: torch.dtype, how: str
+) -> None:
+    before = state(dtype)
+    g = torch.Generator().manual_seed(8)
+
+    def trained(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=g)
+        return (tensor + 0.5 * tensor.float().std() * noise).to(dtype)
+
+    found = compare(tmp_path, before, {k: trained(t) for k, t in before.items()}, how)
+    [note] = [note for note in found.notes if "correlate" in note]
+    assert note.startswith("9 tensors that differ correlate with what they were (0.")
+    assert not any(finding.causes for finding in found.findings)
+    one = {**before, Q: trained(before[Q])}
+    anew = {
+        k: trained(t) if k == Q else t[torch.randperm(len(t))] for k, t in one.items() if t.dim()
+    }
+    for after in (one, {**before, **anew}):
+        assert not any("correlate" in note for note in compare(tmp_path, before, after, how).notes)
