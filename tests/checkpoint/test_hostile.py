@@ -23,7 +23,6 @@ from tests.checkpoint.builders import (
 )
 
 MEASURE = Path(__file__).with_name("measure.py")
-STRUCTURE_MIB = 8
 # Strange, but no harm in it: these open.
 HARMLESS = {
     "tuples_that_hold_each_other_twice_as_a_key",
@@ -50,7 +49,7 @@ def measure(mebibytes: int, *paths: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def assert_harmless(result: dict[str, Any], *, opens: bool, most_nbytes: int) -> None:
+def assert_harmless(result: dict[str, Any], *, opens: bool, most_nbytes: int = 200 << 20) -> None:
     assert "escaped" not in result, result
     assert ("error" not in result) == opens, result
     if not opens:
@@ -62,37 +61,26 @@ def assert_harmless(result: dict[str, Any], *, opens: bool, most_nbytes: int) ->
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Every bomb, opened and read in a process of its own, with a sixteenth of the usual limit."""
-    folder = tmp_path_factory.mktemp("bombs")
-    results = {}
-    names = list(BOMBS)
-    for first in range(0, len(names), 12):
-        paths = [folder / name for name in names[first : first + 12]]
-        for path in paths:
-            BOMBS[path.name](path)
-        results |= {result["name"]: result for result in measure(STRUCTURE_MIB, *paths)}
-        for path in paths:
-            path.unlink()
-    assert not list(folder.iterdir())
-    return results
+    """Every bomb, opened and read in a process of its own, with a sixteenth of the usual limits."""
+    paths = [tmp_path_factory.mktemp("bombs") / name for name in BOMBS]
+    for path in paths:
+        BOMBS[path.name](path)
+    return {result["name"]: result for result in measure(8, *paths)}
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_in_little_memory_and_time(
     outcomes: dict[str, dict[str, Any]], name: str
 ) -> None:
-    pickled = name.startswith("pickle_of_many")
-    # What counts towards the limit for a pickle's objects must be what they really take.
-    most = (STRUCTURE_MIB * 5 // 4 + 8) << 20 if pickled else 200 << 20
-    assert_harmless(outcomes[name], opens=name in HARMLESS, most_nbytes=most)
+    assert_harmless(outcomes[name], opens=name in HARMLESS)
 
 
 def test_the_limit_for_a_pickle_is_within_the_memory_that_is_promised(tmp_path: Path) -> None:
     path = tmp_path / "strings"
-    write_torch_zip(path, b"(" + b"X\x02\x00\x00\x00ab" * 3_000_000 + b"l")
-    (result,) = measure(128, path)
-    assert_harmless(result, opens=False, most_nbytes=200 << 20)
-    assert result["peak_nbytes"] > 60 << 20  # else this would measure nothing
+    write_torch_zip(path, b"(" + b"X\x02\x00\x00\x00ab" * 1_000_000 + b"l")
+    (result,) = measure(32, path)
+    assert_harmless(result, opens=False, most_nbytes=50 << 20)
+    assert result["peak_nbytes"] > 15 << 20  # else this would measure nothing
 
 
 # Nothing is executed

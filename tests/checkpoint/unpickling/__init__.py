@@ -1,6 +1,5 @@
 # Tested in files of other names:
 # dtensors: ../test_rankfiles: by the files of ranks
 # inert: test_opcodes: what the opcodes make
-# machine: test_opcodes, ../test_hostile: by the pickles it runs
 # numpy_arrays: ../test_entries: by the arrays among the entries
 # values: ../test_entries: by the values among the entries
