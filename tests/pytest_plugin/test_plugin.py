@@ -406,11 +406,11 @@ def test_parametrized_tests_and_classes_have_goldens_of_their_own(project: Proje
     run = project.run()
     steps = [line for line in run.outlines if "if this change is intended:" in line]
     assert len(steps) == 5
-    for number, step in enumerate(steps, 1):
+    for step in steps:
         accepted = project.follow(step.partition(":  ")[2])
         accepted.assert_outcomes(passed=1)
         assert summary(accepted) == "1 updated"
-        project.run().assert_outcomes(passed=number, failed=5 - number)
+    assert summary(project.run()) == "5 verified"
 
 
 def test_every_call_without_a_name_has_a_golden_of_its_own(project: Project) -> None:
@@ -591,17 +591,15 @@ def test_workers_create_verify_and_update_goldens_of_their_own_and_one_that_they
     run.assert_outcomes(passed=6)
     assert summary(run) == "7 created"
     project.save(2.0)
-    run = project.run("-n", "1")
-    run.assert_outcomes(failed=6)
-    assert failure(run)[0].startswith("FAIL different  golden/shared.safetensors")
     run = project.run("-n", "2", "--golden-mode=update", "--golden-reason=why")
     run.assert_outcomes(passed=6)
     assert summary(run) == "7 updated"
     for path in project.goldens:
         assert [update.reason for update in project.golden(path).history] == ["why"]
-    run = project.run()
-    run.assert_outcomes(passed=6)
-    assert summary(run) == "7 verified"
+    project.save(3.0)
+    run = project.run("-n", "1")
+    run.assert_outcomes(failed=6)
+    assert failure(run)[0].startswith("FAIL different  golden/shared.safetensors")
 
 
 # What is left over.
@@ -666,7 +664,6 @@ def test_a_whole_run_tells_which_goldens_are_unused(
         ["test_it.py"],
         ["test_it.py::test_net"],
         ["-k", "test_net"],
-        ["-n", "1", "-k", "test_net"],
         ["-m", "not slow", "-k", "not other"],
         ["--deselect", "test_it.py::test_other"],
         ["--ignore", "test_else.py"],
