@@ -33,6 +33,5 @@ def inputs(model: str, output: Path, overwrite: bool, **options: Any) -> None:
     written = api.write_inputs(model, output, live=live_of(options), overwrite=overwrite)
     names = ", ".join(f"{name} {list(shape)}" for name, shape in written.items())
     click.echo(escaped(f"wrote {output}: {names}"))
-    is_file = Path(model).exists()
-    record = f"harness record {quoted(model if is_file else 'CKPT')} --outputs"
-    click.echo(f"next: {record} --inputs {quoted(str(output))}")
+    which = quoted(model) if Path(model).exists() else f"CKPT --model {quoted(model)}"
+    click.echo(f"next: harness record {which} --outputs --inputs {quoted(str(output))}")
