@@ -51,10 +51,10 @@ def test_inputs_are_named_by_forward_and_run_the_model(
     assert run.out.startswith(f"wrote {file}: ")
     assert set(load_file(file)) == {"x", "mask"}
     torch.save(Scaled().state_dict(), tmp_path / "scaled.pt")
-    asked = ("-g", tmp_path / "golden.safetensors", "--model", target)
+    file, golden = tmp_path / "scaled.pt", ("-g", tmp_path / "golden.safetensors")
     next_step = run.out.split("next: harness record CKPT ")[1].split()
-    assert harness("record", tmp_path / "scaled.pt", *asked, *next_step).code == 0
-    assert harness("verify", tmp_path / "scaled.pt", *asked, "--outputs").code == 0
+    assert harness("record", file, *golden, *next_step).code == 0
+    assert harness("verify", file, *golden, "--model", target, "--outputs").code == 0
 
 
 def test_a_checkpoint_s_model_is_asked_and_a_file_is_not_replaced_unasked(
