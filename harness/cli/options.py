@@ -188,7 +188,7 @@ _POLICY = [
         callback=_key_map,
         metavar="OLD=NEW",
         help="The expected key OLD is now NEW. A prefix ends in a dot; * matches the same text on "
-        "both sides. Repeatable.",
+        "both sides, {1..3} on one the numbers in the same place on the other. Repeatable.",
     ),
     _compared(
         "--map-file",

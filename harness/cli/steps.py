@@ -17,6 +17,8 @@ def as_options(policy: Mapping[str, Any]) -> list[str]:
         options += ["--map", f"{old}={new}"]
     if "strip_prefix" in policy:
         options += ["--strip-prefix", policy["strip_prefix"]]
+    for glob in policy.get("ignore", ()):
+        options += ["--ignore", glob]
     if "accept" in policy:
         options += ["--accept", ",".join(dict.fromkeys(policy["accept"]))]
     if policy.get("check_dtype") is False:
@@ -30,6 +32,7 @@ def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
     for what, policy in () if comparison.count("damaged") else ways_past(comparison):
         again = without(command, ["--strip-prefix"]) if "strip_prefix" in policy else command
         again = without(again, ["--accept"]) if "accept" in policy else again
+        again = without(again, ["--ignore"]) if "ignore" in policy else again
         again = without(again, ["--map", "--map-file"]) if "key_map" in policy else again
         options = command_line(as_options(policy))
         lines.append(f"to {what}:  {with_options(again, options)}")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 from itertools import takewhile
 from typing import NamedTuple
 
-from harness.comparison.mapping import makes_any, names_any
+from harness.comparison.mapping import changed_prefix, makes_any, names_any
 from harness.comparison.policy import Policy, PolicyOfStages, fits
 from harness.errors import UsageError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
@@ -84,11 +84,21 @@ def match(expected: Fingerprint, actual: Fingerprint, policy: Policy) -> Matchin
     _check_globs(policy, expected, actual)
     theirs = _stripped(policy, expected, actual)
     _check_map(policy, expected, theirs)
-    named = {policy.renamed(key): tensor for key, tensor in expected.tensors.items()}
-    kept = {k: t for k, t in named.items() if not policy.ignores(t.key) and not policy.ignores(k)}
-    ignored = named.keys() - kept
-    found = {k: t for k, t in theirs.items() if not policy.ignores(k) and k not in ignored}
-    if ignored and not kept and not found:
+    named = new_names(policy, expected.tensors)
+    stays = [
+        (key, name)
+        for key, name in named.items()
+        if not is_ignored(policy, key, name, expected.tensors, theirs)
+    ]
+    # What is under the name of another one, which it makes room for, is in no file.
+    kept = {name: expected.tensors[key] for key, name in stays if name is not None}
+    gone = {key: expected.tensors[key] for key, name in stays if name is None}
+    taken = {*named.values()} - kept.keys()
+    found = {
+        k: t for k, t in theirs.items() if k in kept or (k not in taken and not policy.ignores(k))
+    }
+    num_ignored = len(named) - len(stays) + len(theirs.keys() - found.keys() - taken)
+    if num_ignored and not stays and not found:
         raise UsageError(
             f"--ignore {' --ignore '.join(policy.ignore)}: ignores every key of {expected.name}",
             hint="ignore fewer keys: a comparison of nothing always passes",
@@ -103,18 +113,44 @@ def match(expected: Fingerprint, actual: Fingerprint, policy: Policy) -> Matchin
     ]
     prefixed, prefix = _find_prefix(missing, unexpected)
     pairs += [Pair(missing.pop(a), unexpected.pop(b)) for a, b in prefixed]
-    renamed = [
-        Pair(missing.pop(a), unexpected.pop(b)) for a, b in _find_renamed(missing, unexpected)
-    ]
+    alone = {tensor.key: tensor for tensor in missing.values()} | gone
+    renamed = [Pair(alone.pop(a), unexpected.pop(b)) for a, b in _find_renamed(alone, unexpected)]
     return Matching(
         pairs=tuple(pairs),
         prefix=prefix,
         renamed=tuple(renamed),
-        missing=tuple(missing.values()),
+        missing=tuple(tensor for key, tensor in expected.tensors.items() if key in alone),
         unexpected=tuple(unexpected.values()),
         tied=tuple(tied),
-        num_ignored=len(ignored | (theirs.keys() - found.keys())),
+        num_ignored=num_ignored,
     )
+
+
+def new_names(policy: Policy, keys: Iterable[str]) -> dict[str, str | None]:
+    """The name that each of a golden's keys has now; None where another one is mapped to its own.
+
+    So the first of several layers is gone where the second is mapped to its number.
+    """
+    found = {key: policy.new_name(key) for key in keys}
+    taken = {*found.values()}
+    return {key: name if name is not None or key in taken else key for key, name in found.items()}
+
+
+def is_ignored(
+    policy: Policy, key: str, name: str | None, ours: Container[str], theirs: Container[str]
+) -> bool:
+    """Whether a policy leaves out what has one `key` in the golden and a new `name` now.
+
+    A glob may be of either, but for names that are of two things, as of layers that are shifted:
+    then it must be of both.
+    """
+    for glob in policy.ignore:
+        is_old, is_new = (n is not None and fits(glob, [n]) for n in (key, name))
+        if (is_old and (is_new or name is None or key not in theirs)) or (
+            is_new and name not in ours
+        ):
+            return True
+    return False
 
 
 def _pop_tied(
@@ -183,11 +219,15 @@ def _check_map(
                 f"--map {old}={new}: no effect: an earlier map renames all keys that it matches",
                 hint="put it first, or leave it out: the first map that matches a key counts",
             )
-    targets = Counter(policy.renamed(key) for key in keys)
-    for key, count in targets.items():
-        if count > 1:
+    sources: dict[str, list[str]] = defaultdict(list)
+    for key in keys:
+        sources[policy.renamed(key)].append(key)
+    for key, some in sources.items():
+        # What has a number that another one gets is gone: see `new_names`.
+        is_shifted = len(some) == 2 and key in some and len({*map(skeleton, some)}) == 1
+        if len(some) > 1 and not is_shifted:
             raise UsageError(
-                f"--map: {count} keys of {expected.name} would become {key}",
+                f"--map: {len(some)} keys of {expected.name} would become {key}",
                 hint="give the map of each key, in place of that of a prefix",
             )
 
@@ -242,7 +282,7 @@ def _most_alike(name: str, keys: Sequence[str]) -> str:
     plain = name.rstrip("*")
     candidates = list(keys)
     if plain.endswith("."):
-        candidates = list(dict.fromkeys(prefix for key in keys for prefix in _prefixes(key)))
+        candidates = list(dict.fromkeys(prefix for key in keys for prefix in prefixes_of(key)))
     if len(candidates) > _MAX_COMPARED:  # each takes a tenth of a millisecond
         candidates = nlargest(_MAX_COMPARED, candidates, key=lambda one: _num_alike(plain, one))
     close = get_close_matches(plain, candidates, 1)
@@ -264,9 +304,11 @@ def _find_prefix(
     """Find one change of prefix that explains most of the missing and unexpected keys."""
     votes: Counter[tuple[str, str]] = Counter()  # (expected prefix, actual prefix)
     for key in unexpected:
-        votes.update(("", prefix) for prefix in _prefixes(key) if key[len(prefix) :] in missing)
+        votes.update(("", start) for start in prefixes_of(key) if key[len(start) :] in missing)
     for key in missing:
-        votes.update((prefix, "") for prefix in _prefixes(key) if key[len(prefix) :] in unexpected)
+        votes.update(
+            (prefix, "") for prefix in prefixes_of(key) if key[len(prefix) :] in unexpected
+        )
     plain = {_unwrapped(key): key for key in missing}
     wrapped = {plain.get(_unwrapped(key), ""): key for key in unexpected}
     wrapped.pop("", None)
@@ -295,7 +337,8 @@ def _find_prefix(
     return [], None
 
 
-def _prefixes(key: str) -> Iterator[str]:
+def prefixes_of(key: str) -> Iterator[str]:
+    """The starts of a key, up to each of its dots."""
     position = key.find(".", 0, _MAX_PREFIX)
     while 0 <= position < len(key) - 1:
         yield key[: position + 1]
@@ -316,27 +359,53 @@ def _find_renamed(
 ) -> list[tuple[str, str]]:
     """Pair missing and unexpected keys of equal digest; among equals, the most alike names.
 
-    First those of the same numbers: the scales of all layers may be equal.
+    The scales of all layers may be equal: what only one key can be comes first, and those that
+    changed as these did are next. Then come those of the same numbers.
     """
-    found: dict[str, str] = {}
-    for numbers in (_NUMBER.findall, lambda _: None):
-        taken = set(found.values())
-        alike: dict[tuple[bytes, str, str], list[str]] = defaultdict(list)
-        for key, tensor in unexpected.items():
-            if tensor.digest is not None and key not in taken:
-                alike[tensor.digest, str(numbers(key)), _own_name(tensor)].append(key)
-        for key, tensor in missing.items():
-            candidates = alike.get((tensor.digest or b"", str(numbers(key)), _own_name(tensor)))
-            if candidates and key not in found:
-                first = candidates[:_MAX_ALIKE]
-                found[key] = max(first, key=lambda other: _likeness(key, other))
-                candidates.remove(found[key])
+    groups: dict[tuple[bytes, str], tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for place, side in enumerate((missing, unexpected)):
+        for key, tensor in side.items():
+            if tensor.digest is not None:
+                groups[tensor.digest, _own_name(tensor)][place].append(key)
+    both = [sides for sides in groups.values() if all(sides)]
+    found = {ours[0]: theirs[0] for ours, theirs in both if len(ours) == len(theirs) == 1}
+    prefixes = dict(changed_prefix(*pair) for pair in found.items())
+    for ours, theirs in both:
+        _pair_alike(ours, theirs, prefixes, found)
     return [(key, found[key]) for key in missing if key in found]
+
+
+def _pair_alike(
+    ours: Sequence[str], theirs: Sequence[str], prefixes: Mapping[str, str], found: dict[str, str]
+) -> None:
+    """Pair keys of one digest: by what became of the prefixes beside them, then by numbers."""
+    free = dict.fromkeys(theirs)
+    for key in ours:
+        starts = reversed([key, *prefixes_of(key)]) if len(ours) > 1 else ()
+        new = next((prefixes[s] + key[len(s) :] for s in starts if s in prefixes), None)
+        if new in free:
+            found[key] = new
+            del free[new]
+    for numbers in (_NUMBER.findall, lambda _: None):
+        by_numbers: dict[str, list[str]] = defaultdict(list)
+        for key in free:
+            by_numbers[str(numbers(key))].append(key)
+        for key in ours:
+            candidates = by_numbers[str(numbers(key))][:_MAX_ALIKE]
+            if candidates and key not in found:
+                found[key] = max(candidates, key=lambda other: _likeness(key, other))
+                by_numbers[str(numbers(key))].remove(found[key])
+                del free[found[key]]
 
 
 def _own_name(tensor: TensorFingerprint) -> str:
     """What a value must be called to be the same: many are 0, or True."""
     return tensor.key.rpartition(".")[2] if tensor.dtype.is_value else ""
+
+
+def skeleton(key: str) -> str:
+    """A key without its numbers."""
+    return _NUMBER.sub("#", key)
 
 
 def _likeness(one: str, other: str) -> int:

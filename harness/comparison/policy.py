@@ -6,16 +6,21 @@ their order. Refused (UsageError): tolerances that are none.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from numbers import Real
 from types import NoneType
-from typing import Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from harness.comparison.cause import ACCEPTABLE, CASTS
 from harness.comparison.mapping import check_pair, makes_any, mapped, names_any
 from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from harness.fingerprints.fingerprint import TensorFingerprint
+
+    Prints: TypeAlias = Mapping[str, TensorFingerprint]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,10 +79,11 @@ class Policy:
 
     `ignore` and `tolerances` take globs over the golden's keys (the checkpoint's, for unexpected
     ones); of several tolerances that fit, the last wins. `key_map` renames the golden's keys, or
-    prefixes that end in a dot; a `*` stands for the same text on both sides. `strip_prefix` is
-    taken off the checkpoint's keys. Where `atol` or `rtol` is None, it is what the golden recorded.
-    `accept` names proved causes that pass: renamed, moved, reshaped, transposed, joined, order,
-    rows, rounded; `cast` is a dtype to which values may be rounded. Tensors that fit a glob of
+    prefixes that end in a dot; a `*` stands for the same text on both sides, `{1..3}` for the
+    numbers in its place on the other (`harness.comparison.mapping`). `strip_prefix` is taken off
+    the checkpoint's keys. Where `atol` or `rtol` is None, it is what the golden recorded. `accept`
+    names proved causes that pass: renamed, moved, reshaped, transposed, joined, order, rows,
+    rounded; `cast` is a dtype to which values may be rounded. Tensors that fit a glob of
     `must_change` have to differ, and may.
 
     Lists, and the mappings {OLD: NEW} and {GLOB: (ATOL, RTOL)}, become tuples. Raises UsageError.
@@ -189,8 +195,13 @@ class Policy:
 
     def renamed(self, key: str) -> str:
         """The name under which the checkpoint should have a golden's key."""
-        found = self.map_of(key)
-        return key if found is None else mapped(found, key) or ""
+        found = self.new_name(key)
+        return key if found is None else found
+
+    def new_name(self, key: str) -> str | None:
+        """The name that the first of `key_map` that fits gives to a golden's key, if any does."""
+        names = (mapped(pair, key) for pair in self.key_map)
+        return next((name for name in names if name is not None), None)
 
     def map_of(self, key: str) -> tuple[str, str] | None:
         """The one of `key_map` that renames a golden's key: the first that fits."""
@@ -209,14 +220,12 @@ class Policy:
             must_change=tuple(glob for glob in self.must_change if is_here(glob)),
         )
 
-    def fitting(self, expected: Collection[str], actual: Collection[str]) -> Policy:
+    def fitting(self, expected: Prints, actual: Prints) -> Policy:
         """Leave out the maps, the prefix and the globs that fit nothing of a stage's two sides."""
         prefix = self.strip_prefix
         strips = any(key.startswith(prefix) for key in actual)
-        there = {key.removeprefix(prefix) for key in actual} if strips else set(actual)
+        there = {k.removeprefix(prefix): t for k, t in actual.items()} if strips else actual
         either = {*expected, *there}
-        # Nothing is renamed yet, whatever indices that are shifted would fit by chance.
-        is_as_it_was = there.issuperset(expected)
         return replace(
             self,
             ignore=tuple(glob for glob in self.ignore if fits(glob, either)),
@@ -226,9 +235,21 @@ class Policy:
             key_map=tuple(
                 pair
                 for pair in self.key_map
-                if names_any(pair[0], expected) and makes_any(pair, there) and not is_as_it_was
-            ),
+                if names_any(pair[0], expected) and makes_any(pair, there)
+            )
+            if self._is_renamed(expected, there)
+            else (),
         )
+
+    def _is_renamed(self, expected: Prints, actual: Prints) -> bool:
+        """Whether a stage has the new names, which may be old ones: indices that are shifted."""
+
+        def num_equal(name: Callable[[str], str]) -> int:
+            pairs = ((tensor, actual.get(name(key))) for key, tensor in expected.items())
+            return sum(1 for a, b in pairs if b and a.digest and a.digest == b.digest)
+
+        now, before = num_equal(self.renamed), num_equal(str)
+        return now > before or (now == before and not actual.keys() >= expected.keys())
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -248,12 +269,24 @@ class PolicyOfStages:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self._used: set[str] = set()
+        self._shifted: tuple[tuple[str, str], ...] = ()
 
-    def at(self, expected: Collection[str], actual: Collection[str]) -> Policy:
+    def at(self, expected: Prints, actual: Prints) -> Policy:
         """What fits a stage's two sides."""
         here = self.policy.fitting(expected, actual)
         self.use(here)
+        left = (pair for pair in self.policy.key_map if pair not in here.key_map)
+        self._shifted = tuple(m for m in left if names_any(m[0], expected))
         return here
+
+    @property
+    def of_modules(self) -> Policy:
+        """For the names of modules: without what renames weights, but not those of the last stage.
+
+        Names that are there under both may be layers that were shifted, or not.
+        """
+        maps = tuple(pair for pair in self.policy.key_map if pair not in self._shifted)
+        return replace(self.policy, key_map=maps)
 
     def use(self, policy: Policy) -> None:
         """Count what a stage made use of."""

@@ -20,6 +20,7 @@ from harness.comparison.comparison import Comparison
 from harness.comparison.difference import Difference
 from harness.comparison.findings import Divergence
 from harness.comparison.mapping import mapped
+from harness.comparison.matching import is_ignored
 from harness.comparison.policy import Policy, Tolerance, fits
 from harness.errors import UsageError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
@@ -53,9 +54,6 @@ class Selection:
                 hint=f"one of {', '.join(get_args(Activations))}",
             )
 
-    def ignores(self, key: str) -> bool:
-        return any(fits(glob, [key]) for glob in self.ignore)
-
     def takes(self, key: str) -> bool:
         """Whether an activation must agree, unless it is ignored."""
         if self.only:
@@ -86,38 +84,41 @@ def module_of(key: str) -> str:
 
 def renamed(
     expected: Fingerprint, policy: Policy, modules: Collection[str]
-) -> tuple[Fingerprint, Policy]:
+) -> tuple[Fingerprint, Mapping[str, str], Policy]:
     """Give activations the names that the modules have now, as a policy's maps and prefix say.
 
-    Returns also what of the policy was of use. A map of a key is one of its module.
+    Returns also the former name of each, and what of the policy was of use. A map of a key is one
+    of its module. A module whose name another one got is gone.
     """
     maps = {pair: _of_module(pair) for pair in policy.key_map}
     prefix = policy.strip_prefix
     used: set[tuple[str, str]] = set()
-    wraps = False
-    paths: dict[str, str] = {}
-    for path in {module_of(key).partition("@")[0] for key in expected.tensors} - {ROOT}:
-        paths[path] = path
+    paths = dict.fromkeys(module_of(key).partition("@")[0] for key in expected.tensors)
+    now = {path: path for path in paths if path != ROOT}
+    stays = dict(now)
+    for path in now:
         fitting = ((pair, mapped(maps[pair], f"{path}.")) for pair in policy.key_map)
         pair, name = next(((p, n) for p, n in fitting if n is not None), (None, f"{path}."))
         name = name.removesuffix(".")
-        wrapped = f"{prefix}{name}"
-        if wrapped in modules and prefix:
-            name, wraps = wrapped, True
-        if name in modules:
-            paths[path] = name
-            used |= {pair} if pair is not None else set()
+        name = next((n for n in (f"{prefix}{name}", name) if n in modules), path)
+        now[path] = name or ROOT
+        if pair is not None and name in modules:
+            used.add(pair)
+            del stays[path]
+    taken = {now[path] for path in now.keys() - stays.keys()}
+    now |= {path: f"former {path}" for path in stays if now[path] in taken}
 
     def key_now(key: str) -> str:
         label, _, rest = key.partition(":")
         path, at, call = label.partition("@")
-        return f"{paths.get(path, path) or ROOT}{at}{call}:{rest}"
+        return f"{now.get(path, path)}{at}{call}:{rest}"
 
     here = Policy(
         key_map=tuple(pair for pair in policy.key_map if pair in used),
-        strip_prefix=prefix if wraps else "",
+        strip_prefix=prefix if any(n.startswith(prefix) for n in now.values()) else "",
     )
-    return _rekeyed(expected, {key: key_now(key) for key in expected.tensors}), here
+    found = _rekeyed(expected, {key: key_now(key) for key in expected.tensors})
+    return found, dict(zip(found.tensors, expected.tensors, strict=True)), here
 
 
 def _of_module(pair: tuple[str, str]) -> tuple[str, str]:
@@ -155,12 +156,14 @@ def _place(key: str) -> str:
 class WhileRunning:
     """Measures what a model computes while it does: `see` takes each call with its values.
 
-    `names` are the expected keys of what was seen: inputs and outputs that are called otherwise on
-    both sides go by their order. Memory: a `Difference` for each that differs.
+    `former` are the names that activations have in the golden; `names` are the expected keys of
+    what was seen: inputs and outputs that are called otherwise on both sides go by their order.
+    Memory: a `Difference` for each that differs.
     """
 
     expected: Fingerprint
     policy: OutputPolicy
+    former: Mapping[str, str] = field(default_factory=dict)
     seen: dict[str, Difference] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
@@ -211,13 +214,14 @@ def compare_activations(
     now = {name: key for key, name in measure.names.items()}
     expected = _rekeyed(measure.expected, {k: now.get(k, k) for k in measure.expected.tensors})
     keys = list(dict.fromkeys([*expected.tensors, *actual.tensors]))
-    _check_selection(selection, keys)
+    ignored = _ignored(measure, selection.ignore, expected, actual)
+    _check_selection(selection, keys, ignored)
     strict = selection.activations == "all"
     both = {
         key
         for key in keys
         if (strict or is_final(key) or (key in expected.tensors and key in actual.tensors))
-        and not selection.ignores(key)
+        and key not in ignored
     }
     policy = measure.policy
 
@@ -229,7 +233,7 @@ def compare_activations(
     findings = [f for f in compared.findings if f.key in selected]
     passed_over = [] if strict else [f for f in findings if _is_input(f.key) and f.fails]
     findings = [f for f in findings if f not in passed_over]
-    alone = [key for key in keys if key not in both and not selection.ignores(key)]
+    alone = [key for key in keys if key not in both and key not in ignored]
     notes = compared.notes
     if not strict and selection.activations != "final":
         notes = (*notes, *_structure(expected, actual, [k for k in alone if selection.takes(k)]))
@@ -262,7 +266,20 @@ def is_output(key: str) -> bool:
     return key.partition(":")[2].partition(".")[0] == "out"
 
 
-def _check_selection(selection: Selection, keys: Sequence[str]) -> None:
+def _ignored(
+    measure: WhileRunning, globs: Sequence[str], expected: Fingerprint, actual: Fingerprint
+) -> set[str]:
+    """The activations that globs leave out, by their names now or in the golden."""
+    policy, ours = Policy(ignore=tuple(globs)), set(measure.former.values())
+    former = {key: measure.former.get(measure.names.get(key, key), key) for key in expected.tensors}
+    return {
+        key
+        for key in (*expected.tensors, *actual.tensors)
+        if is_ignored(policy, former.get(key, key), key, ours, actual.tensors)
+    }
+
+
+def _check_selection(selection: Selection, keys: Sequence[str], ignored: set[str]) -> None:
     for glob in selection.only:
         if not fits(glob, keys):
             longer = f"*{glob.strip('*')}*"
@@ -272,7 +289,7 @@ def _check_selection(selection: Selection, keys: Sequence[str]) -> None:
                 if fits(longer, keys)
                 else f"names look like {', '.join(keys[-2:]) or 'nothing: it computes none'}",
             )
-    taken = [key for key in keys if selection.takes(key) and not selection.ignores(key)]
+    taken = [key for key in keys if selection.takes(key) and key not in ignored]
     if keys and not (taken if selection.activations == "all" else any(map(is_output, taken))):
         raise UsageError(
             "--only and --ignore leave no output to compare",

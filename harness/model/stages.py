@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -194,19 +195,19 @@ class _Live:
     def compare_load(self, module: nn.Module) -> Comparison:
         """The state after loading; what two loads leave different was never written."""
         found = self._compare_state(module, "load")
-        suspects = {f.key for f in found.findings if f.kind in ("different", "unexpected")}
-        if suspects:
-            section = self.checkpoint.section
+        if any(f.kind in ("different", "unexpected") for f in found.findings):
+            section, now = self.checkpoint.section, found.actual.tensors
             other = self._print(self.loader.load(self.path, seed=_SECOND_SEED, section=section))
             unwritten = {
-                key
-                for key in suspects & set(other.tensors)
-                if other.tensors[key].digest != found.actual.tensors[key].digest
+                k for k, t in other.tensors.items() if k in now and t.digest != now[k].digest
             }
             found = replace(
                 found,
                 findings=tuple(
-                    replace(f, kind="unwritten") if f.key in unwritten else f
+                    replace(f, kind="unwritten")
+                    if f.kind in ("different", "unexpected")
+                    and (f.actual_key or f.key) in unwritten
+                    else f
                     for f in found.findings
                 ),
             )
@@ -297,7 +298,10 @@ class _Live:
         """The parameters that were recorded, by the names that they have in this model."""
         if self.expected.live is None:
             return ()
-        policy, names = self.policy.policy, dict(module.named_parameters(remove_duplicate=False))
+        policy, names = (
+            self.policy.of_modules,
+            dict(module.named_parameters(remove_duplicate=False)),
+        )
 
         def now(name: str) -> str:
             new = policy.renamed(name)
@@ -417,10 +421,13 @@ def _compare_outputs(
             found, name=f"the {'re' if model is again else ''}loaded {type(model).__name__}"
         )
 
-    def beside(ours: Fingerprint, model: nn.Module) -> Comparison:
-        measure = WhileRunning(expected=ours, policy=output_policy(options, ours, policy))
+    def beside(
+        ours: Fingerprint, model: nn.Module, former: Mapping[str, str] = MappingProxyType({})
+    ) -> Comparison:
+        allowed = output_policy(options, ours, policy)
+        measure = WhileRunning(expected=ours, policy=allowed, former=former)
         theirs = computed(model, measure)
-        keys = {*ours.tensors, *theirs.tensors}
+        keys = {*ours.tensors, *theirs.tensors, *former.values()}
         ignore = tuple(glob for glob in policy.ignore if fits(glob, keys))
         asked.use(Policy(ignore=ignore))
         return compare_activations(measure, theirs, replace(selection_of(options), ignore=ignore))
@@ -434,13 +441,14 @@ def _compare_outputs(
             hint="the same command with --update-golden records them",
         )
     modules = {name for name, _ in module.named_modules()}
-    recorded, used = renamed(replace(recorded, name=expected.weights.name), policy, modules)
+    recorded = replace(recorded, name=expected.weights.name)
+    recorded, former, used = renamed(recorded, asked.of_modules, modules)
     asked.use(used)
-    compared = beside(recorded, module)
+    compared = beside(recorded, module, former)
     if not is_same:
         return compared
     # Of two that part from the golden, what they agree on can be recorded.
-    other = beside(recorded if compared.ok else compared.actual, again)
+    other = beside(recorded, again, former) if compared.ok else beside(compared.actual, again)
     return compared if other.ok else _of_reload(other, _DRAWN)
 
 

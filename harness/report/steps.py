@@ -6,7 +6,6 @@ of the command line (`as_options`), and as whole lines for the end of a report (
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from harness.comparison.comparison import Comparison
 from harness.comparison.findings import Finding
 from harness.comparison.mapping import changed_prefix
 from harness.comparison.matching import match
+from harness.comparison.renaming import renaming
 from harness.errors import UsageError
 
 _FIX_THE_CODE = (
@@ -24,10 +24,7 @@ _FIX_THE_CODE = (
 )
 _CHANGE_THEM = "what --must-change names did not change: change it, or leave out --must-change"
 _GET_IT_AGAIN = "bytes of the checkpoint changed since they were saved: get the file again"
-_MAX_MAPPED = 12  # more make a command that nobody pastes
 _MAX_TRIED = 1000  # new names that the first missing one might have
-# A part of a key that is a number, in front of another part.
-_NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 
 
 def advice(comparison: Comparison) -> str | None:
@@ -45,7 +42,7 @@ def converted(comparison: Comparison) -> Mapping[str, Any] | None:
     """The policy under which a checkpoint with new names verifies, where the old does not load."""
     if not comparison.is_unloaded:
         return None
-    new_names = _new_names([f for f in comparison.findings if f.fails], comparison)
+    new_names = renaming(comparison)
     return None if new_names is None else new_names[1]
 
 
@@ -71,7 +68,7 @@ def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]
     failing = [finding for finding in comparison.findings if finding.fails]
     kinds = {finding.kind for finding in failing}
     policy = comparison.policy
-    new_names = _new_names(failing, comparison)
+    new_names = renaming(comparison)
     if new_names is not None:
         yield new_names
     for finding in failing if new_names is None else ():
@@ -85,79 +82,15 @@ def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]
     if new_names is not None and kinds == {"renamed"}:
         return
     # The new names are there already, in a form that says which.
-    words = [w for w in words_to_accept(comparison) if new_names is None or w != "renamed"]
+    words = words_to_accept(comparison)
+    if new_names is not None:
+        words = tuple(word for word in words if word not in ("renamed", "moved"))
     if words and all(f.kind != "prefix" for f in failing):
         yield f"accept {', '.join(words)}", {"accept": (*policy.accept, *words)}
     if kinds == {"missing", "unexpected"}:
         moved = None if policy.key_map else _moved(failing, comparison)
         if moved is not None:
             yield "accept the new names, if they are renamed", {"key_map": (moved,)}
-
-
-def _new_names(
-    failing: Sequence[Finding], comparison: Comparison
-) -> tuple[str, Mapping[str, Any]] | None:
-    """The maps, and with them the prefix, under which all that is renamed has its new name."""
-    policy = comparison.policy
-    renamed = [
-        finding
-        for finding in failing
-        if finding.kind == "renamed"
-        and finding.actual in (None, finding.actual_key)
-        and all(cause.accept in (("renamed",), ()) for cause in finding.causes[:1])
-    ]
-    prefix = next((f.key for f in failing if f.kind == "prefix" and f.expected == "no prefix"), "")
-    strip = policy.strip_prefix + prefix
-    key_map = _key_map(renamed, comparison, strip)
-    if not key_map:
-        return None
-    fields: dict[str, Any] = {"key_map": (*policy.key_map, *key_map)}
-    if prefix:
-        fields["strip_prefix"] = strip
-    names = "names" if len(renamed) > 1 else "name"
-    if any(not cause.accept for finding in renamed for cause in finding.causes[:1]):
-        return f"compare the values under the new {names}", fields
-    return f"accept the new {names}", fields
-
-
-def _key_map(
-    renamed: Sequence[Finding], comparison: Comparison, strip: str
-) -> tuple[tuple[str, str], ...]:
-    """What makes the old keys the new ones: globs, prefixes, else the keys; () where nothing does.
-
-    Of what is missing it may make what is unexpected: it moved, and has other values.
-    """
-    pairs = {f.key: (f.actual_key or "").removeprefix(strip) for f in renamed}
-    if any(old == new or set("=*") & {*old, *new} for old, new in pairs.items()):
-        return ()  # no map can say it, or one did not fit
-    missing = {f.key for f in comparison.findings if f.kind == "missing"}
-    there = {f.key.removeprefix(strip) for f in comparison.findings if f.kind == "unexpected"}
-    before = comparison.policy
-    prefixes = [changed_prefix(*pair) for pair in pairs.items()]
-    shorter = [some for some in ([*map(_as_glob, prefixes)], prefixes) if len({*some}) < len(pairs)]
-    for candidates in (*shorter, pairs.items()):
-        # The longest prefix first, for the first that fits counts.
-        unique = sorted(
-            dict.fromkeys(candidates), key=lambda pair: -len(pair[0]) * pair[0].endswith(".")
-        )
-        if len(unique) > _MAX_MAPPED:
-            continue
-        policy = replace(before, key_map=(*before.key_map, *unique))
-        if all(
-            policy.renamed(key) == (pairs.get(key) or before.renamed(key))
-            or (key in missing and policy.renamed(key) in there)
-            for key in comparison.expected.tensors
-        ):
-            return tuple(unique)
-    return ()
-
-
-def _as_glob(pair: tuple[str, str]) -> tuple[str, str]:
-    """A pair of prefixes with a `*` for each of its numbers, where both have the same ones."""
-    old, new = pair
-    if _NUMBER.findall(old) != _NUMBER.findall(new):
-        return pair
-    return _NUMBER.sub("*", old), _NUMBER.sub("*", new)
 
 
 def _moved(findings: Sequence[Finding], comparison: Comparison) -> tuple[str, str] | None:

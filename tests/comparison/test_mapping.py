@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from harness.comparison.mapping import makes_any, mapped, names_any, read_map
 from harness.comparison.policy import Policy, PolicyOfStages
 from harness.errors import UsageError
+from harness.fingerprints.fingerprint import TensorFingerprint
 from tests.catalogue import Compared, state
+from tests.report_html.results import filled
 
 part = st.from_regex(r"[a-z0-9_\[\]+^$()]{1,4}", fullmatch=True)
 
@@ -27,6 +29,12 @@ part = st.from_regex(r"[a-z0-9_\[\]+^$()]{1,4}", fullmatch=True)
         (("*.gamma", "*.weight"), "a.norm.gamma.x", None),
         (("a.*.b.*.", "*.c.*."), "a.1.b.2.w", "1.c.2.w"),
         (("a.*.", "b.*."), "a..c", None),
+        (("a.{1..3}.", "a.{0..2}."), "a.2.b.1.w", "a.1.b.1.w"),
+        (("a.{1..3}.", "a.{0..2}."), "a.0.w", None),
+        (("a.{1,2}", "a.{3,4}"), "a.12", None),
+        (("a{9,1}.*.", "b{3..2}.*."), "a1.x.w", "b2.x.w"),
+        (("*.a.{7..5,1}.", "*.b.{0..3}."), "x.a.5.w", "x.b.2.w"),
+        (("a.{q}.", "b.{q}."), "a.{q}.w", "b.{q}.w"),
     ],
 )
 def test_a_pair_renames_what_it_fits(pair: tuple[str, str], key: str, expected: str | None) -> None:
@@ -47,9 +55,16 @@ def test_a_star_stands_for_the_same_text_whatever_that_is(
     assert not makes_any((old, new), [f"old.{key}"])
 
 
-def test_stars_must_be_on_both_sides() -> None:
+def test_stars_and_numbers_must_be_on_both_sides() -> None:
     with pytest.raises(UsageError, match="one has 1, the other 0"):
         Policy(key_map=(("a.*.", "b."),))
+    for pair in (
+        ("a.{1,2}.", "a.{1}."),
+        ("{1..9999999}.", "{1..9999999}."),
+        ("*.{1,2}", "{1,2}.*"),
+    ):
+        with pytest.raises(UsageError, match="numbers"):
+            Policy(key_map=(pair,))
 
 
 def test_a_file_holds_a_pair_in_each_line(tmp_path: Path) -> None:
@@ -69,6 +84,21 @@ def test_globs_are_maps_of_a_comparison(compared: Compared) -> None:
     assert compared(actual, policy).verdict == "identical"
 
 
+def of(*keys: str) -> dict[str, TensorFingerprint]:
+    return {key: filled(key, float(number), 2) for number, key in enumerate(keys)}
+
+
+def test_indices_that_are_shifted_are_renamed_where_the_weights_are() -> None:
+    """The same keys may be as they were, or each another one's."""
+    before, (a, b) = of("l.0.w", "l.1.w"), of("l.0.w", "l.1.w").values()
+    stages = PolicyOfStages(Policy(key_map=(("l.{0,1}.", "l.{1,0}."), ("act.", "gelu."))))
+    assert stages.at(before, before).key_map == ()
+    assert stages.of_modules.key_map == (("act.", "gelu."),)
+    after = {"l.0.w": b, "l.1.w": a}
+    assert stages.at(before, after).key_map == (("l.{0,1}.", "l.{1,0}."),)
+    assert stages.of_modules == stages.policy
+
+
 def test_each_stage_takes_what_fits_it_and_the_rest_is_known() -> None:
     asked = Policy(
         key_map=(("a.", "b."), ("a.", "c.")),
@@ -77,10 +107,10 @@ def test_each_stage_takes_what_fits_it_and_the_rest_is_known() -> None:
         tolerances=(("a.*", 1.0, None),),
     )
     stages = PolicyOfStages(asked)
-    here = stages.at({"a.w", "x"}, {"a.w", "x"})
+    here = stages.at(of("a.w", "x"), of("a.w", "x"))
     assert here == Policy(ignore=("x",), tolerances=asked.tolerances)
     assert stages.note(here) == (
         "no effect at this stage: --ignore y, --map a.=b., --map a.=c. and 1 more",
     )
-    assert stages.at({"a.w"}, {"module.b.w"}).key_map == (("a.", "b."),)
+    assert stages.at(of("a.w"), of("module.b.w")).key_map == (("a.", "b."),)
     assert stages.unused == Policy(key_map=(("a.", "c."),), ignore=("y",))

@@ -107,9 +107,10 @@ def compared(
     one: nn.Module, other: nn.Module, policy: Policy | None = None, **options: Any
 ) -> Comparison:
     live, policy = LiveOptions(**options), policy or Policy()
-    expected, _ = renamed(outputs_of(one, INPUTS), policy, {n for n, _ in other.named_modules()})
+    modules = {name for name, _ in other.named_modules()}
+    expected, former, _ = renamed(outputs_of(one, INPUTS), policy, modules)
     tolerances = output_policy(live, expected, policy)
-    measure = WhileRunning(expected=expected, policy=tolerances)
+    measure = WhileRunning(expected=expected, policy=tolerances, former=former)
     actual = outputs_of(other, INPUTS, see=measure.see)
     return compare_activations(measure, actual, selection_of(live))
 

@@ -321,31 +321,61 @@ class Shifted(Old):
                     state[name] = state.pop(key)
 
 
-def test_maps_of_indices_that_are_shifted_wait_for_the_stage_that_has_them(
-    harness: Harness, recorded: Path
-) -> None:
-    maps = ("--map", "blocks.0.=blocks.1.", "--map", "blocks.1.=blocks.2.")
-    run = harness(*command("Shifted", *maps))
-    assert run.code == 0, run
-    assert run.out.count("ok identical") == 4
+class Exchanged(Old):
+    """The keys are what they were, and each block is the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._register_load_state_dict_pre_hook(self._exchange)  # type: ignore[no-untyped-call]
+        self.register_buffer("is_new", torch.ones(1))
+
+    def _exchange(self, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        if f"{prefix}is_new" not in state:
+            state[f"{prefix}is_new"] = torch.ones(1)
+            for key in [key for key in state if key.startswith(f"{prefix}blocks.0.")]:
+                other = key.replace("blocks.0.", "blocks.1.")
+                state[key], state[other] = state[other], state[key]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in reversed(self.blocks):
+            x = block(x)
+        made: Tensor = self.head(x)
+        return made
 
 
-def parallel() -> nn.Module:
-    return nn.DataParallel(Old())
+class ExchangedAndLost(Exchanged):
+    def _exchange(self, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        super()._exchange(state, prefix)
+        state["blocks.0.mlp.fc1.weight"] = torch.ones(16, 8)
 
 
-def compiled() -> Any:
-    return torch.compile(Old())
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.parametrize(("model", "prefix"), [("parallel", "module."), ("compiled", "_orig_mod.")])
-def test_what_torch_wraps_loads_and_passes_with_the_prefix_that_is_printed(
-    harness: Harness, recorded: Path, model: str, prefix: str
+@pytest.mark.parametrize(
+    ("model", "maps"),
+    [
+        ("Shifted", ("--map", "blocks.{0,1}.=blocks.{1,2}.")),
+        ("Exchanged", ("--map", "blocks.{0,1}.=blocks.{1,0}.")),
+    ],
+)
+def test_indices_that_are_shifted_pass_with_the_map_that_is_printed_where_it_is_true(
+    harness: Harness, recorded: Path, model: str, maps: tuple[str, ...]
 ) -> None:
     run = harness(*command(model))
     assert run.code == 1
-    assert f"--strip-prefix {prefix}" in run.out
-    run = harness(*command(model, "--strip-prefix", prefix))
-    assert run.code == 0, run
-    assert run.out.count("ok identical") == 4
+    [line] = [line for line in run.out.splitlines() if "to accept the new names:" in line]
+    asked = shlex.split(line.partition(":  harness ")[2])
+    assert tuple(asked) == command(model, *maps)
+    run = harness(*asked)
+    assert (run.code, run.out.count("ok identical")) == (0, 4)
+    assert "note: no effect at this stage: --map blocks" in run.out
+
+
+def test_a_wrong_weight_behind_indices_that_are_shifted_is_named(
+    harness: Harness, recorded: Path
+) -> None:
+    run = harness(*command("ExchangedAndLost"))
+    [line] = [line for line in run.out.splitlines() if "to accept the new names:" in line]
+    run = harness(*shlex.split(line.partition(":  harness ")[2]))
+    assert run.code == 1
+    assert "load: 14 identical, 1 different" in run.out
+    assert "blocks.1.mlp.fc1.weight  float32 [16, 8]" in run.out
