@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from harness import api
 from harness.model.lightning import quiet
 from tests.conftest import Harness, Run, on_terminal
+from tests.model.variants import Plain
 
 
 @pytest.fixture
@@ -31,10 +32,22 @@ def project(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def golden_of_nest(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A golden as `harness record models/nest.nemo` writes it into a project."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "models").mkdir()
+    checkpoint = shutil.copy(data / "nest_tiny.nemo", folder / "models" / "nest.nemo")
+    path = folder / "golden" / "nest.safetensors"
+    api.record(checkpoint, path)
+    return path
+
+
 @pytest.fixture
-def recorded(project: Path, harness: Harness) -> Path:
-    assert harness("record", "models/nest.nemo").code == 0
-    return project / "golden" / "nest.safetensors"
+def recorded(project: Path, golden_of_nest: Path) -> Path:
+    golden = project / "golden" / "nest.safetensors"
+    golden.parent.mkdir()
+    return Path(shutil.copy(golden_of_nest, golden))
 
 
 KEY = "encoder.layers.1.feed_forward1.linear2.weight"
@@ -233,11 +246,11 @@ def test_without_goldens_verify_says_how_to_record_one(project: Path, harness: H
 def test_of_several_goldens_each_is_reported_and_the_worst_counts(
     recorded: Path, harness: Harness, data: Path
 ) -> None:
-    shutil.copy(data / "nest_tiny_bf16.nemo", "models/half.nemo")
+    shutil.copy(data / "nest_tiny_perturbed_1e-3.nemo", "models/other.nemo")
     shutil.copy(data / "nest_tiny_gz.nemo", "models/packed.nemo")
-    assert harness("record", "models/half.nemo").code == 0
+    assert harness("record", "models/other.nemo").code == 0
     assert harness("record", "models/packed.nemo").code == 0
-    shutil.copy(data / "nest_tiny.ckpt", "models/half.nemo")
+    shutil.copy(data / "nest_tiny.ckpt", "models/other.nemo")
     run = harness("verify")
     assert run.code == 1
     assert run.out.count("ok identical") == 2
@@ -702,33 +715,37 @@ def test_a_state_dict_has_no_sections_to_choose_from(
 
 
 def test_an_update_shows_what_else_it_records_anew(
-    project: Path, harness: Harness, data: Path
+    tmp_path: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A golden of outputs, updated from a named file: the outputs are seen before."""
-    golden = Path("golden/nest.safetensors")
-    assert harness("record", "models/nest.nemo", "--outputs").code == 0
+    monkeypatch.chdir(tmp_path)
+    state = Plain().state_dict()
+    torch.save(state, "plain.pt")
+    golden = Path("golden/plain.safetensors")
+    model = ("--model", "tests.model.variants:Plain")
+    assert harness("record", "plain.pt", "--outputs", *model).code == 0
     before = golden.read_bytes()
-    run = harness("verify", "models/nest.nemo", "--update-golden")
+    run = harness("verify", "plain.pt", "--update-golden")
     assert run.code == 0
-    assert "outputs: 190 identical" in run.out
+    assert "outputs: 15 identical" in run.out
     assert run.out.endswith("is already up to date\n")
     assert golden.read_bytes() == before
 
-    shutil.copy(data / "nest_tiny_perturbed_1e-3.nemo", "models/nest.nemo")
-    run = harness("verify", "models/nest.nemo")
+    torch.save({**state, "norm.bias": state["norm.bias"] + 1}, "plain.pt")
+    run = harness("verify", "plain.pt")
     assert (
         "note: the golden also holds load, reload, outputs: add --outputs to compare them"
         in run.out
     )
-    run = harness("verify", "models/nest.nemo", "--file", "--update-golden")
+    run = harness("verify", "plain.pt", "--file", "--update-golden")
     assert run.code == 2
     assert (
         "--file cannot be combined with --update-golden: the golden also holds outputs" in run.err
     )
     assert golden.read_bytes() == before
-    run = harness("verify", "models/nest.nemo", "--update-golden", "--reason", "moved")
+    run = harness("verify", "plain.pt", "--update-golden", "--reason", "moved")
     assert run.code == 0
-    assert "FAIL different  golden/nest.safetensors  outputs:" in run.out
+    assert "FAIL different  golden/plain.safetensors  outputs:" in run.out
     assert golden.read_bytes() != before
     assert harness("verify").code == 0
 

@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from harness.nest.encoder import ConformerLayer
 from harness.nest.model import EncDecDenoiseMaskedTokenPredModel
 
 
@@ -26,45 +25,6 @@ class Loose(EncDecDenoiseMaskedTokenPredModel):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return super().restore_from(path, strict=False, **options)
-
-
-class Reinitialised(EncDecDenoiseMaskedTokenPredModel):
-    """Draws one weight anew after it was loaded."""
-
-    @classmethod
-    def restore_from(cls, path: str | Path, **options: Any) -> Self:
-        model = super().restore_from(path, **options)
-        nn.init.normal_(model.encoder.layers[0].feed_forward1.linear1.weight)
-        return model
-
-
-class WrongEpsilon(EncDecDenoiseMaskedTokenPredModel):
-    def __init__(self, cfg: Any) -> None:
-        super().__init__(cfg)
-        self.encoder.layers[1].norm_conv.eps = 1e-3
-
-
-class NoScaling(EncDecDenoiseMaskedTokenPredModel):
-    def __init__(self, cfg: Any) -> None:
-        super().__init__({**cfg, "encoder": {**cfg["encoder"], "xscaling": False}})
-
-
-class SwappedLayer(ConformerLayer):
-    """The convolution before the attention."""
-
-    def forward(self, x: Tensor, forbidden: Tensor, table: Tensor, padded: Tensor) -> Tensor:
-        x = x + self.dropout(self.feed_forward1(self.norm_feed_forward1(x))) * 0.5
-        x = x + self.dropout(self.conv(self.norm_conv(x), padded))
-        x = x + self.dropout(self.self_attn(self.norm_self_att(x), forbidden, table))
-        x = x + self.dropout(self.feed_forward2(self.norm_feed_forward2(x))) * 0.5
-        normed: Tensor = self.norm_out(x)
-        return normed
-
-
-class SwappedResiduals(EncDecDenoiseMaskedTokenPredModel):
-    def __init__(self, cfg: Any) -> None:
-        super().__init__(cfg)
-        self.encoder.layers[0].__class__ = SwappedLayer
 
 
 class Thawed(EncDecDenoiseMaskedTokenPredModel):
@@ -199,6 +159,15 @@ class OtherScale(Plain):
     def __init__(self) -> None:
         super().__init__()
         self.scale.mul_(1.5)
+
+
+class Reinitialised(Plain):
+    """Draws one weight anew after it was loaded."""
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        nn.init.normal_(self.layers[1].weight)
+        return result
 
 
 class OtherNorm(Plain):
