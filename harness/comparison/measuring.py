@@ -167,11 +167,12 @@ class AgainstGolden:
                 part(self.actual, keys),
                 keep_values=nothing,
                 block_nbytes=block_nbytes,
+                digests=False,
                 workers=self.workers,
             ).tensors
         found = {}
         for index, (expected, actual, tolerance) in triples.items():
-            detailed = details[actual.key]
+            detailed = replace(details[actual.key], digest=actual.digest)
             difference = difference_from_sketch(
                 expected,
                 detailed,

@@ -51,15 +51,16 @@ def elsewhere(
         wanted = [(exact, name) for name in own | after] + [(cast, name) for name in own]
         found = (key for index, name in wanted for key in index.get((actual.numel, name), ()))
         for key in dict.fromkeys(found):
-            if key in left and (causes := _as_one(evidence, left[key], actual, tensor)):
+            if key in left and (causes := as_one(evidence, left[key], actual, tensor)):
                 del left[key]
                 yield key, actual.key, causes
                 break
 
 
-def _as_one(
+def as_one(
     evidence: Evidence, expected: TensorFingerprint, actual: TensorFingerprint, tensor: Tensor
 ) -> tuple[Cause, ...]:
+    """Prove of two tensors under different keys that they are each other, in whatever form."""
     moved = moved_from(expected.key)
     if expected.shape == tensor.shape:
         match = recast(evidence, tensor, expected)
@@ -67,7 +68,9 @@ def _as_one(
             first, *others = match.of(moved)
             text = f"{moved.text}: {others[0].text}"
             return replace(first, text=text), *others
-    if expected.dtype == actual.dtype and not are_permutable(expected.stats, actual.stats):
+    if is_constant(expected.stats) or (
+        expected.dtype == actual.dtype and not are_permutable(expected.stats, actual.stats)
+    ):
         return ()
     causes = seen_otherwise(evidence, expected, tensor)
     if not causes:

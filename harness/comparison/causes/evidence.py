@@ -15,8 +15,7 @@ import numpy as np
 
 from harness.checkpoint.dtypes import Array, DType
 from harness.checkpoint.tensors import Checkpoint, Tensor
-from harness.comparison.causes.views import Memory, View, are_same, digest_as
-from harness.fingerprints.arithmetic import as_floats
+from harness.comparison.causes.views import Memory, View, are_same, digest_as, wide_of
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import Sketch, projection
 from harness.fingerprints.stats import Stats
@@ -63,13 +62,13 @@ class Budget:
     """
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         self._started = time.monotonic(), time.process_time()
 
     @property
     def is_over(self) -> bool:
         passed, used = time.monotonic() - self._started[0], time.process_time() - self._started[1]
-        return min(passed, max(used, passed / 4)) > self._seconds
+        return min(passed, max(used, passed / 4)) > self.seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +150,12 @@ class Evidence:
         keys = self._heads[name].get(_head_of(view), [])
         return [key for key in keys if are_same(tensors[key], view)]
 
+    def values_of(self, expected: TensorFingerprint) -> View | None:
+        """What reads an expected tensor's values: kept ones, or the reference; None: a sketch."""
+        if expected.values is not None:
+            return expected
+        return self.references.get(expected.key)
+
     def are_bytes_of(self, view: View, expected: TensorFingerprint) -> bool:
         """Whether the view's bytes are those of an expected tensor: by its digest, or all of them.
 
@@ -177,23 +182,15 @@ class Evidence:
             start = bytearray(min(view.nbytes, 16384))
             view.read_into(0, memoryview(start))
             return expected.values.startswith(start)
-        known: View | None = self.references.get(expected.key)
-        if expected.values is not None:
-            known = expected
+        known = self.values_of(expected)
         if expected.dtype.kind != "float" or (known is None and expected.sketch is None):
             return True
         numel = block_numel(expected.dtype, self.block_nbytes)
-        values = _head(view, numel)
+        values = wide_of(view, 0, numel)
         if known is not None:
-            return is_near(values, _head(known, numel), roundoff or Roundoff(0, 0))
+            return is_near(values, wide_of(known, 0, numel), roundoff or Roundoff(0, 0))
         assert expected.sketch is not None
         return begins_as(values, expected.sketch, numel, roundoff=roundoff)
-
-
-def _head(view: View, numel: int) -> Array:
-    data = np.empty(min(view.nbytes, numel * view.dtype.itemsize), "|u1")
-    view.read_into(0, data.data)
-    return as_floats(data, view.dtype)
 
 
 def _by_digest(tensors: Mapping[str, TensorFingerprint]) -> dict[bytes, list[str]]:
@@ -213,10 +210,9 @@ def _lacks(tensor: TensorFingerprint, *, sketches: bool) -> bool:
 @np.errstate(all="ignore")
 def is_near(values: Array, known: Array, roundoff: Roundoff) -> bool:
     """Whether values may be others, rounded; what is not finite is left out."""
-    one, other = (side.astype("<f8") for side in (values, known))
-    finite = np.isfinite(one) & np.isfinite(other)
-    away = np.abs(one - other)[finite]
-    return bool(np.all(away <= 2 * (roundoff.relative * np.abs(other[finite]) + roundoff.absolute)))
+    finite = np.isfinite(values) & np.isfinite(known)
+    allowed = 2 * (roundoff.relative * np.abs(known) + roundoff.absolute)
+    return bool(np.all(~finite | (np.abs(values - known) <= allowed)))
 
 
 @np.errstate(all="ignore")
@@ -224,8 +220,7 @@ def begins_as(
     values: Array, sketch: Sketch, block: int, index: int = 0, roundoff: Roundoff | None = None
 ) -> bool:
     """Whether a block's values have the golden's sketch, up to its rounding and that of a cast."""
-    wide = values.astype("<f8")
-    wide[~np.isfinite(wide)] = 0.0
+    wide = np.where(np.isfinite(values), values, 0.0)
     by = projection(block).numbers[: wide.size]
     away = np.linalg.norm(wide @ by - sketch.projections[index])
     # Rounding of the sketch is a millionth of this.

@@ -8,11 +8,13 @@ when it has taken about as long as the comparison itself, and says so.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 from harness.checkpoint.sources.paths import Location, to_path
 from harness.checkpoint.tensors import Checkpoint, Tensor
@@ -20,6 +22,7 @@ from harness.comparison.cause import Cause
 from harness.comparison.causes.accepting import accepted
 from harness.comparison.causes.adapters import Adapter, opened_adapter, sum_of
 from harness.comparison.causes.elsewhere import (
+    as_one,
     copied,
     counter,
     elsewhere,
@@ -34,9 +37,9 @@ from harness.comparison.causes.evidence import (
     is_constant,
 )
 from harness.comparison.causes.ledger import Ledger
-from harness.comparison.causes.linear import constant, linear
+from harness.comparison.causes.linear import constant, linear, linear_in_values
 from harness.comparison.causes.nearby import nearby, renamed_alike
-from harness.comparison.causes.regrouped import regrouped
+from harness.comparison.causes.regrouped import NUMBER, regrouped
 from harness.comparison.causes.rounding import may_be_cast, nearly, recast
 from harness.comparison.causes.rows import reordered, rows_changed
 from harness.comparison.causes.same_bytes import rows_kept, seen_otherwise
@@ -45,15 +48,16 @@ from harness.comparison.causes.unrelated import Correlation, correlation, sample
 from harness.comparison.causes.weight_norm import folded, other_form
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import FINDING_KINDS, Finding
-from harness.fingerprints.fingerprint import TensorFingerprint
+from harness.fingerprints.fingerprint import MAX_KEPT_NUMEL, TensorFingerprint
 from harness.streaming.workers import ALL_CORES, Workers
 
+_T = TypeVar("_T")
 _VALUED = ("different", "undecided", "close")
 _MANY, _RELATED = 4, 0.3  # tensors, and their least correlation, that are said to be trained on
 _EXPLAINED = ("missing", "unexpected", "renamed", "prefix", "shape", "dtype", *_VALUED)
-# The search ends in less time than the comparison took. A small checkpoint's is given more, so that
-# no busy machine ends it, and what was not compared is given so many bytes a second.
-_SMALL_NBYTES, _SMALL_SECONDS, _LEAST_SECONDS, _READ_RATE = 100 << 20, 10.0, 0.5, 250e6
+# The search takes no longer than a comparison that reads all: what was not read is given so many
+# bytes a second, and a small checkpoint more time, so that no busy machine ends it.
+_SMALL_NBYTES, _SMALL_SECONDS, _LEAST_SECONDS, _READ_RATE = 100 << 20, 10.0, 0.5, 1e9
 
 
 def explained(
@@ -71,7 +75,8 @@ def explained(
     `actual` is the open checkpoint; None where its side is a golden. `reference` is the expected
     side, open, where it is there: what the golden lacks is read from it. `known` is what was read
     of the actual side already, in full; the rest is read once. `adapter` may explain sums.
-    `seconds` is how long the comparison took. Memory: 20 MB a thread, and the sketches of what
+    `seconds` is how long the comparison took: the search takes no longer, unless the policy accepts
+    what it may find. Memory: 20 MB a thread, 64 MB for what is transposed, and the sketches of what
     differs.
     """
     of_interest = [f for f in comparison.findings if f.kind in _EXPLAINED]
@@ -79,7 +84,9 @@ def explained(
         return accepted(comparison)
     is_small = sum(t.nbytes for t in comparison.actual.tensors.values()) <= _SMALL_NBYTES
     least = _SMALL_SECONDS if is_small else _LEAST_SECONDS
-    budget = Budget(max(0.8 * seconds, least) + _unread(comparison) / _READ_RATE)
+    must_end = not comparison.policy.accept and comparison.policy.cast is None
+    least = max(seconds + _unread(comparison) / _READ_RATE, least)
+    budget = Budget(least if must_end else math.inf)
     search = _Search.of(comparison, actual, reference, known or {}, budget, workers)
     search.adapter = adapter
     note = None
@@ -89,7 +96,11 @@ def explained(
         search.each()
     except OutOfTime:
         left = sum(1 for finding in search.findings if not finding.causes)
-        note = f"the search for causes ended early: {left:,} findings were not looked at in full"
+        were = "finding was" if left == 1 else "findings were"
+        note = (
+            f"the search for causes ended after {budget.seconds:.1f} s, as long as a comparison "
+            f"takes: {left:,} {were} not looked at in full (with --accept it goes on to the end)"
+        )
     said = search.together()
     findings = tuple(sorted(search.findings, key=lambda f: FINDING_KINDS.index(f.kind)))
     notes = (one for one in (said, note) if one)
@@ -126,14 +137,12 @@ def with_causes(
 
 
 def _unread(comparison: Comparison) -> int:
-    """The bytes to read beside: of what the comparison did not look at, or kept nothing of."""
+    """The bytes of tensors that the comparison did not read, on both sides."""
     actual, total = comparison.actual.tensors, 0
     for finding in comparison.findings:
         tensor = actual.get(finding.actual_key or finding.key)
-        if tensor is not None and finding.kind in ("unexpected", "shape", "dtype"):
-            total += tensor.nbytes
-        elif tensor is not None and finding.kind in _VALUED and tensor.stats is None:
-            total += tensor.nbytes // 2
+        if tensor is not None and tensor.digest is None and finding.kind in ("shape", "dtype"):
+            total += 2 * tensor.nbytes
     return total
 
 
@@ -250,19 +259,38 @@ class _Search:
 
     def across_keys(self) -> None:
         """What is missing under one key and there under another, in another form."""
-        evidence = self.evidence
         for finding in self.findings:
             if finding.kind == "renamed" and not finding.causes:
                 form = other_form(finding.key, finding.actual_key or "")
                 causes = (moved_from(finding.key), *([form] if form is not None else []))
                 self.findings.explain(finding, *causes)
-        missing, unexpected = self._alone()
-        if missing and unexpected:
-            self._detail(("missing", "unexpected"), sketches=False)
+        self._one_by_one()
+        self._in_groups()
+
+    def _one_by_one(self) -> None:
+        """One tensor under another key: of each series first one, whose name tells the others'."""
+        evidence = self.evidence
+        for is_first in (True, False):
             missing, unexpected = self._alone()
+            if not missing or not unexpected:
+                break
+            if is_first:
+                missing, unexpected = _one_of_each(missing), _one_of_each(unexpected)
+            self.evidence.detail({*missing}, {*unexpected}, sketches=False)
+            missing = {key: evidence.expected[key] for key in missing}  # with what was read
             for key, there, causes in elsewhere(evidence, missing, unexpected):
                 self.findings.rename((key,), (there,), causes)
             missing, unexpected = self._alone()
+            for key, there in renamed_alike(self._pairs(), missing, unexpected):
+                if causes := as_one(
+                    evidence, missing[key], evidence.actual[there], unexpected[there]
+                ):
+                    self.findings.rename((key,), (there,), causes)
+
+    def _in_groups(self) -> None:
+        """Several tensors as one, weight norm, and what is no more than near."""
+        evidence = self.evidence
+        missing, unexpected = self._alone()
         if missing and unexpected:
             for group in regrouped(evidence, missing, unexpected):
                 self.findings.rename(group.expected, group.actual, group.causes)
@@ -276,8 +304,7 @@ class _Search:
             for key, there, cause in nearby(evidence, missing, unexpected):
                 self._renamed(key, there, cause)
             missing, unexpected = self._alone()
-            known = [(f.key, f.actual) for f in self.findings if f.kind == "renamed" and f.actual]
-            for key, there in renamed_alike(known, missing, unexpected):
+            for key, there in renamed_alike(self._pairs(), missing, unexpected):
                 self._renamed(key, there, None)
 
     def _renamed(self, key: str, there: str, known: Cause | None) -> None:
@@ -291,6 +318,10 @@ class _Search:
             self.findings.rename((key,), (there,), (first, *others))
         elif known is not None:
             self.findings.rename((key,), (there,), (known,))
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        """The keys, old and new, of what was renamed so far."""
+        return [(f.key, f.actual) for f in self.findings if f.kind == "renamed" and f.actual]
 
     def _alone(self) -> tuple[dict[str, TensorFingerprint], dict[str, Tensor]]:
         """The tensors that only one side has, without a cause so far."""
@@ -309,6 +340,9 @@ class _Search:
 
     def each(self) -> None:
         """Every finding for itself, the cheapest hypotheses first."""
+        for finding in self.findings:
+            if not finding.causes and finding.kind in ("different", "undecided"):
+                self._in_values(finding)
         self._detail(_EXPLAINED, sketches=False)
         self._detail(_EXPLAINED, sketches=True)
         for finding in self.findings:
@@ -317,6 +351,25 @@ class _Search:
                 self.tested.add((finding.kind, finding.key))
                 if causes:
                     self.findings.explain(finding, *causes)
+
+    def _in_values(self, finding: Finding) -> None:
+        """What explained others, or a sample of both sides suggests, and all values prove."""
+        evidence = self.evidence
+        expected, _, tensor = self._sides(finding)
+        if expected is None or tensor is None or expected.shape != tensor.shape:
+            return
+        known = evidence.values_of(expected)
+        if known is not None and self._can_read(expected, tensor):
+            evidence.check_time()
+            causes = seen_otherwise(evidence, expected, tensor, as_others=True)
+            if not causes and (cause := linear_in_values(evidence, known, tensor)) is not None:
+                causes = (cause,)
+            self.findings.explain(finding, *causes)
+
+    def _can_read(self, expected: TensorFingerprint, tensor: Tensor | None) -> bool:
+        """Whether both sides of a large tensor can be read, which says more than its sketch."""
+        known = self.evidence.values_of(expected)
+        return known is not None and tensor is not None and expected.numel > MAX_KEPT_NUMEL
 
     def _causes_of(self, finding: Finding) -> list[Cause]:
         evidence = self.evidence
@@ -364,7 +417,7 @@ class _Search:
             found.append(reordered(evidence, expected, actual, tensor))
         if not any(found) and self.adapter is not None:
             found.append(sum_of(self.adapter, expected, actual, evidence.block_nbytes))
-        if not any(found):
+        if not any(found) and not self._can_read(expected, tensor):
             found.append(linear(expected, actual, evidence.block_nbytes))
         if not any(found):
             found.append(self.sums.explain(expected.key, actual))
@@ -421,7 +474,7 @@ class _Search:
             return None
         reference = self.evidence.references.get(expected.key)
         if reference is not None and tensor is not None and reference.shape == tensor.shape:
-            return sampled(reference, tensor, (reference.dtype, tensor.dtype))
+            return sampled(reference, tensor)
         return correlation(expected, actual, self.evidence.block_nbytes)
 
 
@@ -431,6 +484,14 @@ def _differs_throughout(finding: Finding) -> bool:
     if difference is None or not all(difference.strip):
         return False
     return difference.num_differing is None or difference.num_differing > len(difference.elements)
+
+
+def _one_of_each(tensors: dict[str, _T]) -> dict[str, _T]:
+    """The first tensor of each series, whose keys differ in numbers alone."""
+    first: dict[str, str] = {}
+    for key in tensors:
+        first.setdefault(NUMBER.sub("#", key), key)
+    return {key: tensors[key] for key in first.values()}
 
 
 def _names_all(finding: Finding) -> bool:

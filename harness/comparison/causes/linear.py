@@ -17,12 +17,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from harness.checkpoint.dtypes import Array, numpy_dtype
+from harness.checkpoint.dtypes import Array, DType, numpy_dtype
 from harness.comparison.cause import Cause
-from harness.comparison.causes.evidence import Roundoff, is_constant
-from harness.fingerprints.arithmetic import as_floats
+from harness.comparison.causes.evidence import Evidence, Roundoff, is_constant
+from harness.comparison.causes.views import View, floats_of, sample
+from harness.fingerprints.arithmetic import as_floats, sums_of_squares
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import NUM_PROJECTIONS, Sketch, projection
+from harness.streaming.threads import parallel
 
 # Fewer elements fit too many hypotheses; so do, for a factor or an offset alone, those that have
 # fewer bits than these beyond their first.
@@ -31,6 +33,8 @@ _MIN_NUMEL, _MIN_BITS = 8, 40
 UPPER = 2.0358
 # A block's rounding errors, as a share of its norm, make a bound of at most so many of them.
 ROUNDINGS = 12.0
+_SAMPLED, _RUNS = 512, 4
+_PASS_NUMEL = 1 << 17  # elements at a time: as float64 they stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +85,16 @@ def vector_of(tensor: TensorFingerprint, block_nbytes: int) -> Vector | None:
         return None
     if tensor.values is not None:
         data = np.frombuffer(tensor.values, "|u1")
-        values = as_floats(data, tensor.dtype).astype("<f8").reshape(-1, 1)
-        if not np.isfinite(values).all():
-            return None
-        return Vector(rows=values, norms=np.abs(values[:, 0]), is_exact=True, numel=tensor.numel)
+        values = as_floats(data, tensor.dtype).astype("<f8")
+        return _of_values(values) if np.isfinite(values).all() else None
     if tensor.sketch is None:
         return None
     return of_sketch(tensor.sketch, tensor.numel, block_numel(tensor.dtype, block_nbytes))
+
+
+def _of_values(values: Array) -> Vector:
+    rows = values.reshape(-1, 1)
+    return Vector(rows=rows, norms=np.abs(values), is_exact=True, numel=values.size)
 
 
 def of_sketch(sketch: Sketch, numel: int, block: int) -> Vector:
@@ -138,6 +145,77 @@ def linear(
         return None
     if (expected.numel - 1) * -math.log2(roundoff.relative) < _MIN_BITS:
         return None
+    for factor, offset, bound in _holding(ours, theirs, roundoff, actual.dtype):
+        return _linear_cause(factor, offset, bound, is_exact=ours.is_exact)
+    return None
+
+
+@np.errstate(all="ignore")
+def linear_in_values(evidence: Evidence, expected: View, actual: View) -> Cause | None:
+    """The same of large tensors that can both be read: fitted to a sample, then of all values."""
+    roundoff = Roundoff.of(expected.dtype, actual.dtype)
+    if {expected.dtype.kind, actual.dtype.kind} != {"float"} or roundoff.is_coarse:
+        return None
+    ours, theirs = (_of_values(sample(view, _SAMPLED, runs=_RUNS)) for view in (expected, actual))
+    if not (np.ptp(ours.rows) > 0 and np.ptp(theirs.rows) > 0):  # or not finite
+        return None
+    for factor, offset, _ in _holding(ours, theirs, roundoff, actual.dtype):
+        bound = _throughout(evidence, expected, actual, factor, offset, roundoff)
+        if bound is not None:
+            return _linear_cause(factor, offset, bound, is_exact=True)
+    return None
+
+
+class _Beyond(Exception):  # noqa: N818 - it ends a pass, and is no error
+    """A value that a hypothesis does not explain."""
+
+
+def _throughout(
+    evidence: Evidence,
+    expected: View,
+    actual: View,
+    factor: float,
+    offset: float,
+    roundoff: Roundoff,
+) -> float | None:
+    """The bound within which all values are factor · expected + offset, as `is_sum` allows."""
+    scaled, num_steps = abs(factor), 2 + bool(offset)
+    sides = (("expected", expected), ("actual", actual))
+    own = 2.0**-23 * scaled + roundoff.relative * (scaled != 1 and bool(offset)) * scaled
+    least = (2.0**-23 + roundoff.relative) * abs(offset) + num_steps * roundoff.absolute
+
+    @np.errstate(all="ignore")
+    def of_chunk(first: int) -> tuple[float, float]:
+        evidence.check_time()
+        e, a = (floats_of(view, first, _PASS_NUMEL, name) for name, view in sides)
+        # What was computed in the same way is the same, and known in a fraction of the time.
+        product = e * e.dtype.type(factor)
+        product = product if not offset else product + e.dtype.type(offset)
+        if np.array_equal(product.astype(numpy_dtype(actual.dtype)).astype(a.dtype), a):
+            return 0.0, 0.0
+        e, a = e.astype("<f8"), a.astype("<f8")
+        away = np.abs(a - (factor * e + offset))
+        if not np.all(away <= 1.5 * roundoff.relative * np.abs(a) + own * np.abs(e) + least):
+            raise _Beyond
+        return float(sums_of_squares(away[None])[0]), float(sums_of_squares(a[None])[0])
+
+    numel = expected.nbytes // expected.dtype.itemsize
+    try:
+        found = parallel(of_chunk, [*range(0, numel, _PASS_NUMEL)], jobs=evidence.workers.jobs)
+    except _Beyond:
+        return None
+    away, total = (sum(column) for column in zip(*found, strict=True))
+    return math.sqrt(away / total) if total else 0.0
+
+
+def _holding(
+    ours: Vector, theirs: Vector, roundoff: Roundoff, dtype: DType
+) -> list[tuple[float, float, float]]:
+    """Factors and offsets that hold, and the bounds within which they do.
+
+    Those of which rounding makes just these values come first, then the simplest.
+    """
+    found = []
     for factor, offset in _fits(ours, theirs):
         # The best fit tells whether any number is near enough.
         coarse = Roundoff(4 * roundoff.relative, 4 * roundoff.absolute)
@@ -145,11 +223,12 @@ def linear(
             continue
         for one, other in _simple(factor, offset):
             bound = _holds(ours, theirs, one, other, roundoff)
+            if bound is not None and ours.is_exact:
+                rounded = (one * ours.rows + other).astype(numpy_dtype(dtype)).astype("<f8")
+                bound *= not np.array_equal(rounded, theirs.rows)
             if bound is not None:
-                if ours.is_exact and _is_rounding_of(actual, one * ours.rows + other):
-                    bound = 0.0
-                return _linear_cause(one, other, bound, is_exact=ours.is_exact)
-    return None
+                found.append((one, other, bound))
+    return sorted(found, key=lambda one: one[2] > 0)
 
 
 def _fits(ours: Vector, theirs: Vector) -> Iterator[tuple[float, float]]:
@@ -229,14 +308,6 @@ def is_sum(
         holds = bool(np.all(away <= allowed + 2 * UPPER * noise))
     total = float(np.linalg.norm(theirs.norms))
     return float(np.linalg.norm(away)) / total if holds and total else None
-
-
-def _is_rounding_of(actual: TensorFingerprint, exact: Array) -> bool:
-    """Whether its values are these numbers, rounded to its dtype."""
-    stored = np.frombuffer(actual.values or b"", numpy_dtype(actual.dtype))
-    with np.errstate(all="ignore"):
-        rounded = exact.ravel().astype(stored.dtype)
-    return bool(np.array_equal(rounded, stored))
 
 
 def ceiling(bound: float) -> float:

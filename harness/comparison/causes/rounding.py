@@ -16,8 +16,7 @@ from harness.checkpoint.dtypes import DTYPES, Array, DType, numpy_dtype
 from harness.comparison.cause import CASTS, Cause, CauseKind, Proof
 from harness.comparison.causes.evidence import Evidence, Roundoff
 from harness.comparison.causes.linear import UPPER
-from harness.comparison.causes.views import View, are_same
-from harness.fingerprints.arithmetic import as_floats
+from harness.comparison.causes.views import View, are_same, wide_of
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.hashes import UNIT_NUMEL, hash_unit, join_units
 from harness.fingerprints.sketch import sketch_values
@@ -25,7 +24,11 @@ from harness.streaming.chunks import buffers
 from harness.streaming.threads import parallel
 
 _CASTS = tuple(DTYPES[name] for name in CASTS)
-_READ_NUMEL = 1 << 20
+_READ_NUMEL, _HEAD_NUMEL = 1 << 20, 1 << 10
+
+
+class _OtherValues(Exception):  # noqa: N818 - it ends a pass, and is no error
+    """Some of a tensor's values are not of the dtype that they may have been rounded to."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +146,7 @@ def _proof_of(
     evidence: Evidence, view: View, expected: TensorFingerprint, through: tuple[DType, ...]
 ) -> Proof | None:
     """What proves that a view holds the golden's values cast so; None: it does not."""
-    known: View | None = evidence.references.get(expected.key)
-    if expected.values is not None:
-        known = expected
+    known = evidence.values_of(expected)
     if known is not None:
         for dtype in (*through, view.dtype):
             known = Cast(known, dtype) if dtype != known.dtype else known
@@ -155,22 +156,27 @@ def _proof_of(
     )
     if kept is None or len(through) > 1:
         return None
-    if view.dtype != through[0] and not are_same(Cast(Cast(view, through[0]), view.dtype), view):
-        return None
     return "hash" if _hash_as(evidence, view, through[0]) == kept else None
 
 
-def _hash_as(evidence: Evidence, view: View, dtype: DType) -> bytes:
-    """The hash of a view's values as those of a dtype that is no wider."""
+def _hash_as(evidence: Evidence, view: View, dtype: DType) -> bytes | None:
+    """The hash of a view's values as those of a dtype that is no wider; None: some are not."""
     step = UNIT_NUMEL * view.dtype.itemsize
 
-    def of_unit(start: int) -> bytes:
+    def of_unit(start: int, most: int = step) -> bytes:
         evidence.check_time()
-        data = buffers.get("chunk", min(step, view.nbytes - start))
+        data = buffers.get("chunk", min(most, view.nbytes - start))
         view.read_into(start, data.data)
-        return hash_unit(data.view(numpy_dtype(view.dtype)), dtype)
+        found = hash_unit(data.view(numpy_dtype(view.dtype)), dtype)
+        if found is None:
+            raise _OtherValues
+        return found
 
-    units = parallel(of_unit, [*range(0, view.nbytes, step)], jobs=evidence.workers.jobs)
+    try:
+        of_unit(0, _HEAD_NUMEL * view.dtype.itemsize)  # most are no such values from the start
+        units = parallel(of_unit, [*range(0, view.nbytes, step)], jobs=evidence.workers.jobs)
+    except _OtherValues:
+        return None
     return join_units(units)
 
 
@@ -184,14 +190,12 @@ def nearly(evidence: Evidence, view: View, expected: TensorFingerprint) -> Match
     if not evidence.begins_as(view, expected, roundoff):
         return None
     block = block_numel(own, evidence.block_nbytes)
-    step = max(1, _READ_NUMEL // block) * block * stored.itemsize
+    step = max(1, _READ_NUMEL // block) * block
     away = 0.0
-    for start in range(0, view.nbytes, step):
+    for start in range(0, expected.numel, step):
         evidence.check_time()
-        data = np.empty(min(step, view.nbytes - start), "|u1")
-        view.read_into(start, data.data)
-        found = sketch_values(as_floats(data, stored), block).projections
-        first = start // stored.itemsize // block
+        found = sketch_values(wide_of(view, start, step), block).projections
+        first = start // block
         away += float(np.square(found - sketch.projections[first : first + len(found)]).sum())
     bound = UPPER * away**0.5 / float(np.linalg.norm(sketch.norms))
     if not bound <= 8 * roundoff.relative:

@@ -20,7 +20,7 @@ from harness.checkpoint.dtypes import Array, DType
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause, Proof
 from harness.comparison.causes.evidence import Evidence, are_permutable, begins_as
-from harness.comparison.causes.views import Picked, View, digest_as
+from harness.comparison.causes.views import Picked, View, digest_as, wide_of
 from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.hashes import unordered_sums
@@ -73,9 +73,7 @@ def rows_changed(
     if len(shape) < 2 or not expected.numel or not actual.numel:
         return None
     differing = [a for a, (n, m) in enumerate(zip(shape, actual.shape, strict=True)) if n != m]
-    known: View | None = evidence.references.get(expected.key)
-    if known is None and expected.values is not None:
-        known = expected
+    known = evidence.values_of(expected)
     residues = expected.residues
     if known is not None:
         ours = _Words.of_bits(known, expected.dtype, shape)
@@ -303,11 +301,8 @@ def _of_sketch(
     for place in places:
         evidence.check_time()
         first, last = place * block, min(expected.numel, (place + 1) * block)
-        if more:
-            data = np.empty((last - first) * expected.dtype.itemsize, "|u1")
-            actual.read_into(first * expected.dtype.itemsize, data.data)
-            if begins_as(as_floats(data, expected.dtype), sketch, block, place):
-                continue
+        if more and begins_as(wide_of(actual, first, last - first), sketch, block, place):
+            continue
         rows |= dict.fromkeys(range(first // width, (last - 1) // width + 1))
         if len(rows) > 3 * count // 4:
             return None
@@ -338,9 +333,7 @@ def reordered(
     word = _WORDS.get(expected.dtype.itemsize)
     if word is None or not are_permutable(expected.stats, actual.stats):
         return None
-    known: View | None = evidence.references.get(expected.key)
-    if known is None and expected.values is not None:
-        known = expected
+    known = evidence.values_of(expected)
     proof: Proof = "values"
     if known is not None and expected.nbytes <= _MAX_SORTED_NBYTES:
         sides = []

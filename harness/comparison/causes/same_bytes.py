@@ -7,10 +7,11 @@ prove.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
+from typing import TypeAlias
 
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
@@ -19,8 +20,9 @@ from harness.comparison.causes.rounding import matched
 from harness.comparison.causes.views import narrowed, permuted, reshaped, split
 from harness.fingerprints.fingerprint import TensorFingerprint
 
+# What was done, of tensors of any size, and what makes the view and the cause of one.
+_Way: TypeAlias = tuple[object, Callable[[], tuple[Tensor, Cause]]]
 _MAX_NDIM = 5
-_HEADS = re.compile(r"\d+ heads?")
 _RESHAPED = Cause(kind="reshaped", text="", proof="digest", accept=("reshaped",))
 _TRANSPOSED = Cause(kind="transposed", text="", proof="digest", accept=("transposed",))
 _KEPT = Cause(kind="rows", text="", proof="digest", accept=("rows",))
@@ -29,37 +31,43 @@ _CHANNELS_LAST = {(0, 2, 3, 1): "channels_last", (0, 2, 3, 4, 1): "channels_last
 
 
 def seen_otherwise(
-    evidence: Evidence, expected: TensorFingerprint, actual: Tensor
+    evidence: Evidence, expected: TensorFingerprint, actual: Tensor, *, as_others: bool = False
 ) -> tuple[Cause, ...]:
-    """Find the other shape, order of dims or order of rows in which the values are the golden's."""
+    """Find the other shape, order of dims or order of rows in which the values are the golden's.
+
+    With `as_others`, of those that explained other tensors.
+    """
     if expected.numel != actual.numel or expected.numel < 2:
         return ()
-    ways = sorted(_ways(expected, actual), key=lambda way: _name(way[1]) not in evidence.proved)
-    for view, cause in ways:
+    # What explained one tensor is tried first for the next.
+    ways = sorted(_ways(expected, actual), key=lambda way: way[0] not in evidence.proved)
+    for name, make in ways:
+        if as_others and name not in evidence.proved:
+            break
+        view, cause = make()
         match = matched(evidence, view, expected)
         if match is not None:
-            evidence.proved.add(_name(cause))
+            evidence.proved.add(name)
             return match.of(cause)
     return ()
 
 
-def _name(cause: Cause) -> str:
-    """What was done, of tensors of any size: what explained one is tried first for the next."""
-    return _HEADS.sub("heads", cause.text)
-
-
-def _ways(expected: TensorFingerprint, actual: Tensor) -> Iterator[tuple[Tensor, Cause]]:
+def _ways(expected: TensorFingerprint, actual: Tensor) -> Iterator[_Way]:
     if expected.shape != actual.shape:
         same = reshaped(actual, expected.shape)
         if same is not None:
             text = f"the same bytes as {list(actual.shape)}"
-            yield same, replace(_RESHAPED, text=text, shape=actual.shape)
+            yield _way("reshaped", same, replace(_RESHAPED, text=text, shape=actual.shape))
     yield from _permutations(expected, actual)
     if expected.shape == actual.shape and len(expected.shape) in (1, 2):
         yield from _rotary(actual)
 
 
-def _permutations(expected: TensorFingerprint, actual: Tensor) -> Iterator[tuple[Tensor, Cause]]:
+def _way(name: object, view: Tensor, cause: Cause) -> _Way:
+    return name, lambda: (view, cause)
+
+
+def _permutations(expected: TensorFingerprint, actual: Tensor) -> Iterator[_Way]:
     """Dims in another order: as told by the shape, or bytes in one order read as in another."""
     ndim = len(actual.shape)
     for axes in _orders(ndim) if 2 <= ndim <= _MAX_NDIM else ():
@@ -68,10 +76,10 @@ def _permutations(expected: TensorFingerprint, actual: Tensor) -> Iterator[tuple
         back = _inverse(axes)
         if view.shape == expected.shape:
             text = "transposed" if ndim == 2 else f"its dims permuted as {list(back)}"
-            yield view, replace(_TRANSPOSED, text=text, axes=back)
+            yield _way((axes, "whole"), view, replace(_TRANSPOSED, text=text, axes=back))
         elif ndim == len(expected.shape) < _MAX_NDIM or _is_squeezed(view.shape, expected.shape):
             text = f"its dims permuted as {list(back)}, then reshaped"
-            yield view, replace(_TRANSPOSED, text=text, axes=back)
+            yield _way((axes, "reshaped"), view, replace(_TRANSPOSED, text=text, axes=back))
     ndim = len(expected.shape)
     if sorted(actual.shape) != sorted(expected.shape) or not 2 <= ndim <= _MAX_NDIM:
         return
@@ -83,7 +91,8 @@ def _permutations(expected: TensorFingerprint, actual: Tensor) -> Iterator[tuple
         if name is None:
             name = "its transpose" if ndim == 2 else f"its dims in the order {list(axes)}"
         text = f"the bytes of {name}, read as contiguous"
-        yield permuted(memory, _inverse(axes)), replace(_TRANSPOSED, text=text, axes=axes)
+        cause = replace(_TRANSPOSED, text=text, axes=axes)
+        yield _way((axes, "read"), permuted(memory, _inverse(axes)), cause)
 
 
 def _orders(ndim: int) -> list[tuple[int, ...]]:
@@ -99,24 +108,27 @@ def _is_squeezed(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return [n for n in shape if n != 1] == [n for n in other if n != 1]
 
 
-def _rotary(actual: Tensor) -> Iterator[tuple[Tensor, Cause]]:
+def _rotary(actual: Tensor) -> Iterator[_Way]:
     """Rows of query and key heads: halves side by side, or rotated pairs interleaved."""
     num_rows = actual.shape[0]
     for head_dim in range(4, num_rows + 1, 2):
-        if num_rows % head_dim:
-            continue
-        heads, half = num_rows // head_dim, head_dim // 2
-        rest = range(3, len(actual.shape) + 2)
-        for sizes, said in (
-            ((heads, half, 2), "RoPE half-split, now interleaved"),
-            ((heads, 2, half), "RoPE interleaved, now half-split"),
-        ):
-            view = permuted(split(actual, 0, sizes), (0, 2, 1, *rest))
-            plural = f"{heads} head{'s' if heads > 1 else ''} of {head_dim}"
-            # Row 1 of the golden, as the simplest that has moved.
-            now = 2 if sizes[2] == 2 else half
-            text = f"its rows in another order: {said} ({plural}); row 1 is now row {now}"
-            yield view, replace(_ROTATED, text=text, num_heads=heads)
+        if num_rows % head_dim == 0:
+            for is_paired in (True, False):
+                yield (head_dim, is_paired), partial(_rotated, actual, head_dim, is_paired)
+
+
+def _rotated(actual: Tensor, head_dim: int, is_paired: bool) -> tuple[Tensor, Cause]:
+    heads, half = actual.shape[0] // head_dim, head_dim // 2
+    sizes = (heads, half, 2) if is_paired else (heads, 2, half)
+    view = permuted(split(actual, 0, sizes), (0, 2, 1, *range(3, len(actual.shape) + 2)))
+    said = "half-split, now interleaved" if is_paired else "interleaved, now half-split"
+    plural = f"{heads} head{'s' if heads > 1 else ''} of {head_dim}"
+    # Row 1 of the golden, as the simplest that has moved.
+    text = (
+        f"its rows in another order: RoPE {said} ({plural}); row 1 is now row "
+        f"{2 if is_paired else half}"
+    )
+    return view, replace(_ROTATED, text=text, num_heads=heads)
 
 
 def rows_kept(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -> Cause | None:

@@ -26,7 +26,7 @@ from harness.comparison.causes.linear import (
     vector_of,
 )
 from harness.comparison.causes.regrouped import NUMBER, names
-from harness.fingerprints.arithmetic import as_floats
+from harness.comparison.causes.views import sample
 from harness.fingerprints.fingerprint import TensorFingerprint
 
 _MIN_NUMEL = 32
@@ -171,12 +171,7 @@ class Sums:
 
 
 def _sample(tensor: Tensor) -> Array:
-    """Some runs of a tensor's values."""
-    runs = np.empty((_RUNS, _SAMPLED // _RUNS * tensor.dtype.itemsize), "|u1")
-    for place, run in enumerate(runs):
-        first = (tensor.numel - _SAMPLED) * place // _RUNS
-        tensor.read_into(first * tensor.dtype.itemsize, run.data)
-    return as_floats(runs.reshape(-1), tensor.dtype).astype("<f8")
+    return sample(tensor, _SAMPLED, runs=_RUNS)
 
 
 def _nearest(key: str, keys: Mapping[str, object]) -> list[str]:

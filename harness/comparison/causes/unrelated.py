@@ -17,12 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.checkpoint.dtypes import Array, DType
+from harness.checkpoint.dtypes import Array
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import is_constant
 from harness.comparison.causes.linear import are_comparable, vector_of
-from harness.comparison.causes.views import View
-from harness.fingerprints.arithmetic import as_floats
+from harness.comparison.causes.views import View, sample
 from harness.fingerprints.fingerprint import TensorFingerprint
 from harness.fingerprints.sketch import NUM_PROJECTIONS
 from harness.fingerprints.stats import Stats
@@ -59,23 +58,14 @@ def _distance(value: float) -> float:
     return math.atanh(min(abs(value), 1 - 1e-12))
 
 
-def sampled(expected: View, actual: View, dtypes: tuple[DType, DType]) -> Correlation | None:
+def sampled(expected: View, actual: View) -> Correlation | None:
     """Correlate the ranks of values that can be read on both sides, in up to 16 places."""
-    numel = expected.nbytes // dtypes[0].itemsize
-    if numel < _MIN_NUMEL or {dtype.kind for dtype in dtypes} != {"float"}:
+    numel = expected.nbytes // expected.dtype.itemsize
+    if numel < _MIN_NUMEL or {expected.dtype.kind, actual.dtype.kind} != {"float"}:
         return None
-    count = min(numel, _SAMPLES)
-    starts = (
-        [0] if numel <= _SAMPLES * _SAMPLE_NUMEL else [numel * i // count for i in range(count)]
+    one, other = (
+        _ranks(sample(view, _SAMPLES * _SAMPLE_NUMEL, runs=_SAMPLES)) for view in (expected, actual)
     )
-    size = numel if len(starts) == 1 else _SAMPLE_NUMEL
-    ranks = []
-    for view, dtype in zip((expected, actual), dtypes, strict=True):
-        data = np.empty((len(starts), size * dtype.itemsize), "|u1")
-        for row, start in zip(data, starts, strict=True):
-            view.read_into(start * dtype.itemsize, row.data)
-        ranks.append(_ranks(as_floats(data.reshape(-1), dtype)))
-    one, other = ranks
     if not one.any() or not other.any():
         return None  # a constant
     product, *squares = (
@@ -102,7 +92,7 @@ def correlation(
     if is_constant(expected.stats) or is_constant(actual.stats):
         return None
     if expected.values is not None and actual.values is not None:
-        return sampled(expected, actual, (expected.dtype, actual.dtype))
+        return sampled(expected, actual)
     ours, theirs = vector_of(expected, block_nbytes), vector_of(actual, block_nbytes)
     if ours is None or theirs is None or not are_comparable(ours, theirs) or ours.is_exact:
         return None
