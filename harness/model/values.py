@@ -17,7 +17,7 @@ from harness.checkpoint.formats.torchfile import read_torch_zip
 from harness.checkpoint.keys import format_key
 from harness.checkpoint.sections import find_section
 from harness.checkpoint.tensors import Checkpoint, Tensor
-from harness.checkpoint.unpickling.rebuild import literal, value_tensor
+from harness.checkpoint.unpickling.rebuild import Literal, value_tensor
 from harness.checkpoint.unpickling.values import ValueText
 from harness.errors import CheckpointError
 
@@ -44,7 +44,7 @@ def with_keyed_values(checkpoint: Checkpoint, values: Mapping[str, object]) -> C
         file = io.BytesIO()
         try:
             torch.save({_PLACE: value}, file)
-            root = read_torch_zip(literal(file.getbuffer()))
+            root = read_torch_zip(Literal(file.getbuffer()))
             section = find_section(root, checkpoint.name, ".")
         except CheckpointError as error:
             unread.append(f"{key} ({error})")

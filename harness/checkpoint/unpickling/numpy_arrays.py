@@ -8,12 +8,12 @@ value like any other. As numpy 1.x and 2.x write them.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from harness.checkpoint.dtypes import DTYPES, DType
 from harness.checkpoint.tensors import Storage, Tensor
 from harness.checkpoint.unpickling.inert import Global, Record
-from harness.checkpoint.unpickling.rebuild import literal
+from harness.checkpoint.unpickling.rebuild import Literal
 
 _CODES = {
     **{f"f{n}": f"float{8 * n}" for n in (2, 4, 8)},
@@ -24,11 +24,6 @@ _CODES = {
     "c16": "complex128",
 }
 _MAX_DIMENSIONS = 64
-
-
-class _Number(NamedTuple):
-    dtype: DType
-    big_endian: bool
 
 
 def array_of(record: Record) -> Tensor | None:
@@ -46,20 +41,18 @@ def array_of(record: Record) -> Tensor | None:
             fortran = order == "F"
         case _:
             return None
-    number = _number(kind)
+    dtype, big_endian = _number(kind)
     if isinstance(data, str):  # of Python 2
         data = data.encode("latin-1", "replace")
-    if number is None or not isinstance(data, (bytes, memoryview)) or not _is_shape(shape):
+    if dtype is None or not isinstance(data, (bytes, memoryview)) or not _is_shape(shape):
         return None
-    if math.prod(shape) * number.dtype.itemsize != len(data):
+    if math.prod(shape) * dtype.itemsize != len(data):
         return None
-    storage = Storage(
-        source=literal(data), offset=0, nbytes=len(data), big_endian=number.big_endian
-    )
+    storage = Storage(source=Literal(data), offset=0, nbytes=len(data), big_endian=big_endian)
     strides = None
     if fortran is True:
         strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
-    return Tensor(key="", dtype=number.dtype, shape=shape, storage=storage, strides=strides)
+    return Tensor(key="", dtype=dtype, shape=shape, storage=storage, strides=strides)
 
 
 def _is_shape(shape: tuple[Any, ...]) -> bool:
@@ -68,20 +61,18 @@ def _is_shape(shape: tuple[Any, ...]) -> bool:
     )
 
 
-def _number(kind: Any) -> _Number | None:
-    """What a pickled `numpy.dtype` is: one type of numbers, in which order of bytes."""
-    if not isinstance(kind, Record) or not kind.args:
-        return None
-    code = kind.args[0]
-    if isinstance(code, Global):  # a type of ml_dtypes
-        dtype = DTYPES.get(code.name) if code.module.partition(".")[0] == "ml_dtypes" else None
-    else:
-        dtype = DTYPES.get(_CODES.get(code, "")) if isinstance(code, str) else None
-    match kind.state:
-        case (_, str() as order, None, None, None, *_):
-            pass
-        case None:
-            order = "="
-        case _:  # several in one
-            return None
-    return None if dtype is None else _Number(dtype, order == ">")
+def _number(kind: Any) -> tuple[DType | None, bool]:
+    """The type of numbers that a pickled `numpy.dtype` is, if it is one; whether big-endian."""
+    dtype = None
+    if isinstance(kind, Record) and kind.args:
+        code = kind.args[0]
+        if isinstance(code, Global) and code.module.partition(".")[0] == "ml_dtypes":
+            dtype = DTYPES.get(code.name)
+        elif isinstance(code, str):
+            dtype = DTYPES.get(_CODES.get(code, ""))
+    match kind:
+        case Record(state=(_, str() as order, None, None, None, *_)):
+            return dtype, order == ">"
+        case Record(state=None):
+            return dtype, False
+    return None, False  # several in one

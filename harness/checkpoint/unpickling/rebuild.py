@@ -92,9 +92,7 @@ class StorageRef:
 def brief(value: Any) -> str:
     """A pickled value in a few words, for an error message."""
     if isinstance(value, tuple):
-        return (
-            "(" + ", ".join(brief(item) for item in value[:5] if not isinstance(item, tuple)) + ")"
-        )
+        return f"({', '.join(brief(item) for item in value[:5] if not isinstance(item, tuple))})"
     if isinstance(value, (Global, str, int, float)):
         return str(value)[:80]
     return type(value).__name__
@@ -143,33 +141,17 @@ def _view(
     )
 
 
-def _rebuild_tensor(ref: Any, offset: Any, size: Any, stride: Any) -> Tensor:
-    return _view(ref, offset, size, stride, None, None)
-
-
-def _rebuild_tensor_v2(
-    ref: Any,
-    offset: Any,
-    size: Any,
-    stride: Any,
-    requires_grad: Any = None,
-    hooks: Any = None,
-    metadata: Any = None,
+def _rebuild_tensor(
+    ref: Any, offset: Any, size: Any, stride: Any, grad: Any = None, *rest: Any
 ) -> Tensor:
+    _, metadata = (*rest, None, None)[:2]
     return _view(ref, offset, size, stride, None, metadata)
 
 
 def _rebuild_tensor_v3(
-    ref: Any,
-    offset: Any,
-    size: Any,
-    stride: Any,
-    requires_grad: Any,
-    hooks: Any,
-    dtype: Any,
-    metadata: Any = None,
+    ref: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
 ) -> Tensor:
-    return _view(ref, offset, size, stride, torch_dtype(dtype), metadata)
+    return _view(ref, offset, size, stride, torch_dtype(dtype), *(rest or (None,)))
 
 
 def _rebuild_qtensor(
@@ -190,17 +172,17 @@ def _rebuild_qtensor(
         parts["size"] = _integers(values.shape)
     match quantizer:
         case (Global(), float() as scale, int() as zero_point):
-            parts["scale"] = _scalar(struct.pack("<d", scale), "float64")
-            parts["zero_point"] = _scalar(struct.pack("<q", zero_point), "int64")
+            parts["scale"] = literal_tensor(struct.pack("<d", scale), "float64")
+            parts["zero_point"] = literal_tensor(struct.pack("<q", zero_point), "int64")
         case (Global(), Tensor() as scales, Tensor() as zero_points, int() as axis):
             parts["scales"], parts["zero_points"] = scales, zero_points
-            parts["axis"] = _scalar(struct.pack("<q", axis), "int64")
+            parts["axis"] = literal_tensor(struct.pack("<q", axis), "int64")
         case _:
             raise ValueError(f"unknown quantizer {brief(quantizer)}")
     return Composite(parts=parts)
 
 
-class _Literal(Source):
+class Literal(Source):
     """Bytes that stand in the pickle itself, as a source."""
 
     def __init__(self, data: bytes | memoryview) -> None:
@@ -212,24 +194,21 @@ class _Literal(Source):
         buffer[:] = self._data[offset : offset + len(buffer)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Literal, (bytes(self._data),)
+        return Literal, (bytes(self._data),)
 
 
-def literal(data: bytes | memoryview) -> _Literal:
-    """Bytes of a pickle as a source."""
-    return _Literal(data)
+def literal_tensor(
+    data: bytes | memoryview, dtype: str, shape: tuple[int, ...] = (), *, key: str = ""
+) -> Tensor:
+    """A tensor whose bytes stand in the pickle itself."""
+    storage = Storage(source=Literal(data), offset=0, nbytes=len(data))
+    return Tensor(key=key, dtype=DTYPES[dtype], shape=shape, storage=storage)
 
 
 def value_tensor(key: str, text: str) -> Tensor:
     """An entry that is no tensor: the bytes of its text, of the dtype `value`."""
     data = text.encode()
-    storage = Storage(source=_Literal(data), offset=0, nbytes=len(data))
-    return Tensor(key=key, dtype=DTYPES["value"], shape=(len(data),), storage=storage)
-
-
-def _scalar(data: bytes, dtype: str) -> Tensor:
-    storage = Storage(source=_Literal(data), offset=0, nbytes=len(data))
-    return Tensor(key="", dtype=DTYPES[dtype], shape=(), storage=storage)
+    return literal_tensor(data, "value", (len(data),), key=key)
 
 
 def _rebuild_sparse_tensor(layout: Any, data: Any) -> Composite:
@@ -249,9 +228,7 @@ def _rebuild_sparse_tensor(layout: Any, data: Any) -> Composite:
 
 
 def _integers(values: tuple[int, ...]) -> Tensor:
-    data = struct.pack(f"<{len(values)}q", *values)
-    storage = Storage(source=_Literal(data), offset=0, nbytes=len(data))
-    return Tensor(key="", dtype=DTYPES["int64"], shape=(len(values),), storage=storage)
+    return literal_tensor(struct.pack(f"<{len(values)}q", *values), "int64", (len(values),))
 
 
 def _rebuild_nested_tensor(buffer: Any, sizes: Any, strides: Any, offsets: Any) -> Composite:
@@ -336,10 +313,6 @@ def _rebuild_parameter_with_state(data: Any, *rest: Any) -> Any:
     return _with_attributes(made, _attributes(state)) if isinstance(made, Tensor) else made
 
 
-def _rebuild_from_cpu_tensor(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Any:
-    return _rebuild_parameter(data)
-
-
 def _from_bytes(*args: Any) -> bytes:
     text, encoding = args
     if not isinstance(text, str) or encoding != "latin1":
@@ -347,19 +320,11 @@ def _from_bytes(*args: Any) -> bytes:
     return text.encode("latin-1")
 
 
-def _empty_bytes() -> bytes:
-    return b""
-
-
 def _collection(*args: Any) -> list[Any]:
     (items,) = args or ([],)
     if not isinstance(items, list):
         raise ValueError(f"a collection of {brief(items)}")
     return list(items)
-
-
-def _items(*args: Any) -> Items:
-    return Items(_collection(*args))
 
 
 def _byte_array(*args: Any) -> bytes | memoryview:
@@ -410,17 +375,17 @@ CONSTRUCTORS: Constructors = {
         for module in ("builtins", "__builtin__")
         for name, constructor in [
             ("dict", _mapping),
-            ("set", _items),
-            ("frozenset", _items),
+            ("set", lambda *args: Items(_collection(*args))),
+            ("frozenset", lambda *args: Items(_collection(*args))),
             ("list", _collection),
-            ("bytes", _empty_bytes),
+            ("bytes", lambda: b""),
             ("bytearray", _byte_array),
         ]
     },
     ("_codecs", "encode"): _from_bytes,
     ("torch", "Size"): lambda *args: _size(args[0]) if args else (),
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
     ("torch._utils", "_rebuild_qtensor"): _rebuild_qtensor,
     ("torch._utils", "_rebuild_sparse_tensor"): _rebuild_sparse_tensor,
@@ -430,7 +395,7 @@ CONSTRUCTORS: Constructors = {
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter_with_state,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): _rebuild_meta,
     ("torch._utils", "_rebuild_wrapper_subclass"): _rebuild_wrapper,
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _rebuild_from_cpu_tensor,
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _rebuild_parameter,
     ("torch._tensor", "_rebuild_from_type"): _rebuild_subclass,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
     ("torch.nested._internal.nested_tensor", "_rebuild_njt"): _rebuild_njt,

@@ -13,7 +13,7 @@ from harness.checkpoint.formats.archives import TensorArchives
 from harness.checkpoint.formats.torchfile import read_torch_zip
 from harness.checkpoint.tensors import Tensor
 from harness.checkpoint.unpickling.opcodes import Budget
-from harness.checkpoint.unpickling.rebuild import _Literal
+from harness.checkpoint.unpickling.rebuild import Literal
 from harness.errors import CheckpointError
 
 
@@ -38,7 +38,7 @@ class Reader:
     def read(self, data: bytes) -> tuple[Any, ...]:
         """What an archive says: dtype, shape, strides, values, CRC-32 of the values; or why not."""
         try:
-            file = self.archives.read(_Literal(data))
+            file = self.archives.read(Literal(data))
         except CheckpointError as error:
             return ("error", str(error))
         tensor = file.root
