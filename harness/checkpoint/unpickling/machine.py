@@ -8,7 +8,8 @@ the limit allows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any, NoReturn
 
 from harness.checkpoint.unpickling.inert import Global, Record, Table, plain_key
@@ -113,6 +114,14 @@ class Machine:
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
+    def pop(self, count: int) -> tuple[Any, ...]:
+        """The last values above the mark, in their order; IndexError where there are fewer."""
+        if len(self.stack) < count:
+            raise IndexError("pop from an empty stack")
+        items = tuple(self.stack[-count:])
+        del self.stack[-count:]
+        return items
+
     def mark(self) -> None:
         self.below.append(self.stack)
         self.stack = []
@@ -152,7 +161,9 @@ class Machine:
             known = self.globals[module, name] = Global(module, name)
         return known
 
-    def call(self, callee: Any, args: Any, kwargs: Mapping[Any, Any] | None = None) -> Any:
+    def call(self, callee: Any, args: Any, kwargs: Any = None) -> Any:
+        if not isinstance(kwargs, (dict, NoneType)):
+            self.fail("gives keyword arguments that are no dict")
         if not isinstance(args, tuple):
             self.fail(f"calls something with {type(args).__name__} instead of a tuple")
         if isinstance(callee, Global) and not kwargs:
@@ -182,7 +193,8 @@ class Machine:
             self.spend(getattr(made, "structure_nbytes", _TENSOR_NBYTES))
         return made
 
-    def append(self, target: Any, items: list[Any]) -> None:
+    def append(self, items: Sequence[Any]) -> None:
+        target = self.stack[-1]
         self.spend(_ITEM_NBYTES * len(items))
         if isinstance(target, list):
             target.extend(items)
@@ -191,7 +203,8 @@ class Machine:
         else:
             self.fail(f"appends to a {type(target).__name__}")
 
-    def store(self, target: Any, items: list[Any]) -> None:
+    def store(self, items: Sequence[Any]) -> None:
+        target = self.stack[-1]
         if len(items) % 2:
             self.fail("sets a key without a value")
         self.spend(_PAIR_NBYTES * len(items) // 2)
@@ -203,7 +216,8 @@ class Machine:
             key = items[index]
             target[key if type(key) is str else plain_key(key)] = items[index + 1]
 
-    def build(self, target: Any, state: Any) -> None:
+    def build(self, state: Any) -> None:
+        target = self.stack[-1]
         # What else a constructor of ours made needs no state.
         if isinstance(target, Record):
             target.state = state

@@ -30,6 +30,8 @@ MAX_STRUCTURE_NBYTES = 128 << 20
 _COST_PER_BYTE = 48
 _MAX_COST_NBYTES = 2 << 30
 _MAX_INTEGER_NBYTES = 1024
+# What operations raise for what is not as they take it.
+_MALFORMED = (LookupError, TypeError, ValueError, OverflowError, AttributeError, struct.error)
 
 
 def structure_limit(pickle_nbytes: int, least: int = MAX_STRUCTURE_NBYTES) -> int:
@@ -94,15 +96,7 @@ def _run(m: Machine) -> Any:
         return stop.args[0]
     except CheckpointError:
         raise
-    except (
-        IndexError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-        AttributeError,
-        struct.error,
-    ) as error:
+    except _MALFORMED as error:
         if m.position > size:
             m.fail("ends inside of its last opcode")
         m.fail(f"is malformed ({type(error).__name__}: {str(error)[:200]})")
@@ -154,69 +148,14 @@ def _quoted(m: Machine) -> None:
     m.push(line[1:-1].encode("latin-1").decode("unicode_escape"))
 
 
-def _text(m: Machine, nbytes: int) -> None:
-    m.push(m.text(m.take(nbytes)))
-
-
-def _python2_text(m: Machine, nbytes: int) -> None:
-    m.push(m.python2_text(m.take(nbytes)))
-
-
-def _binary(m: Machine, nbytes: int) -> None:
-    m.push(m.binary(m.take(nbytes)))
-
-
-def _tuple2(m: Machine) -> None:
-    second, first = m.stack.pop(), m.stack.pop()
-    m.push((first, second))
-
-
-def _tuple3(m: Machine) -> None:
-    third, second, first = m.stack.pop(), m.stack.pop(), m.stack.pop()
-    m.push((first, second, third))
+def _bytes_as(made: Callable[[Machine, memoryview], Any]) -> Callable[[Machine, int], None]:
+    return lambda m, nbytes: m.push(made(m, m.take(nbytes)))
 
 
 def _dict(m: Machine) -> None:
     items = m.pop_to_mark()
     m.push({})
-    m.store(m.stack[-1], items)
-
-
-def _append(m: Machine) -> None:
-    item = m.stack.pop()
-    m.append(m.stack[-1], [item])
-
-
-def _extend(m: Machine) -> None:
-    items = m.pop_to_mark()
-    m.append(m.stack[-1], items)
-
-
-def _set_item(m: Machine) -> None:
-    value, key = m.stack.pop(), m.stack.pop()
-    m.store(m.stack[-1], [key, value])
-
-
-def _set_items(m: Machine) -> None:
-    items = m.pop_to_mark()
-    m.store(m.stack[-1], items)
-
-
-def _stack_global(m: Machine) -> None:
-    name, module = m.stack.pop(), m.stack.pop()
-    m.push(m.find_global(module, name))
-
-
-def _reduce(m: Machine) -> None:
-    args, callee = m.stack.pop(), m.stack.pop()
-    m.push(m.call(callee, args))
-
-
-def _new_with_keywords(m: Machine) -> None:
-    kwargs, args, callee = m.stack.pop(), m.stack.pop(), m.stack.pop()
-    if not isinstance(kwargs, dict):
-        m.fail("gives keyword arguments that are no dict")
-    m.push(m.call(callee, args, kwargs))
+    m.store(items)
 
 
 def _instance(m: Machine) -> None:
@@ -227,11 +166,6 @@ def _instance(m: Machine) -> None:
 def _object(m: Machine) -> None:
     callee, *args = m.pop_to_mark()
     m.push(m.call(callee, tuple(args)))
-
-
-def _build(m: Machine) -> None:
-    state = m.stack.pop()
-    m.build(m.stack[-1], state)
 
 
 # What it costs in memory; never less than what is really taken.
@@ -269,31 +203,31 @@ _ROWS: list[tuple[bytes, str, int, Callable[..., Any]]] = [
         _OBJECT,
         lambda m: m.push(m.line().encode("latin-1").decode("raw_unicode_escape")),
     ),
-    (b"U", "B", _SLOT, _python2_text),
-    (b"T", "<I", _SLOT, _python2_text),
-    (b"\x8c", "B", _SLOT, _text),
-    (b"X", "<I", _SLOT, _text),
-    (b"\x8d", "<Q", _SLOT, _text),
-    (b"C", "B", _OBJECT, _binary),
-    (b"B", "<I", _OBJECT, _binary),
-    (b"\x8e", "<Q", _OBJECT, _binary),
-    (b"\x96", "<Q", _OBJECT, _binary),
+    (b"U", "B", _SLOT, _bytes_as(Machine.python2_text)),
+    (b"T", "<I", _SLOT, _bytes_as(Machine.python2_text)),
+    (b"\x8c", "B", _SLOT, _bytes_as(Machine.text)),
+    (b"X", "<I", _SLOT, _bytes_as(Machine.text)),
+    (b"\x8d", "<Q", _SLOT, _bytes_as(Machine.text)),
+    (b"C", "B", _OBJECT, _bytes_as(Machine.binary)),
+    (b"B", "<I", _OBJECT, _bytes_as(Machine.binary)),
+    (b"\x8e", "<Q", _OBJECT, _bytes_as(Machine.binary)),
+    (b"\x96", "<Q", _OBJECT, _bytes_as(Machine.binary)),
     # containers
     (b")", "", _SLOT, lambda m: m.push(())),
-    (b"\x85", "", _OBJECT, lambda m: m.push((m.stack.pop(),))),
-    (b"\x86", "", _OBJECT, _tuple2),
-    (b"\x87", "", _OBJECT, _tuple3),
+    (b"\x85", "", _OBJECT, lambda m: m.push(m.pop(1))),
+    (b"\x86", "", _OBJECT, lambda m: m.push(m.pop(2))),
+    (b"\x87", "", _OBJECT, lambda m: m.push(m.pop(3))),
     (b"t", "", _OBJECT, lambda m: m.push(tuple(m.pop_to_mark()))),
     (b"]", "", _OBJECT, lambda m: m.push([])),
     (b"l", "", _OBJECT, lambda m: m.push(m.pop_to_mark())),
-    (b"a", "", _SLOT, _append),
-    (b"e", "", _SLOT, _extend),
+    (b"a", "", _SLOT, lambda m: m.append(m.pop(1))),
+    (b"e", "", _SLOT, lambda m: m.append(m.pop_to_mark())),
     (b"}", "", _OBJECT, lambda m: m.push({})),
     (b"d", "", _OBJECT, _dict),
-    (b"s", "", _SLOT, _set_item),
-    (b"u", "", _SLOT, _set_items),
+    (b"s", "", _SLOT, lambda m: m.store(m.pop(2))),
+    (b"u", "", _SLOT, lambda m: m.store(m.pop_to_mark())),
     (b"\x8f", "", _OBJECT, lambda m: m.push(Items())),  # EMPTY_SET
-    (b"\x90", "", _SLOT, _extend),  # ADDITEMS
+    (b"\x90", "", _SLOT, lambda m: m.append(m.pop_to_mark())),  # ADDITEMS
     (b"\x91", "", _OBJECT, lambda m: m.push(Items(m.pop_to_mark()))),  # FROZENSET
     # the memo
     (b"q", "B", _ENTRY, Machine.put),
@@ -305,13 +239,18 @@ _ROWS: list[tuple[bytes, str, int, Callable[..., Any]]] = [
     (b"g", "", _SLOT, lambda m: m.get(int(m.line()))),
     # what would be imported and called
     (b"c", "", _SLOT, lambda m: m.push(m.find_global(m.line(), m.line()))),
-    (b"\x93", "", _SLOT, _stack_global),
-    (b"R", "", _CALL, _reduce),
-    (b"\x81", "", _CALL, _reduce),  # NEWOBJ: cls.__new__(cls, *args), the same to us
-    (b"\x92", "", _CALL, _new_with_keywords),
+    (b"\x93", "", _SLOT, lambda m: m.push(m.find_global(*m.pop(2)))),
+    (b"R", "", _CALL, lambda m: m.push(m.call(*m.pop(2)))),
+    (
+        b"\x81",
+        "",
+        _CALL,
+        lambda m: m.push(m.call(*m.pop(2))),
+    ),  # NEWOBJ: cls.__new__(cls, *args), the same to us
+    (b"\x92", "", _CALL, lambda m: m.push(m.call(*m.pop(3)))),
     (b"i", "", _CALL, _instance),
     (b"o", "", _CALL, _object),
-    (b"b", "", _SLOT, _build),
+    (b"b", "", _SLOT, lambda m: m.build(*m.pop(1))),
     (b"P", "", _CALL, lambda m: _persist(m, m.line())),
     (b"Q", "", _CALL, lambda m: _persist(m, m.stack.pop())),
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections import ChainMap
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeGuard
 
@@ -366,22 +366,21 @@ def is_unknown_tensor(callee: Any) -> TypeGuard[Global]:
     )
 
 
+_BUILTINS: Mapping[str, Callable[..., Any]] = {
+    "dict": _mapping,
+    "set": lambda *args: Items(_collection(*args)),
+    "frozenset": lambda *args: Items(_collection(*args)),
+    "list": _collection,
+    "bytes": lambda: b"",
+    "bytearray": _byte_array,
+}
+
 CONSTRUCTORS: Constructors = {
-    ("collections", "OrderedDict"): _mapping,
-    ("collections", "defaultdict"): _mapping,
-    ("collections", "Counter"): _mapping,
-    **{
-        (module, name): constructor
-        for module in ("builtins", "__builtin__")
-        for name, constructor in [
-            ("dict", _mapping),
-            ("set", lambda *args: Items(_collection(*args))),
-            ("frozenset", lambda *args: Items(_collection(*args))),
-            ("list", _collection),
-            ("bytes", lambda: b""),
-            ("bytearray", _byte_array),
-        ]
-    },
+    **dict.fromkeys(
+        (("collections", n) for n in ("OrderedDict", "defaultdict", "Counter")), _mapping
+    ),
+    **{("builtins", name): constructor for name, constructor in _BUILTINS.items()},
+    **{("__builtin__", name): constructor for name, constructor in _BUILTINS.items()},
     ("_codecs", "encode"): _from_bytes,
     ("torch", "Size"): lambda *args: _size(args[0]) if args else (),
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
@@ -403,9 +402,9 @@ CONSTRUCTORS: Constructors = {
     ("torch.nn.parameter", "Buffer"): _rebuild_parameter,
     ("torch.fx.graph_module", "reduce_graph_module"): _graph_module,
     ("torch.serialization", "_get_layout"): _passed_through,
-    ("torch.jit._pickle", "build_intlist"): _collection,
-    ("torch.jit._pickle", "build_doublelist"): _collection,
-    ("torch.jit._pickle", "build_boollist"): _collection,
-    ("torch.jit._pickle", "build_tensorlist"): _collection,
+    **{
+        ("torch.jit._pickle", f"build_{kind}list"): _collection
+        for kind in ("int", "double", "bool", "tensor")
+    },
     ("torch.jit._pickle", "restore_type_tag"): _passed_through,
 }
