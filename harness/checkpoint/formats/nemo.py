@@ -3,22 +3,24 @@
 In: a source that is a tar archive (PAX, GNU or plain POSIX; gzip is undone before). Out: its
 members by name, each a source of its own; nothing is unpacked. Refused: absolute names and `..`,
 links, devices, sparse members, duplicates, broken checksums, members that reach outside of the
-file. Format: POSIX.1-2001 pax interchange format, and GNU tar's long names.
+file. The headers are read by the standard library's tarfile, which ends in silence where one is
+broken: what follows the last has to be the end of the archive.
 """
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 from harness.checkpoint.sources.source import RangeSource, Source, damaged, read, too_many
 from harness.errors import CheckpointError
 
-_BLOCK = 512
-_MAX_EXTENSION_NBYTES = 16 << 10
+_BLOCK = tarfile.BLOCKSIZE
+_MAX_HEADER_NBYTES = 16 << 10
+_MAX_HEADERS_NBYTES = 4 << 20
 _MAX_CONFIG_NBYTES = 1 << 20
-_MAX_EXTENSIONS_NBYTES = 2 << 20
-_MAX_HEADERS = 4000
+_MAX_MEMBERS = 4000
 WEIGHTS = "model_weights.ckpt"
 CONFIG = "model_config.yaml"
 
@@ -64,133 +66,72 @@ def read_nemo(source: Source) -> Nemo:
 def read_tar(source: Source) -> dict[str, Source]:
     """List the regular files of a tar archive by name, without a leading `./`."""
     members: dict[str, Source] = {}
-    for name, start, nbytes in _members(source):
+    for member in _members(source):
+        parts = [part for part in member.name.split("/") if part not in ("", ".")]
+        if member.name.startswith("/") or ".." in parts or "\\" in member.name:
+            why = f"the tar archive holds {member.name!r}, a name that points outside of it"
+            raise damaged(source.name, why)
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            why = f"the tar archive holds {member.name!r}, a link, a device or a sparse file"
+            raise damaged(source.name, why)
+        if member.pax_headers.get("size", str(member.size)) != str(member.size):
+            why = f"the tar archive gives {member.name!r} the size {member.pax_headers['size']!r}"
+            raise damaged(source.name, why)
+        name = "/".join(parts)
         if name in members:
             raise damaged(source.name, f"the tar archive holds two members named {name!r}")
-        members[name] = RangeSource(source, start, nbytes, f"{source.name}: {name}")
+        where = f"{source.name}: {name}"
+        members[name] = RangeSource(source, member.offset_data, member.size, where)
     return members
 
 
-def _members(source: Source) -> Iterator[tuple[str, int, int]]:
-    position = extended = 0
-    override: dict[str, str] = {}
-    for _ in range(_MAX_HEADERS):
-        if position + _BLOCK > source.nbytes:
-            raise CheckpointError(
-                f"{source.name}: a tar archive that does not end, at byte {position}",
-                hint="the file is truncated: copy or download it again",
-            )
-        header = read(source, position, _BLOCK)
-        if not any(header):
-            return
-        _check_header(source, header, position)
-        nbytes = _number(source, header[124:136])
-        kind = header[156:157]
-        start = position + _BLOCK
-        if start + nbytes > source.nbytes:
-            raise CheckpointError(
-                f"{source.name}: ends inside of a member of {nbytes} bytes at {start}",
-                hint="the file is truncated: copy or download it again",
-            )
-        position = start + -(-nbytes // _BLOCK) * _BLOCK
-        if kind in b"xgLK":
-            extended += nbytes
-            if nbytes > _MAX_EXTENSION_NBYTES or extended > _MAX_EXTENSIONS_NBYTES:
-                raise damaged(
-                    source.name,
-                    f"the tar archive has an extended header of {nbytes} bytes at {start}",
-                )
-            extension = read(source, start, nbytes)
-            if kind == b"x":
-                override |= _pax(source, extension)
-            elif kind == b"L":
-                override["path"] = _text(extension)
-            elif kind == b"g" and "size" in _pax(source, extension):
-                raise damaged(source.name, "the tar archive gives all its members one size")
-            continue
-        name = override.get("path") or _header_name(header)
-        if "size" in override and override["size"] != str(nbytes):
-            nbytes = _large_size(source, name, override["size"], start)
-            position = start + -(-nbytes // _BLOCK) * _BLOCK
-        sparse = "GNU.sparse" in override
-        override = {}
-        if kind == b"5":
-            _safe_name(source, name)
-            continue
-        if kind not in (b"0", b"\0", b"7") or sparse:
+def _members(source: Source) -> Iterator[tarfile.TarInfo]:
+    try:
+        headers = cast("IO[bytes]", _Headers(source))
+        archive = tarfile.TarFile(fileobj=headers, encoding="utf-8")
+        for _ in range(_MAX_MEMBERS):
+            member = archive.next()
+            if member is None:
+                break
+            yield member
+        else:
+            raise too_many(source.name, _MAX_MEMBERS, "members of a tar archive")
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        raise damaged(source.name, f"the tar archive has a broken header: {error}") from error
+    if "size" in archive.pax_headers:
+        raise damaged(source.name, "the tar archive gives all its members one size")
+    end = archive.offset
+    if end + _BLOCK > source.nbytes:
+        raise CheckpointError(
+            f"{source.name}: a tar archive that does not end, at byte {end}",
+            hint="the file is truncated: copy or download it again",
+        )
+    if any(read(source, end, _BLOCK)):
+        raise damaged(source.name, f"the tar archive has a broken header at byte {end}")
+
+
+class _Headers:
+    """A source as the file that tarfile takes, of which only headers are read."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._position = 0
+        self._left = _MAX_HEADERS_NBYTES
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> None:
+        self._position = position
+
+    def read(self, nbytes: int) -> bytes:
+        source, start = self._source, self._position
+        self._left -= nbytes
+        if not 0 <= nbytes <= _MAX_HEADER_NBYTES or self._left < 0:
             raise damaged(
-                source.name,
-                f"the tar archive holds {name!r}, which is a link, a device or a sparse file",
+                source.name, f"the tar archive has an extended header of {nbytes} bytes at {start}"
             )
-        yield _safe_name(source, name), start, nbytes
-    raise too_many(source.name, _MAX_HEADERS, "members of a tar archive")
-
-
-def _large_size(source: Source, name: str, size: str, start: int) -> int:
-    """A size beyond the octal field's 8 GiB, which a pax header gives in decimal."""
-    if not size.isdecimal() or not size.isascii() or len(size) > 18:
-        raise damaged(source.name, f"the tar archive gives {name!r} the size {size[:20]!r}")
-    if start + int(size) > source.nbytes:
-        raise damaged(
-            source.name, f"the tar archive ends inside of {name!r}, a member of {size} bytes"
-        )
-    return int(size)
-
-
-def _check_header(source: Source, header: bytes, position: int) -> None:
-    expected = _number(source, header[148:156])
-    actual = sum(header[:148]) + 8 * 32 + sum(header[156:])
-    if actual != expected:
-        raise damaged(
-            source.name,
-            f"the tar archive has a header at byte {position} with checksum {actual}, not "
-            f"{expected}",
-        )
-
-
-def _number(source: Source, field: bytes) -> int:
-    if field[0] == 0x80:  # GNU: base 256
-        return int.from_bytes(field[1:], "big")
-    digits = field.strip(b" \0")
-    if not digits:
-        return 0
-    if not all(48 <= digit < 56 for digit in digits):
-        raise damaged(source.name, f"the tar archive has {field!r} where a number should be")
-    return int(digits, 8)
-
-
-def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-
-
-def _header_name(header: bytes) -> str:
-    name, prefix = _text(header[:100]), _text(header[345:500])
-    posix = header[257:263] == b"ustar\0"
-    return f"{prefix}/{name}" if posix and prefix else name
-
-
-def _pax(source: Source, data: bytes) -> dict[str, str]:
-    """The records that decide what a member is, of all that a pax header may hold."""
-    records = {}
-    position = 0
-    while position < len(data):
-        length, _, _ = data[position : position + 8].partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data) - position:
-            raise damaged(source.name, "the tar archive has a broken pax header")
-        record = data[position + len(length) + 1 : position + int(length) - 1]
-        position += int(length)
-        key, _, value = record.partition(b"=")
-        if key in (b"path", b"size"):
-            records[_text(key)] = _text(value)
-        elif key.startswith(b"GNU.sparse"):
-            records["GNU.sparse"] = ""
-    return records
-
-
-def _safe_name(source: Source, name: str) -> str:
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or ".." in parts or "\\" in name:
-        raise damaged(
-            source.name, f"the tar archive holds {name!r}, a name that points outside of it"
-        )
-    return "/".join(parts)
+        self._position = min(start + nbytes, source.nbytes)
+        return read(source, start, self._position - start) if self._position > start else b""
