@@ -17,11 +17,7 @@ from harness.golden.budget import KeptValues as KeptValues
 from harness.golden.budget import choose, held_by
 from harness.golden.file import replace_golden, write_golden
 from harness.golden.golden import Golden, source_of
-from harness.golden.places import (
-    named_source,
-    new_golden,
-    source_after,
-)
+from harness.golden.places import named_source, new_golden, source_after
 from harness.streaming.workers import Group, Progress, Workers
 from harness.subjects import (
     Subject,

@@ -26,10 +26,7 @@ from harness.golden.budget import KeptValues as KeptValues
 from harness.golden.budget import held_by
 from harness.golden.file import is_golden, read_golden
 from harness.golden.golden import Golden
-from harness.golden.places import (
-    check_reference,
-    named_source,
-)
+from harness.golden.places import check_reference, named_source
 from harness.streaming.workers import Group, Progress, Workers
 from harness.subjects import (
     LOADED,
@@ -103,11 +100,7 @@ def _verify(
         buffers = recorded.parts.get("buffers")
         sides = buffers_of.joined(recorded.fingerprint, buffers, actual)
         expected, actual = sides.expected, sides.actual
-        found = fingerprint_checkpoint(
-            actual,
-            details=nothing,
-            workers=workers,
-        )
+        found = fingerprint_checkpoint(actual, details=nothing, workers=workers)
         found = with_settings(found, actual, recorded.fingerprint)
         measure = AgainstGolden(
             golden=expected,

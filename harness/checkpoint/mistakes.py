@@ -51,8 +51,7 @@ def no_checkpoint_in(folder: AnyPath, names: Sequence[str]) -> CheckpointError:
     index = next((name for name in names if name.endswith(".index.json")), None)
     if index is not None:
         return CheckpointError(
-            f"{folder}: an index under an unknown name",
-            hint=f"give the index: {folder / index}",
+            f"{folder}: an index under an unknown name", hint=f"give the index: {folder / index}"
         )
     files = [name for name in names if name.endswith(_SUFFIXES)]
     parts = [name for name in files if _PART.search(name)]

@@ -166,11 +166,7 @@ def import_numpy() -> None:
 @_JOBS
 @click.pass_obj
 def record(
-    asked: Invocation,
-    /,
-    checkpoints: tuple[AnyPath, ...],
-    golden: AnyPath | None,
-    **options: Any,
+    asked: Invocation, /, checkpoints: tuple[AnyPath, ...], golden: AnyPath | None, **options: Any
 ) -> int:
     """Record a golden of each CHECKPOINT.
 

@@ -19,13 +19,7 @@ import click
 
 from harness.cli.commands import cli, import_numpy
 from harness.cli.options import Invocation
-from harness.cli.terminal import (
-    echo_error,
-    echo_json,
-    failure,
-    show_plainly,
-    without_secrets,
-)
+from harness.cli.terminal import echo_error, echo_json, failure, show_plainly, without_secrets
 from harness.errors import HarnessError, UsageError
 
 if TYPE_CHECKING:

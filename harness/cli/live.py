@@ -49,10 +49,7 @@ _CODE = [
         help="Configuration to use in place of the checkpoint's.",
     ),
     _of_model(
-        "--base",
-        type=Place("--base"),
-        metavar="FOLDER",
-        help="The base model of an adapter.",
+        "--base", type=Place("--base"), metavar="FOLDER", help="The base model of an adapter."
     ),
     _of_model(
         "--trust-checkpoint",

@@ -255,8 +255,7 @@ def policy_of(options: dict[str, Any]) -> Policy:
         if options["exact"] and options.get(name) not in (None, ()):
             flag = f"--{name.replace('_', '-')}".replace("tolerances", "tolerance")
             raise UsageError(
-                f"--exact cannot be combined with {flag}",
-                hint=f"leave out --exact, or {flag}",
+                f"--exact cannot be combined with {flag}", hint=f"leave out --exact, or {flag}"
             )
     given = {n: options[n] for n in ("atol", "rtol") if options[n] is not None}
     return Policy(

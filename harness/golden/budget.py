@@ -15,12 +15,7 @@ from typing import Literal
 from harness.checkpoint.dtypes import DType
 from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.errors import UsageError
-from harness.fingerprints.fingerprint import (
-    MAX_KEPT_NUMEL,
-    Fingerprint,
-    block_numel,
-    structure,
-)
+from harness.fingerprints.fingerprint import MAX_KEPT_NUMEL, Fingerprint, block_numel, structure
 from harness.fingerprints.hashes import HASH_NBYTES, UNORDERED_NBYTES
 from harness.fingerprints.residues import DIGEST_NBYTES, Grid, num_residue_blocks
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, NUM_PROJECTIONS, num_blocks

@@ -21,10 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.checkpoint.formats.safetensors import (
-    is_safetensors,
-    read_safetensors,
-)
+from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.limits import MAX_HEADER_NBYTES
 from harness.checkpoint.sources.access import open_source
 from harness.checkpoint.sources.paths import AnyPath, Location, to_path
@@ -32,14 +29,7 @@ from harness.checkpoint.sources.source import read
 from harness.errors import CheckpointError, GoldenError
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.golden.atomic import locked, write_whole
-from harness.golden.columns import (
-    Pieces,
-    one_piece,
-    pieces_of,
-    rows_of,
-    seal_of,
-    tensors_of,
-)
+from harness.golden.columns import Pieces, one_piece, pieces_of, rows_of, seal_of, tensors_of
 from harness.golden.golden import SUFFIX, Golden, LiveRecord, real_path
 from harness.golden.header import (
     SCHEMA,
@@ -161,8 +151,7 @@ def check_is_golden(path: AnyPath) -> None:
         is_empty = source.nbytes == 0
     if not is_empty and not is_golden(path):
         raise GoldenError(
-            f"{path}: exists, and is not a golden",
-            hint="give another file with -g, or remove it",
+            f"{path}: exists, and is not a golden", hint="give another file with -g, or remove it"
         )
 
 

@@ -97,8 +97,7 @@ def _no_golden(chosen: AnyPath, path: AnyPath | None, *, named: str = "") -> NoR
             )
         open_checkpoint(path).close()  # what cannot be opened cannot be recorded
     raise GoldenError(
-        f"{chosen}: no golden is recorded for {path}",
-        hint=f"harness record {_typed(path)}{named}",
+        f"{chosen}: no golden is recorded for {path}", hint=f"harness record {_typed(path)}{named}"
     )
 
 

@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from harness.errors import GoldenError, HarnessError, NotRecorded, UsageError
-from harness.pytest_plugin.summary import (
-    Event,
-    Folder,
-    Verb,
-)
+from harness.pytest_plugin.summary import Event, Folder, Verb
 from harness.text.shell import command_line
 
 if TYPE_CHECKING:

@@ -108,8 +108,7 @@ def _writing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(
-            f"{what}: cannot be written: {error.strerror}",
-            hint="check permissions, and free space",
+            f"{what}: cannot be written: {error.strerror}", hint="check permissions, and free space"
         ) from error
 
 

@@ -87,9 +87,7 @@ buffers = Buffers()
 
 
 def map_chunks(
-    items: Sequence[_Item],
-    function: Callable[[_Item, Chunk], Result],
-    workers: Workers = ALL_CORES,
+    items: Sequence[_Item], function: Callable[[_Item, Chunk], Result], workers: Workers = ALL_CORES
 ) -> list[list[Result]]:
     """Apply `function` to every chunk of every item; returns the results per item, in order.
 

@@ -65,10 +65,7 @@ def read_dcp(folder: AnyPath) -> tuple[TorchFile, tuple[Source, ...]]:
         checksums += beside.checksums
         _join_lightning(source.name, root, beside.root)
     file = TorchFile(
-        container=container,
-        root=root,
-        structure_nbytes=plan.nbytes,
-        checksums=tuple(checksums),
+        container=container, root=root, structure_nbytes=plan.nbytes, checksums=tuple(checksums)
     )
     return file, tuple(sources)
 

@@ -69,10 +69,7 @@ def read_safetensors(path: AnyPath, source: Source) -> tuple[list[Tensor], dict[
             )
         tensors.append(tensor)
     if start + end != source.nbytes:
-        raise damaged(
-            _invalid(path),
-            f"its tensors end at byte {start + end} of {source.nbytes}",
-        )
+        raise damaged(_invalid(path), f"its tensors end at byte {start + end} of {source.nbytes}")
     return tensors, metadata
 
 
@@ -103,10 +100,7 @@ def _row(path: AnyPath, name: str, entry: Any) -> _Row:
     for size in shape:
         numel *= size
         if numel >= _USIZE:
-            raise damaged(
-                _invalid(path),
-                f"tensor {name[:200]!r} has an impossible shape",
-            )
+            raise damaged(_invalid(path), f"tensor {name[:200]!r} has an impossible shape")
     if dtype.name == "float4_e2m1fn_x2":
         if not shape or shape[-1] % 2:
             raise damaged(_invalid(path), f"tensor {name[:200]!r} has half a byte of float4")
@@ -119,8 +113,7 @@ def _read_header(path: AnyPath, source: Source) -> tuple[int, dict[str, Any]]:
     (length,) = struct.unpack("<Q", read(source, 0, 8))
     if length > source.nbytes - 8:
         raise damaged(
-            str(path),
-            f"its safetensors header claims {length} bytes; the file has {source.nbytes}",
+            str(path), f"its safetensors header claims {length} bytes; the file has {source.nbytes}"
         )
     if length > MAX_HEADER_NBYTES:
         raise too_many(str(path), MAX_HEADER_NBYTES, "bytes of a safetensors header")

@@ -266,12 +266,7 @@ def _storage_id(
         case None:
             return key, DTYPES[STORAGE_DTYPES[kind.name]], numel, None
         case (str() as view_key, int() as offset, int() as view_numel):
-            return (
-                key,
-                DTYPES[STORAGE_DTYPES[kind.name]],
-                numel,
-                (view_key, offset, view_numel),
-            )
+            return (key, DTYPES[STORAGE_DTYPES[kind.name]], numel, (view_key, offset, view_numel))
         case _:
             raise damaged(name, f"has a storage view of an unknown form: {brief(view)}")
 

@@ -124,8 +124,7 @@ def _rows(source: Source, directory: bytes, count: int) -> Iterator[_Row]:
     for _ in range(count):
         if position + _CENTRAL.size > len(directory):
             raise damaged(
-                source.name,
-                f"the zip archive claims {count} entries, but its directory ends early",
+                source.name, f"the zip archive claims {count} entries, but its directory ends early"
             )
         fields = _CENTRAL.unpack_from(directory, position)
         if fields[0] != b"PK\x01\x02":
@@ -223,11 +222,5 @@ def _bytes_of(
     if row.method == _STORED:
         return stored
     return InflatedSource(
-        stored,
-        0,
-        row.compressed_nbytes,
-        where,
-        wbits=-15,
-        nbytes=row.nbytes,
-        scratch=scratch,
+        stored, 0, row.compressed_nbytes, where, wbits=-15, nbytes=row.nbytes, scratch=scratch
     )

@@ -67,8 +67,7 @@ class WebFiles:
             "Accept-Encoding": "identity",
         }
         settings.setdefault(
-            "timeout",
-            ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS),
+            "timeout", ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
         )
         session = await self._filesystem.set_session()
         address = self._filesystem.encode_url(url)

@@ -89,8 +89,7 @@ def to_local(location: Location, what: str) -> Path:
     if isinstance(path, Path):
         return path
     raise UsageError(
-        f"{path}: {what} must be on this machine",
-        hint="give a local path: download the file first",
+        f"{path}: {what} must be on this machine", hint="give a local path: download the file first"
     )
 
 

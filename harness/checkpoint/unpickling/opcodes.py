@@ -197,12 +197,7 @@ _ROWS: list[tuple[bytes, str, int, Callable[..., Any]]] = [
     (b"\x8b", "<I", _NUMBER, _long),
     # text and bytes
     (b"S", "", _OBJECT, _quoted),
-    (
-        b"V",
-        "",
-        _OBJECT,
-        lambda m: m.push(m.line().encode("latin-1").decode("raw_unicode_escape")),
-    ),
+    (b"V", "", _OBJECT, lambda m: m.push(m.line().encode("latin-1").decode("raw_unicode_escape"))),
     (b"U", "B", _SLOT, _bytes_as(Machine.python2_text)),
     (b"T", "<I", _SLOT, _bytes_as(Machine.python2_text)),
     (b"\x8c", "B", _SLOT, _bytes_as(Machine.text)),
