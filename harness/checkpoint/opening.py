@@ -9,7 +9,7 @@ written but unlinked temporary files for what is compressed, and for parts of re
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from harness.checkpoint.mistakes import no_checkpoint_in, not_a_checkpoint, simi
 from harness.checkpoint.parts import open_parts
 from harness.checkpoint.rankfiles import RankFile, rank_sets
 from harness.checkpoint.sections import Parts, find_section
-from harness.checkpoint.sources.access import open_source
+from harness.checkpoint.sources.access import closed_on_error, open_source
 from harness.checkpoint.sources.inflated import InflatedSource
 from harness.checkpoint.sources.paths import (
     DISTCP,
@@ -73,7 +73,7 @@ def open_checkpoint(path: Location, *, section: str | None = None) -> Checkpoint
 
 def _open_folder(folder: AnyPath, section: str | None) -> Checkpoint:
     """Open what a folder holds; `.metadata` comes first: its folder has no other name."""
-    from harness.checkpoint.formats.rankshards import rank_shards
+    from harness.checkpoint.formats.rankshards import rank_shards, read_rank_shards
 
     folder = inner_folder(folder)
     names = names_in(folder)
@@ -95,7 +95,14 @@ def _open_folder(folder: AnyPath, section: str | None) -> Checkpoint:
             return replace(_with_files(found, folder, layout.beside), others=others)
     if shards:
         _no_section(folder, section)
-        return _rank_shards(folder)
+        tensors, sources = read_rank_shards(folder, shards)
+        return Checkpoint(
+            name=str(folder),
+            container="torch.distributed.checkpoint safetensors",
+            tensors=_table(folder, tensors),
+            sources=sources,
+            keeps_aliases=False,
+        )
     if sets := rank_sets(folder / name for name in names):
         return _rank_files(folder, sets, section)
     raise no_checkpoint_in(folder, names)
@@ -125,17 +132,15 @@ def _with_files(found: Checkpoint, folder: AnyPath, names: Sequence[str]) -> Che
     )
 
 
-def _open_file(path: AnyPath, section: str | None) -> Checkpoint:
+def _open_file(path: AnyPath, section: str | None, *, is_shard: bool = False) -> Checkpoint:
     source = open_source(path)
-    try:
+    with closed_on_error([source]):
         head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
-        if head.lstrip()[:1] == b"{" and not is_safetensors(head, source.nbytes):
+        is_text = head.lstrip()[:1] == b"{" and not is_safetensors(head, source.nbytes)
+        if is_text and not is_shard:
             _no_section(path, section)
             return _sharded(path, source)
         return _open(path, source, section)
-    except BaseException:
-        source.close()
-        raise
 
 
 def _is_folder(path: AnyPath) -> bool:
@@ -157,8 +162,7 @@ def _open(path: AnyPath, source: Source, section: str | None) -> Checkpoint:
         return Checkpoint(
             name=str(path),
             container="safetensors",
-            section="",
-            tensors=_nonempty(path, tensor_table(str(path), tensors)),
+            tensors=_table(path, tensors),
             sources=(source,),
             keeps_aliases=False,
         )
@@ -173,9 +177,9 @@ def _open(path: AnyPath, source: Source, section: str | None) -> Checkpoint:
     if is_tar(head):
         nemo = read_nemo(source)
         file = _torch_file(nemo.weights)
-        return _torch_checkpoint(path, source, file, section, container="nemo", nemo=nemo)
+        return _torch_checkpoint(path, (source,), file, section, container="nemo", nemo=nemo)
     if head.startswith(b"PK") or head[:1] == b"\x80":
-        return _torch_checkpoint(path, source, _torch_file(source), section)
+        return _torch_checkpoint(path, (source,), _torch_file(source), section)
     raise not_a_checkpoint(path, head)
 
 
@@ -193,34 +197,27 @@ def _torch_file(source: Source) -> TorchFile:
 
 def _torch_checkpoint(
     path: AnyPath,
-    source: Source,
+    sources: tuple[Source, ...],
     file: TorchFile,
     section: str | None,
     *,
     container: str | None = None,
     nemo: Nemo | None = None,
+    keeps_aliases: bool = True,
 ) -> Checkpoint:
     found = find_section(file, str(path), section)
     lightning = isinstance(file.root, dict) and "pytorch-lightning_version" in file.root
-    if container is None:
-        container = "Lightning checkpoint" if lightning else file.container
-    table = tensor_table(str(path), found.tensors)
-    _check_not_empty(path, table)
+    frozen = "TorchScript that is frozen keeps its weights as constants: give the file of before"
     return Checkpoint(
         name=str(path),
-        container=container,
+        container=container or ("Lightning checkpoint" if lightning else file.container),
         section=found.path,
-        tensors=_nonempty(
-            path,
-            table,
-            "TorchScript that is frozen keeps its weights as constants: give the file of before"
-            if file.container == "TorchScript"
-            else "is it the right file?",
-        ),
+        tensors=_table(path, found.tensors, frozen if file.container == "TorchScript" else None),
         unread=found.unread,
         others=found.others,
-        sources=(source,),
+        sources=sources,
         members={} if nemo is None else nemo.members,
+        keeps_aliases=keeps_aliases,
         read_config=partial(config_of_yaml, path, nemo.config)
         if nemo is not None and nemo.config is not None
         else partial(hyperparameters_of, file.root),
@@ -232,24 +229,14 @@ def _sharded(path: AnyPath, source: Source) -> Checkpoint:
     from harness.checkpoint.formats.sharded import join_shards, read_index
 
     table = read_index(path, read(source, 0, min(source.nbytes, MAX_HEADER_NBYTES + 1)))
-
-    def open_shard(shard: AnyPath) -> Checkpoint:
-        source = open_source(shard)
-        try:
-            return _open(shard, source, None)
-        except BaseException:
-            source.close()
-            raise
-
+    open_shard = partial(_open_file, section=None, is_shard=True)
     tensors, shards = join_shards(path, table, open_shard)
-    sources = [source, *(one for shard in shards for one in shard.sources)]
     containers = sorted({shard.container for shard in shards})
     return Checkpoint(
         name=str(path),
         container=f"sharded {' and '.join(containers)}",
-        section="",
-        tensors=tensor_table(str(path), tensors),
-        sources=tuple(sources),
+        tensors=_table(path, tensors),
+        sources=(source, *(one for shard in shards for one in shard.sources)),
         # A tie across two shards is lost in the format.
         keeps_aliases=False,
         checksums=tuple(one for shard in shards for one in shard.checksums),
@@ -260,33 +247,9 @@ def _distributed(folder: AnyPath, section: str | None) -> Checkpoint:
     from harness.checkpoint.formats.dcp import read_dcp
 
     file, sources = read_dcp(folder)
-    found = find_section(file, str(folder), section)
-    return Checkpoint(
-        name=str(folder),
-        container=file.container,
-        section=found.path,
-        tensors=_nonempty(folder, tensor_table(str(folder), found.tensors)),
-        unread=found.unread,
-        others=found.others,
-        sources=sources,
-        # Tied tensors are saved one by one.
-        keeps_aliases=False,
-        read_config=partial(hyperparameters_of, file.root),
-        checksums=file.checksums,
-    )
-
-
-def _rank_shards(folder: AnyPath) -> Checkpoint:
-    from harness.checkpoint.formats.rankshards import rank_shards, read_rank_shards
-
-    tensors, sources = read_rank_shards(folder, rank_shards(folder))
-    return Checkpoint(
-        name=str(folder),
-        container="torch.distributed.checkpoint safetensors",
-        section="",
-        tensors=_nonempty(folder, tensor_table(str(folder), tensors)),
-        sources=sources,
-        keeps_aliases=False,
+    # Tied tensors are saved one by one.
+    return _torch_checkpoint(
+        folder, sources, file, section, container=file.container, keeps_aliases=False
     )
 
 
@@ -300,23 +263,18 @@ def _rank_files(
     check_ranks(str(path), files)
     sources: list[Source] = []
     ranks: list[tuple[RankFile, Parts]] = []
-    try:
+    with closed_on_error(sources):
         for file in files:
-            source = open_source(file.path)
-            sources.append(source)
-            found = find_section(_torch_file(source), str(file.path), section)
+            sources.append(open_source(file.path))
+            found = find_section(_torch_file(sources[-1]), str(file.path), section)
             ranks.append((file, found))
-        tensors = tensor_table(str(path), join_ranks(str(path), ranks))
-    except BaseException:
-        for opened in sources:
-            opened.close()
-        raise
+        tensors = _table(path, join_ranks(str(path), ranks))
     _, first = ranks[0]
     return Checkpoint(
         name=str(path),
         container=f"torch files of {len(files)} ranks",
         section=first.path,
-        tensors=_nonempty(path, tensors),
+        tensors=tensors,
         unread=first.unread,
         others=(*first.others, *((glob, None) for glob in sets if glob != chosen)),
         sources=tuple(sources),
@@ -330,21 +288,16 @@ def _zero(folder: AnyPath, names: Sequence[str], section: str | None) -> Checkpo
     optimizer, model = zero_files(names)
     sources: list[Source] = []
     files: dict[str, TorchFile] = {}
-    try:
+    with closed_on_error(sources):
         for name in (*optimizer, *model):
             sources.append(open_source(folder / name))
             files[name] = _torch_file(sources[-1])
         tensors = read_zero(folder, {n: files[n] for n in model}, {n: files[n] for n in optimizer})
-        table = tensor_table(str(folder), tensors)
-    except BaseException:
-        for source in sources:
-            source.close()
-        raise
+        table = _table(folder, tensors)
     return Checkpoint(
         name=str(folder),
         container=f"DeepSpeed ZeRO files of {len(optimizer)} ranks",
-        section="",
-        tensors=_nonempty(folder, table),
+        tensors=table,
         sources=tuple(sources),
         others=(("optimizer states", None),),
     )
@@ -358,20 +311,16 @@ def _no_section(path: AnyPath, section: str | None) -> None:
         )
 
 
-def _check_not_empty(path: AnyPath, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError for a torch file whose tensors have no elements, as ZeRO-3 leaves."""
-    held = [tensor for tensor in tensors.values() if not tensor.dtype.is_value]
-    if held and not any(tensor.numel for tensor in held):
+def _table(path: AnyPath, tensors: Iterable[Tensor], hint: str | None = None) -> dict[str, Tensor]:
+    """Check the tensors; raises CheckpointError for none, and where all are left empty."""
+    table = tensor_table(str(path), tensors)
+    held = [tensor for tensor in table.values() if not tensor.dtype.is_value]
+    if not held:
+        raise CheckpointError(f"{path}: holds no tensors", hint=hint or "is it the right file?")
+    if not any(tensor.numel for tensor in held):
         raise CheckpointError(
             f"{path}: {len(held):,} of {len(held):,} tensors are empty: the weights are in other "
             "files, as of ZeRO-3 in *_optim_states.pt",
             hint="give the folder with the files of all ranks",
         )
-
-
-def _nonempty(
-    path: AnyPath, tensors: dict[str, Tensor], hint: str = "is it the right file?"
-) -> dict[str, Tensor]:
-    if all(tensor.dtype.is_value for tensor in tensors.values()):
-        raise CheckpointError(f"{path}: holds no tensors", hint=hint)
-    return tensors
+    return table

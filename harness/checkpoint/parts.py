@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from harness.checkpoint.keys import format_key
+from harness.checkpoint.sources.access import closed_on_error
 from harness.checkpoint.sources.paths import AnyPath
 from harness.checkpoint.tensors import Checkpoint, tensor_table
 from harness.errors import NoSection
@@ -34,7 +35,7 @@ def open_parts(
             hint=f"one of: {', '.join(part for part in parts if part)}",
         )
     opened: dict[str, Checkpoint] = {}
-    try:
+    with closed_on_error(opened.values()):
         for part, path in parts.items():
             opened[part] = open_file(path)
         table = tensor_table(
@@ -45,15 +46,10 @@ def open_parts(
                 for tensor in checkpoint.tensors.values()
             ),
         )
-    except BaseException:
-        for checkpoint in opened.values():
-            checkpoint.close()
-        raise
     containers = sorted({checkpoint.container for checkpoint in opened.values()})
     return Checkpoint(
         name=str(folder),
         container=f"folder of {len(opened)} parts ({', '.join(containers)})",
-        section="",
         tensors=table,
         sources=tuple(source for checkpoint in opened.values() for source in checkpoint.sources),
         unread=tuple(

@@ -194,8 +194,8 @@ class Checkpoint:
 
     name: str
     container: str
-    section: str
     tensors: Mapping[str, Tensor]
+    section: str = ""
     sources: tuple[Source, ...] = ()
     unread: tuple[str, ...] = ()
     others: tuple[tuple[str, int | None], ...] = ()

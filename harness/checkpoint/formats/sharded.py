@@ -14,7 +14,7 @@ from pathlib import Path
 from harness.checkpoint.formats.safetensors import unique
 from harness.checkpoint.keys import format_key
 from harness.checkpoint.limits import MAX_HEADER_NBYTES, MAX_TENSORS
-from harness.checkpoint.sources.access import at_once
+from harness.checkpoint.sources.access import at_once, closed_on_error
 from harness.checkpoint.sources.paths import AnyPath, is_file
 from harness.checkpoint.sources.source import damaged, too_many
 from harness.checkpoint.tensors import Checkpoint, Tensor
@@ -65,26 +65,19 @@ def join_shards(
 
     names = sorted(set(table.values()))
     shards: dict[str, Checkpoint] = {}
-    try:
+    with closed_on_error(shards.values()):
         shards.update(zip(names, at_once(folder, opened, names), strict=True))
         tensors = []
         for name, shard in table.items():
-            key = format_key((name,))
-            tensor = shards[shard].tensors.get(key)
+            tensor = shards[shard].tensors.get(format_key((name,)))
             if tensor is None:
-                raise damaged(
-                    str(path), f"the index places {name!r} in {shard}, which does not hold it"
-                )
+                why = f"the index places {name!r} in {shard}, which does not hold it"
+                raise damaged(str(path), why)
             tensors.append(tensor)
         listed = {(format_key((name,)), shard) for name, shard in table.items()}
         for shard, checkpoint in shards.items():
             for key in checkpoint.tensors:
                 if (key, shard) not in listed:
-                    raise damaged(
-                        str(path), f"the index does not list {key!r}, which {shard} holds"
-                    )
-    except BaseException:
-        for checkpoint in shards.values():
-            checkpoint.close()
-        raise
+                    why = f"the index does not list {key!r}, which {shard} holds"
+                    raise damaged(str(path), why)
     return tensors, list(shards.values())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from harness.checkpoint.sources.files import FileSource
 from harness.checkpoint.sources.paths import AnyPath
@@ -18,6 +18,10 @@ _Item = TypeVar("_Item")
 _T = TypeVar("_T")
 
 
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
 def open_source(path: AnyPath) -> FileSource | RemoteSource:
     """Open a file as a source; raises CheckpointError."""
     if isinstance(path, Path):
@@ -25,6 +29,17 @@ def open_source(path: AnyPath) -> FileSource | RemoteSource:
     from harness.checkpoint.sources.blocks import RemoteSource
 
     return RemoteSource(path)
+
+
+@contextmanager
+def closed_on_error(opened: Iterable[_Closable]) -> Iterator[None]:
+    """Close what was opened by then where the rest fails."""
+    try:
+        yield
+    except BaseException:
+        for one in opened:
+            one.close()
+        raise
 
 
 def read_file(path: AnyPath) -> bytes:
