@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.options import Place, add_options, tolerances, under
+from harness.cli.options import Place, together, tolerances, under
 from harness.cli.terminal import TRACEBACK
 from harness.comparison.policy import STAGES
 from harness.errors import UsageError
@@ -19,23 +18,25 @@ if TYPE_CHECKING:
 _of_model, _of_outputs = under("Model"), under("Outputs")
 
 
-def _stage(name: str, text: str) -> Any:
-    return _of_model(f"--{name}", "stage", flag_value=name, help=text)
-
-
-_STAGE_FLAGS = [
-    _stage("file", "Only the file: run no model code."),
-    _stage("load", "Also load the file into the model."),
-    _stage("reload", "Also save the loaded model, and load that."),
-    _stage("outputs", "Also run the model: inputs and outputs of every module."),
+_stages = [
+    _of_model(f"--{name}", "stage", flag_value=name, help=text)
+    for name, text in {
+        "file": "Only the file: run no model code.",
+        "load": "Also load the file into the model.",
+        "reload": "Also save the loaded model, and load that.",
+        "outputs": "Also run the model: inputs and outputs of every module.",
+    }.items()
 ]
+stage_options = together(*_stages)
+live_stage_options = together(*_stages[1:])  # where no file is compared alone
 
 
 def _remember_traceback(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     ctx.meta[TRACEBACK] = wanted
 
 
-_CODE = [
+# Which class or factory is loaded.
+code_options = together(
     _of_model(
         "--model",
         "target",
@@ -63,14 +64,10 @@ _CODE = [
         callback=_remember_traceback,
         help="Show the traceback where the model's code fails.",
     ),
-]
-_RUN = [
-    _of_model(
-        "--keep", is_flag=True, help="Keep the file that the reload saves, beside the checkpoint."
-    )
-]
-_LIVE = [
-    *_CODE,
+)
+# Which code is under test, and on what.
+live_options = together(
+    code_options,
     _of_outputs(
         "--inputs",
         type=Place("--inputs"),
@@ -88,8 +85,12 @@ _LIVE = [
     _of_outputs(
         "--output-rtol", type=float, help="Relative tolerance. By default as recorded, or 1e-4."
     ),
-]
-_RUN += [
+)
+# How the stages are run and compared.
+run_options = together(
+    _of_model(
+        "--keep", is_flag=True, help="Keep the file that the reload saves, beside the checkpoint."
+    ),
     _of_outputs(
         "--output-tolerance",
         "output_tolerances",
@@ -107,33 +108,7 @@ _RUN += [
     _of_outputs(
         "--only", multiple=True, metavar="GLOB", help="Compare only these activations. Repeatable."
     ),
-]
-
-
-def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags that say how far to go."""
-    return add_options(_STAGE_FLAGS, command)
-
-
-def code_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which class or factory is loaded."""
-    return add_options(_CODE, command)
-
-
-def live_stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags that say how far to go, where no file is compared alone."""
-    return add_options(_STAGE_FLAGS[1:], command)
-
-
-def live_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which code is under test."""
-    return add_options(_LIVE, command)
-
-
-def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of running the stages."""
-    return add_options(_RUN, command)
-
+)
 
 # The first stage at which an option has an effect.
 _NEEDED_BY = {

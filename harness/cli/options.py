@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -163,8 +163,19 @@ def under(heading: str) -> Callable[..., Any]:
     return partial(click.option, cls=Option, heading=heading)
 
 
+def together(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that commands take together, in their order, as one decorator."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 _compared = under("Comparison")
-_POLICY = [
+policy_options = together(
     _compared(
         "--atol", type=float, show_default="as recorded", help="Absolute tolerance, as in allclose."
     ),
@@ -229,21 +240,7 @@ _POLICY = [
     _compared(
         "--no-check-dtype", is_flag=True, help="Compare values even where the dtypes differ."
     ),
-]
-
-
-def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say what counts as the same."""
-    return add_options(_POLICY, command)
-
-
-def add_options(
-    options: list[Callable[..., Any]], command: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Add options to a command, in their order."""
-    for option in reversed(options):
-        command = option(command)
-    return command
+)
 
 
 def policy_of(options: dict[str, Any]) -> Policy:
@@ -257,20 +254,9 @@ def policy_of(options: dict[str, Any]) -> Policy:
             raise UsageError(
                 f"--exact cannot be combined with {flag}", hint=f"leave out --exact, or {flag}"
             )
-    given = {n: options[n] for n in ("atol", "rtol") if options[n] is not None}
-    return Policy(
-        **given,
-        exact=options["exact"],
-        ignore=options["ignore"],
-        tolerances=options["tolerances"],
-        key_map=(*options["key_map"], *chain.from_iterable(map(read_map, options["map_files"]))),
-        strip_prefix=options["strip_prefix"],
-        check_dtype=not options["no_check_dtype"],
-        accept=options["accept"],
-        check_config=options["check_config"],
-        cast=options["cast"],
-        must_change=options["must_change"],
-    )
+    given = {f.name: options[f.name] for f in fields(Policy) if options.get(f.name) is not None}
+    given["key_map"] += tuple(chain.from_iterable(map(read_map, options["map_files"])))
+    return Policy(**given, check_dtype=not options["no_check_dtype"])
 
 
 # An update accepts the whole checkpoint, under the keys that it has: nobody would have seen what
@@ -299,7 +285,7 @@ def _report_paths(ctx: click.Context, param: click.Parameter, paths: Any) -> Any
 
 
 _reported = under("Report")
-_REPORT = [
+report_options = together(
     _reported(
         "--format",
         "form",
@@ -318,10 +304,9 @@ _REPORT = [
         help="Also write a report to FILE, in the format of its suffix: .html, .md, .xml (JUnit) "
         "or .json. Repeatable.",
     ),
-]
+)
 
-
-_SECTION = [
+section_options = together(
     click.option(
         "--section",
         metavar="NAME",
@@ -329,17 +314,7 @@ _SECTION = [
         "optimizer_states.0.",
     ),
     click.option("--all-sections", "section", flag_value=".", help="Read every part of the file."),
-]
-
-
-def section_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which part of a file is looked at."""
-    return add_options(_SECTION, command)
-
-
-def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say how to report."""
-    return add_options(_REPORT, command)
+)
 
 
 class Command(click.Command):
