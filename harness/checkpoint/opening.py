@@ -207,6 +207,13 @@ def _torch_checkpoint(
 ) -> Checkpoint:
     found = find_section(file, str(path), section)
     lightning = isinstance(file.root, dict) and "pytorch-lightning_version" in file.root
+    held = [tensor for tensor in found.tensors if not tensor.dtype.is_value]
+    if held and not any(tensor.numel for tensor in held):
+        raise CheckpointError(
+            f"{path}: {len(held):,} of {len(held):,} tensors are empty: the weights are in other "
+            "files, as of ZeRO-3 in *_optim_states.pt",
+            hint="give the folder with the files of all ranks",
+        )
     frozen = "TorchScript that is frozen keeps its weights as constants: give the file of before"
     return Checkpoint(
         name=str(path),
@@ -312,15 +319,8 @@ def _no_section(path: AnyPath, section: str | None) -> None:
 
 
 def _table(path: AnyPath, tensors: Iterable[Tensor], hint: str | None = None) -> dict[str, Tensor]:
-    """Check the tensors; raises CheckpointError for none, and where all are left empty."""
+    """Check the tensors of a checkpoint; raises CheckpointError, also where there are none."""
     table = tensor_table(str(path), tensors)
-    held = [tensor for tensor in table.values() if not tensor.dtype.is_value]
-    if not held:
+    if all(tensor.dtype.is_value for tensor in table.values()):
         raise CheckpointError(f"{path}: holds no tensors", hint=hint or "is it the right file?")
-    if not any(tensor.numel for tensor in held):
-        raise CheckpointError(
-            f"{path}: {len(held):,} of {len(held):,} tensors are empty: the weights are in other "
-            "files, as of ZeRO-3 in *_optim_states.pt",
-            hint="give the folder with the files of all ranks",
-        )
     return table

@@ -22,7 +22,6 @@ from harness.cli.options import (
     PATH,
     Command,
     Invocation,
-    check_update,
     expanded,
     policy_of,
     policy_options,
@@ -30,7 +29,6 @@ from harness.cli.options import (
     report_options,
     section_options,
     size,
-    without_operands,
 )
 from harness.cli.progress import progress_bar
 from harness.cli.terminal import (
@@ -39,12 +37,10 @@ from harness.cli.terminal import (
     echo_json,
     echo_stage,
     echo_steps,
-    echo_total,
     ended,
     finish,
     told,
 )
-from harness.cli.verification import Verification, targets_of
 from harness.errors import HarnessError, UsageError
 from harness.text.folding import escaped
 from harness.text.shell import quoted
@@ -52,7 +48,6 @@ from harness.version import __version__
 
 if TYPE_CHECKING:
     from harness.checkpoint.sources.paths import AnyPath
-    from harness.report.outcome import Outcome
     from harness.streaming.workers import Group
 
 
@@ -198,20 +193,7 @@ def record(
 @_JOBS
 @click.pass_obj
 def verify(
-    asked: Invocation,
-    /,
-    checkpoints: tuple[AnyPath, ...],
-    golden: AnyPath | None,
-    section: str | None,
-    reference: AnyPath | None,
-    adapter: AnyPath | None,
-    update_golden: bool,
-    reason: str,
-    stage: Any,
-    form: str,
-    reports: tuple[Path, ...],
-    jobs: int | None,
-    **options: Any,
+    asked: Invocation, /, checkpoints: tuple[AnyPath, ...], golden: AnyPath | None, **options: Any
 ) -> int:
     """Compare each CHECKPOINT with its golden.
 
@@ -220,47 +202,9 @@ def verify(
 
     Example: harness verify models/nest.nemo
     """
-    from harness.report.outcome import Result
+    from harness.cli.verification import verify_each
 
-    if reason and not update_golden:
-        raise UsageError("--reason needs --update-golden", hint="add --update-golden")
-    if section is not None and update_golden:
-        raise UsageError(
-            "--section cannot be combined with --update-golden, which keeps the golden's section",
-            hint="record the other section: harness record CKPT --section NAME -g GOLDEN",
-        )
-    policy = policy_of(options)
-    if update_golden:
-        check_update(policy)
-    given = expanded(checkpoints)
-    try:
-        targets = targets_of(given, golden)
-    except HarnessError as error:
-        actual = given[0] if given else None
-        outcomes: tuple[Outcome, ...] = (ended(error, form, expected=golden, actual=actual),)
-        return finish(Result(command="verify", outcomes=outcomes), form, reports)
-    run = Verification(
-        policy=policy,
-        stage=stage,
-        options=options,
-        section=section,
-        reference=reference,
-        adapter=adapter,
-        jobs=jobs,
-        group=asked.group,
-        form=form,
-        updating=update_golden,
-        reason=reason,
-        arguments=asked.arguments
-        if len(given) < 2
-        else without_operands(asked.arguments, checkpoints),
-        names_golden=golden is not None,
-        num_targets=len(targets),
-    )
-    outcomes = tuple(run.outcome(target) for target in targets)
-    if len(outcomes) > 1 and form == "text":
-        echo_total(outcomes)
-    return finish(Result(command="verify", outcomes=outcomes), form, reports)
+    return verify_each(asked, checkpoints, golden, options)
 
 
 @cli.command()

@@ -18,9 +18,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from harness.cli.live import live_of, stage_of
-from harness.cli.options import NOT_ON_UPDATE
+from harness.cli.options import (
+    NOT_ON_UPDATE,
+    Invocation,
+    check_update,
+    expanded,
+    policy_of,
+    without_operands,
+)
 from harness.cli.progress import progress_bar
-from harness.cli.terminal import asked_again, echo_stage, echo_steps, told
+from harness.cli.terminal import (
+    asked_again,
+    echo_stage,
+    echo_steps,
+    echo_total,
+    ended,
+    finish,
+    told,
+)
 from harness.comparison.policy import STAGES, Policy
 from harness.errors import GoldenError, HarnessError, ModelError, NotRecorded, UsageError
 from harness.text.folding import escaped
@@ -114,24 +129,63 @@ def _is_left_out(path: Path) -> bool:
     return True
 
 
+def verify_each(
+    asked: Invocation,
+    checkpoints: tuple[AnyPath, ...],
+    golden: AnyPath | None,
+    options: dict[str, Any],
+) -> int:
+    """Compare each checkpoint with its golden, and report; returns the exit code of all."""
+    from harness.report.outcome import Result
+
+    updating, form = options["update_golden"], options["form"]
+    if options["reason"] and not updating:
+        raise UsageError("--reason needs --update-golden", hint="add --update-golden")
+    if options["section"] is not None and updating:
+        raise UsageError(
+            "--section cannot be combined with --update-golden, which keeps the golden's section",
+            hint="record the other section: harness record CKPT --section NAME -g GOLDEN",
+        )
+    policy = policy_of(options)
+    if updating:
+        check_update(policy)
+    given = expanded(checkpoints)
+    try:
+        targets = targets_of(given, golden)
+    except HarnessError as error:
+        actual = given[0] if given else None
+        outcomes: tuple[Outcome, ...] = (ended(error, form, expected=golden, actual=actual),)
+    else:
+        typed = asked.arguments
+        run = Verification(
+            policy=policy,
+            options=options,
+            group=asked.group,
+            form=form,
+            updating=updating,
+            arguments=typed if len(given) < 2 else without_operands(typed, checkpoints),
+            names_one=len(targets) == 1 and (golden is not None or bool(given)),
+        )
+        outcomes = tuple(run.outcome(target) for target in targets)
+        if len(outcomes) > 1 and form == "text":
+            echo_total(outcomes)
+    return finish(Result(command="verify", outcomes=outcomes), form, options["reports"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """One invocation of verify: what is asked for, for each golden in turn."""
+    """One invocation of verify: what is asked for, for each golden in turn.
+
+    `names_one` says that the arguments name one checkpoint or golden alone.
+    """
 
     policy: Policy
-    stage: Any
     options: dict[str, Any]
-    section: str | None
-    reference: AnyPath | None
-    adapter: AnyPath | None
-    jobs: int | None
     group: Group | None
     form: str
     updating: bool
-    reason: str
     arguments: list[str]
-    names_golden: bool
-    num_targets: int
+    names_one: bool
 
     def outcome(self, target: Target) -> Outcome:
         """Verify one golden and report each stage as it ends; update it if that is asked for."""
@@ -185,13 +239,12 @@ class Verification:
             for comparison in api.verify_stages(
                 checkpoint,
                 recorded,
-                section=self.section,
+                **{
+                    name: self.options[name] for name in ("section", "reference", "adapter", "jobs")
+                },
                 policy=self.policy,
                 stage=stage,
                 live=self._live(recorded, stage),
-                reference=self.reference,
-                adapter=self.adapter,
-                jobs=self.jobs,
                 progress=progress,
                 group=self.group,
             ):
@@ -212,10 +265,10 @@ class Verification:
             updated = api.update(
                 checkpoint,
                 recorded,
-                reason=self.reason,
+                reason=self.options["reason"],
                 stage=stage,
                 live=self._live(recorded, stage),
-                jobs=self.jobs,
+                jobs=self.options["jobs"],
                 progress=progress,
                 group=self.group,
             )
@@ -240,7 +293,7 @@ class Verification:
         """
         remembered = _last_stage(golden)
         repeats = checkpoint is None or self.updating
-        stage = stage_of(self.stage, self.options, remembered if repeats else "file")
+        stage = stage_of(self.options["stage"], self.options, remembered if repeats else "file")
         if self.updating and STAGES.index(stage) < STAGES.index(remembered):
             raise UsageError(
                 f"--{stage} cannot be combined with --update-golden: the golden also holds "
@@ -253,7 +306,7 @@ class Verification:
         """Say at the last stage what a golden knows beyond it, unless it was asked to end there."""
         remembered = _last_stage(golden)
         beyond = STAGES[STAGES.index(stage) + 1 : STAGES.index(remembered) + 1]
-        if comparison.stage != stage or self.stage is not None or not beyond:
+        if comparison.stage != stage or self.options["stage"] is not None or not beyond:
             return comparison
         them = "them" if len(beyond) > 1 else "it"
         note = f"the golden also holds {', '.join(beyond)}: add --{remembered} to compare {them}"
@@ -311,7 +364,7 @@ class Verification:
 
     def _which(self, target: Target) -> list[str]:
         """What narrows a command of several down to one golden."""
-        if self.num_targets == 1 and (target.checkpoint or self.names_golden):
+        if self.names_one:
             return []
         there = [] if target.checkpoint is None else [str(target.checkpoint)]
         return [*there, "-g", str(target.golden)]
