@@ -207,7 +207,8 @@ def _torch_checkpoint(
 ) -> Checkpoint:
     found = find_section(file, str(path), section)
     lightning = isinstance(file.root, dict) and "pytorch-lightning_version" in file.root
-    held = [tensor for tensor in found.tensors if not tensor.dtype.is_value]
+    tensors = found.tensors
+    held = [tensor for tensor in tensors if not tensor.dtype.is_value]
     if held and not any(tensor.numel for tensor in held):
         raise CheckpointError(
             f"{path}: {len(held):,} of {len(held):,} tensors are empty: the weights are in other "
@@ -219,7 +220,7 @@ def _torch_checkpoint(
         name=str(path),
         container=container or ("Lightning checkpoint" if lightning else file.container),
         section=found.path,
-        tensors=_table(path, found.tensors, frozen if file.container == "TorchScript" else None),
+        tensors=_table(path, tensors, frozen if file.container == "TorchScript" else None),
         unread=found.unread,
         others=found.others,
         sources=sources,

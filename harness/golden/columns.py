@@ -30,8 +30,8 @@ from harness.golden.golden import PartName
 from harness.golden.header import Part, Row
 from harness.streaming.chunks import chunks
 
-_stats_of = attrgetter(*(field.name for field in fields(Stats)))
-_NUM_STATS = len(fields(Stats))
+_STATS = tuple(field.name for field in fields(Stats))
+_stats_of = attrgetter(*_STATS)
 
 
 class Form(NamedTuple):
@@ -57,18 +57,16 @@ class Form(NamedTuple):
         return num_blocks(numel, block_numel(self.dtype, self.part.block_nbytes))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Column:
+class Column(NamedTuple):
     """An array of rows of one dtype and shape, of which each tensor takes some in order."""
 
     name: str
     dtype: str
+    shape: tuple[int, ...]
     num_rows: Callable[[Form], int]
-    shape: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Field:
+class Field(NamedTuple):
     """A field of `TensorFingerprint` that is kept, where it is not None.
 
     `to_rows` makes its rows, one array per column; `from_rows` takes the form and those back.
@@ -93,88 +91,72 @@ def _residues(form: Form, packed: NDArray[np.uint8], digests: NDArray[np.uint8])
 
 
 def _stats(form: Form, row: Array) -> Stats:
-    low, high, mean, std, l2, *counts = row[0].tolist()
-    zero, nan, posinf, neginf = map(int, counts)
-    return Stats(
-        min=low,
-        max=high,
-        mean=mean,
-        std=std,
-        l2=l2,
-        num_zero=zero,
-        num_nan=nan,
-        num_posinf=posinf,
-        num_neginf=neginf,
-    )
+    named = zip(_STATS, row[0].tolist(), strict=True)
+    return Stats(**{name: int(v) if name.startswith("num_") else v for name, v in named})
+
+
+def _one(form: Form) -> int:
+    return 1
 
 
 FIELDS = (
     Field(
-        name="digest",
-        columns=(Column(name="digest", dtype="|u1", shape=(32,), num_rows=lambda form: 1),),
-        to_rows=lambda digest: (np.frombuffer(digest, "|u1").reshape(1, 32),),
-        from_rows=lambda form, rows: rows.tobytes(),
+        "digest",
+        (Column("digest", "|u1", (32,), _one),),
+        lambda digest: (np.frombuffer(digest, "|u1").reshape(1, 32),),
+        lambda form, rows: rows.tobytes(),
     ),
     Field(
-        name="stats",
-        columns=(Column(name="stats", dtype="<f8", shape=(_NUM_STATS,), num_rows=lambda form: 1),),
-        to_rows=lambda stats: (np.array([_stats_of(stats)], "<f8"),),
-        from_rows=_stats,
+        "stats",
+        (Column("stats", "<f8", (len(_STATS),), _one),),
+        lambda stats: (np.array([_stats_of(stats)], "<f8"),),
+        _stats,
     ),
     Field(
-        name="values",
-        columns=(Column(name="value", dtype="|u1", num_rows=lambda form: form.nbytes),),
-        to_rows=lambda values: (np.frombuffer(values, "|u1"),),
-        from_rows=lambda form, rows: rows.tobytes(),
+        "values",
+        (Column("value", "|u1", (), lambda form: form.nbytes),),
+        lambda values: (np.frombuffer(values, "|u1"),),
+        lambda form, rows: rows.tobytes(),
     ),
     Field(
-        name="sketch",
-        columns=(
-            Column(
-                name="sketch",
-                dtype="<f8",
-                shape=(NUM_PROJECTIONS,),
-                num_rows=lambda form: form.num_blocks,
-            ),
-            Column(name="block_norm", dtype="<f8", num_rows=lambda form: form.num_blocks),
+        "sketch",
+        (
+            Column("sketch", "<f8", (NUM_PROJECTIONS,), lambda form: form.num_blocks),
+            Column("block_norm", "<f8", (), lambda form: form.num_blocks),
         ),
-        to_rows=lambda sketch: (sketch.projections, sketch.norms),
-        from_rows=lambda form, projections, norms: Sketch(projections=projections, norms=norms),
+        lambda sketch: (sketch.projections, sketch.norms),
+        lambda form, projections, norms: Sketch(projections=projections, norms=norms),
     ),
     Field(
-        name="residues",
-        columns=(
-            Column(name="residue", dtype="|u1", num_rows=lambda form: -(-form.numel // 2)),
+        "residues",
+        (
+            Column("residue", "|u1", (), lambda form: -(-form.numel // 2)),
             Column(
-                name="residue_digest",
-                dtype="|u1",
-                shape=(DIGEST_NBYTES,),
-                num_rows=lambda form: num_residue_blocks(form.numel),
+                "residue_digest",
+                "|u1",
+                (DIGEST_NBYTES,),
+                lambda form: num_residue_blocks(form.numel),
             ),
         ),
-        to_rows=lambda residues: (residues.packed, residues.digests),
-        from_rows=_residues,
+        lambda residues: (residues.packed, residues.digests),
+        _residues,
     ),
     Field(
-        name="hashes",
-        columns=(
+        "hashes",
+        (
             Column(
-                name="rounded",
-                dtype="|u1",
-                shape=(HASH_NBYTES,),
-                num_rows=lambda form: len(NARROWER.get(form.dtype.name, ())),
+                "rounded",
+                "|u1",
+                (HASH_NBYTES,),
+                lambda form: len(NARROWER.get(form.dtype.name, ())),
             ),
-            Column(
-                name="unordered", dtype="|u1", shape=(UNORDERED_NBYTES,), num_rows=lambda form: 1
-            ),
+            Column("unordered", "|u1", (UNORDERED_NBYTES,), _one),
         ),
-        to_rows=lambda hashes: (
+        lambda hashes: (
             np.frombuffer(hashes.rounded, "|u1").reshape(-1, HASH_NBYTES),
             np.frombuffer(hashes.unordered, "|u1").reshape(1, UNORDERED_NBYTES),
         ),
-        from_rows=lambda form, rounded, unordered: Hashes(
-            rounded=rounded.tobytes(), unordered=unordered.tobytes()
-        ),
+        lambda form, *rows: Hashes(rounded=rows[0].tobytes(), unordered=rows[1].tobytes()),
     ),
 )
 

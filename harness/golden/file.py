@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,7 +31,7 @@ from harness.errors import CheckpointError, GoldenError
 from harness.fingerprints.fingerprint import Fingerprint
 from harness.golden.atomic import locked, write_whole
 from harness.golden.columns import Pieces, one_piece, pieces_of, rows_of, seal_of, tensors_of
-from harness.golden.golden import SUFFIX, Golden, LiveRecord, real_path
+from harness.golden.golden import SUFFIX, Golden, LiveRecord, PartName, real_path
 from harness.golden.header import (
     SCHEMA,
     Contents,
@@ -206,32 +207,16 @@ def _joined(pieces: Mapping[str, Pieces], header: str) -> tuple[bytearray, dict[
 
 
 def _header(golden: Golden) -> Header:
-    live = golden.live
     return Header(
         schema=SCHEMA,
         made=Made(),
         source=Origin(path=golden.source, section=golden.section),
         root=golden.fingerprint.root.hex(),
-        parts={
-            name: Part(
-                container=part.container,
-                keeps_aliases=part.keeps_aliases,
-                block_nbytes=part.block_nbytes,
-                tolerance=(float(part.tolerance[0]), float(part.tolerance[1])),
-                rel=float(part.rel),
-            )
-            for name, part in golden.parts.items()
-        },
+        parts=msgspec.convert(golden.parts, dict[PartName, Part], from_attributes=True),
         history=golden.history,
         live=None
-        if live is None
-        else Live(
-            target=live.target,
-            stages=live.stages,
-            config=live.config,
-            inputs=live.inputs,
-            base=live.base,
-        ),
+        if golden.live is None
+        else msgspec.convert(golden.live, Live, from_attributes=True),
     )
 
 
@@ -364,13 +349,9 @@ def _parse(path: AnyPath, columns: dict[str, NDArray[Any]], text: str) -> Golden
         parts = {
             name: Fingerprint(
                 name=str(path) if name == "weights" else name,
-                container=part.container,
-                section=(header.source.section or "") if name == "weights" else "",
-                keeps_aliases=part.keeps_aliases,
                 tensors=tensors[name],
-                block_nbytes=part.block_nbytes,
-                tolerance=part.tolerance,
-                rel=part.rel,
+                section=(header.source.section or "") if name == "weights" else "",
+                **msgspec.structs.asdict(part),
                 config=contents.config if name == "weights" else None,
                 members=contents.members if name == "weights" else {},
             )
@@ -396,11 +377,7 @@ def _parse(path: AnyPath, columns: dict[str, NDArray[Any]], text: str) -> Golden
         live=None
         if live is None
         else LiveRecord(
-            target=live.target,
-            stages=live.stages,
-            config=live.config,
-            inputs=live.inputs,
-            base=live.base,
+            **msgspec.structs.asdict(live),
             parameters=contents.parameters,
             buffers=parts.get("buffers"),
             outputs=parts.get("outputs"),
