@@ -15,48 +15,65 @@ if not hasattr(os, "preadv"):
     )
 
 if TYPE_CHECKING:
-    from harness.api import (
-        KeptValues,
-        diff,
-        fingerprint,
-        read_golden,
-        record,
-        roundtrip,
-        update,
-        verify,
-        verify_stages,
-    )
-    from harness.callbacks.lightning import GoldenCheckpoint
-    from harness.callbacks.saves import OnMismatch
-    from harness.callbacks.transformers import GoldenTrainerCallback
-    from harness.checkpoint import Checkpoint, DType, Tensor, open_checkpoint
-    from harness.checkpoint.sources.paths import AnyPath, Location
-    from harness.checkpoint.sources.source import Source
-    from harness.checkpoint.tensors import Checksum, Storage
-    from harness.comparison.cause import Acceptable, Cause, CauseKind, Proof
-    from harness.comparison.comparison import Comparison
-    from harness.comparison.difference import Difference, Element, Verdict
-    from harness.comparison.findings import Divergence, Finding, FindingKind
-    from harness.comparison.policy import Policy, Stage, Tolerance
-    from harness.errors import (
-        CheckpointError,
-        GoldenError,
-        GoldenMismatch,
-        HarnessError,
-        ModelError,
-        UsageError,
-    )
-    from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
-    from harness.fingerprints.hashes import Hashes
-    from harness.fingerprints.residues import Residues
-    from harness.fingerprints.sketch import Sketch
-    from harness.fingerprints.stats import Stats
-    from harness.golden.golden import Golden, LiveRecord, PartName, Update
-    from harness.model.activations import Activations
-    from harness.model.options import LiveOptions
-    from harness.streaming.workers import Group, Progress, Task, Workers
-    from harness.subjects import Subject
-    from harness.version import __version__
+    from harness.api import KeptValues as KeptValues
+    from harness.api import diff as diff
+    from harness.api import fingerprint as fingerprint
+    from harness.api import read_golden as read_golden
+    from harness.api import record as record
+    from harness.api import roundtrip as roundtrip
+    from harness.api import update as update
+    from harness.api import verify as verify
+    from harness.api import verify_stages as verify_stages
+    from harness.callbacks.lightning import GoldenCheckpoint as GoldenCheckpoint
+    from harness.callbacks.saves import OnMismatch as OnMismatch
+    from harness.callbacks.transformers import GoldenTrainerCallback as GoldenTrainerCallback
+    from harness.checkpoint import Checkpoint as Checkpoint
+    from harness.checkpoint import DType as DType
+    from harness.checkpoint import Tensor as Tensor
+    from harness.checkpoint import open_checkpoint as open_checkpoint
+    from harness.checkpoint.sources.paths import AnyPath as AnyPath
+    from harness.checkpoint.sources.paths import Location as Location
+    from harness.checkpoint.sources.source import Source as Source
+    from harness.checkpoint.tensors import Checksum as Checksum
+    from harness.checkpoint.tensors import Storage as Storage
+    from harness.comparison.cause import Acceptable as Acceptable
+    from harness.comparison.cause import Cause as Cause
+    from harness.comparison.cause import CauseKind as CauseKind
+    from harness.comparison.cause import Proof as Proof
+    from harness.comparison.comparison import Comparison as Comparison
+    from harness.comparison.difference import Difference as Difference
+    from harness.comparison.difference import Element as Element
+    from harness.comparison.difference import Verdict as Verdict
+    from harness.comparison.findings import Divergence as Divergence
+    from harness.comparison.findings import Finding as Finding
+    from harness.comparison.findings import FindingKind as FindingKind
+    from harness.comparison.policy import Policy as Policy
+    from harness.comparison.policy import Stage as Stage
+    from harness.comparison.policy import Tolerance as Tolerance
+    from harness.errors import CheckpointError as CheckpointError
+    from harness.errors import GoldenError as GoldenError
+    from harness.errors import GoldenMismatch as GoldenMismatch
+    from harness.errors import HarnessError as HarnessError
+    from harness.errors import ModelError as ModelError
+    from harness.errors import UsageError as UsageError
+    from harness.fingerprints.fingerprint import Fingerprint as Fingerprint
+    from harness.fingerprints.fingerprint import TensorFingerprint as TensorFingerprint
+    from harness.fingerprints.hashes import Hashes as Hashes
+    from harness.fingerprints.residues import Residues as Residues
+    from harness.fingerprints.sketch import Sketch as Sketch
+    from harness.fingerprints.stats import Stats as Stats
+    from harness.golden.golden import Golden as Golden
+    from harness.golden.golden import LiveRecord as LiveRecord
+    from harness.golden.golden import PartName as PartName
+    from harness.golden.golden import Update as Update
+    from harness.model.activations import Activations as Activations
+    from harness.model.options import LiveOptions as LiveOptions
+    from harness.streaming.workers import Group as Group
+    from harness.streaming.workers import Progress as Progress
+    from harness.streaming.workers import Task as Task
+    from harness.streaming.workers import Workers as Workers
+    from harness.subjects import Subject as Subject
+    from harness.version import __version__ as __version__
 
 _HOMES = {
     "harness.api": (
@@ -92,67 +109,7 @@ _HOMES = {
     "harness.version": ("__version__",),
 }
 
-__all__ = [
-    "Acceptable",
-    "Activations",
-    "AnyPath",
-    "Cause",
-    "CauseKind",
-    "Checkpoint",
-    "CheckpointError",
-    "Checksum",
-    "Comparison",
-    "DType",
-    "Difference",
-    "Divergence",
-    "Element",
-    "Finding",
-    "FindingKind",
-    "Fingerprint",
-    "Golden",
-    "GoldenCheckpoint",
-    "GoldenError",
-    "GoldenMismatch",
-    "GoldenTrainerCallback",
-    "Group",
-    "HarnessError",
-    "Hashes",
-    "KeptValues",
-    "LiveOptions",
-    "LiveRecord",
-    "Location",
-    "ModelError",
-    "OnMismatch",
-    "PartName",
-    "Policy",
-    "Progress",
-    "Proof",
-    "Residues",
-    "Sketch",
-    "Source",
-    "Stage",
-    "Stats",
-    "Storage",
-    "Subject",
-    "Task",
-    "Tensor",
-    "TensorFingerprint",
-    "Tolerance",
-    "Update",
-    "UsageError",
-    "Verdict",
-    "Workers",
-    "__version__",
-    "diff",
-    "fingerprint",
-    "open_checkpoint",
-    "read_golden",
-    "record",
-    "roundtrip",
-    "update",
-    "verify",
-    "verify_stages",
-]
+__all__ = sorted(name for names in _HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> object:
@@ -165,4 +122,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__
