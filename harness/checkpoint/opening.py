@@ -158,7 +158,7 @@ def _open(path: AnyPath, source: Source, section: str | None) -> Checkpoint:
     # First, because the length that safetensors start with can look like any other magic.
     if is_safetensors(head, source.nbytes):
         _no_section(path, section)
-        tensors, _ = read_safetensors(path, source)
+        tensors, _ = read_safetensors(source)
         return Checkpoint(
             name=str(path),
             container="safetensors",

@@ -266,7 +266,7 @@ def read_golden(path: Location) -> Golden:
                     hint=_RESTORE if path.name.endswith(SUFFIX) else _NOT_A_GOLDEN,
                 )
             opened = True
-            tensors, metadata = read_safetensors(path, source)
+            tensors, metadata = read_safetensors(source)
             if "harness" not in metadata:
                 raise GoldenError(
                     f"{path}: a safetensors file, but not a golden", hint=_NOT_A_GOLDEN

@@ -8,14 +8,13 @@ metadata `DCP_SHARDING_INFO` gives the offsets of each tensor's chunk as JSON.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 
 from harness.checkpoint.formats.assembled import Index, Piece, assemble, is_index
-from harness.checkpoint.formats.safetensors import read_safetensors, unique
+from harness.checkpoint.formats.safetensors import parse_json, read_safetensors
 from harness.checkpoint.keys import format_key
 from harness.checkpoint.limits import MAX_HEADER_NBYTES
 from harness.checkpoint.sources.access import at_once, open_source
@@ -30,20 +29,14 @@ _COPY_AGAIN = "copy the folder again, with the files of all ranks, or save the c
 
 def rank_shards(folder: AnyPath) -> list[AnyPath]:
     """The safetensors files of a folder, if the first of them says that it is a rank's shard."""
-    children: Iterator[AnyPath] = folder.iterdir()
-    names = sorted(
-        child.name for child in islice(children, _MAX_FILES) if child.name.endswith(".safetensors")
-    )
+    children: Iterator[AnyPath] = islice(folder.iterdir(), _MAX_FILES)
+    names = sorted(child.name for child in children if child.name.endswith(".safetensors"))
     if not names:
         return []
-    source = open_source(folder / names[0])
-    try:
+    with closing(open_source(folder / names[0])) as source:
         (length,) = struct.unpack("<Q", read(source, 0, 8)) if source.nbytes > 8 else (0,)
-        header = (
-            read(source, 8, min(length, source.nbytes - 8, MAX_HEADER_NBYTES)) if length else b""
-        )
-    finally:
-        source.close()
+        nbytes = min(length, source.nbytes - 8, MAX_HEADER_NBYTES)
+        header = read(source, 8, nbytes) if length else b""
     return [folder / name for name in names] if _SHARDING_INFO.encode() in header else []
 
 
@@ -60,7 +53,7 @@ def read_rank_shards(
 
     def opened(path: AnyPath) -> tuple[Source, list[Tensor], dict[str, str]]:
         source = open_source(path)
-        return source, *read_safetensors(path, source)
+        return source, *read_safetensors(source)
 
     with closing(at_once(folder, opened, paths)) as shards:
         for path, (source, tensors, metadata) in zip(paths, shards, strict=True):
@@ -69,11 +62,8 @@ def read_rank_shards(
             for tensor in tensors:
                 start = (0,) * len(tensor.shape) if offsets is None else offsets.get(tensor.key)
                 if start is None or len(start) != len(tensor.shape):
-                    raise damaged(
-                        str(path),
-                        f"does not say where its chunk of {tensor.key!r} is in the whole",
-                        _COPY_AGAIN,
-                    )
+                    why = f"does not say where its chunk of {tensor.key!r} is in the whole"
+                    raise damaged(source.name, why, _COPY_AGAIN)
                 piece = Piece(start=start, tensor=tensor, where=path.name)
                 found.setdefault(tensor.key, []).append(piece)
     return [_joined(folder, key, pieces) for key, pieces in found.items()], tuple(sources)
@@ -99,11 +89,10 @@ def _saved_offsets(path: AnyPath, text: str | None) -> dict[str, Index] | None:
     if text is None:
         return None
     try:
-        table = json.loads(text, object_pairs_hook=lambda pairs: unique(path, pairs))
+        table = parse_json(str(path), text)
     except (ValueError, RecursionError) as error:
-        raise damaged(
-            str(path), f"has a {_SHARDING_INFO} that is not JSON: {error}", _COPY_AGAIN
-        ) from error
+        why = f"has a {_SHARDING_INFO} that is not JSON: {error}"
+        raise damaged(str(path), why, _COPY_AGAIN) from error
     offsets = {}
     for name, entry in table.items() if isinstance(table, dict) else ():
         match entry:

@@ -7,11 +7,10 @@ shard lacks or that no index lists.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from harness.checkpoint.formats.safetensors import unique
+from harness.checkpoint.formats.safetensors import parse_json
 from harness.checkpoint.keys import format_key
 from harness.checkpoint.limits import MAX_HEADER_NBYTES, MAX_TENSORS
 from harness.checkpoint.sources.access import at_once, closed_on_error
@@ -32,7 +31,7 @@ def read_index(path: AnyPath, text: bytes) -> dict[str, str]:
     if text.count(b"{") + text.count(b"[") > _MAX_OBJECTS:
         raise damaged(str(path), "the index is nested too deeply")
     try:
-        index = json.loads(text, object_pairs_hook=lambda pairs: unique(path, pairs))
+        index = parse_json(str(path), text)
     except ValueError as error:
         raise damaged(str(path), f"the index is not JSON: {error}") from error
     table = index.get("weight_map") if isinstance(index, dict) else None
@@ -40,11 +39,8 @@ def read_index(path: AnyPath, text: bytes) -> dict[str, str]:
         raise damaged(str(path), "the index has no weight_map")
     for key, shard in table.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise damaged(
-                str(path),
-                f"the index places {key[:200]!r} in {str(shard)[:200]!r}, which is no file beside "
-                "it",
-            )
+            where = f"{str(shard)[:200]!r}, which is no file beside it"
+            raise damaged(str(path), f"the index places {key[:200]!r} in {where}")
     return table
 
 
