@@ -37,7 +37,7 @@ _MIN_WIDTH = 32
 # A key of more parts is made up, and not worth the time.
 _MAX_STEPS = 64
 _COLOR = re.compile(r"\x1b\[\d+m")
-_PART = re.compile(r"( {2,})")
+_PART = re.compile(r"( *)([^ ]+(?: [^ ]+)*)")
 _STEP = re.compile(r"(?<=[./])")
 
 
@@ -59,45 +59,23 @@ def fit(line: str, width: int | None, ellipsis: str = "…") -> list[str]:
     """The line, as as many lines as it takes; what is continued stands further to the right."""
     if width is None or cells(line) <= max(width, _MIN_WIDTH):
         return [line]
+    width = max(width, _MIN_WIDTH)
     text = line.lstrip(" ")
     indent = len(line) - len(text)
-    filled = _Filled(max(width, _MIN_WIDTH), indent, ellipsis)
-    gap = ""
-    for part in _PART.split(text):
-        if part.isspace():
-            gap = part
-        elif filled.takes(part):
-            filled.add(gap, part)
-        else:
-            for word in part.split(" "):
-                filled.add(gap, word)
-                gap = " "
-    return filled.lines
-
-
-class _Filled:
-    """Lines that are filled from the left."""
-
-    def __init__(self, width: int, indent: int, ellipsis: str) -> None:
-        self.lines = [" " * indent]
-        self._width = width
-        self._hanging = " " * min(indent + _HANGING, width // 2)
-        self._ellipsis = ellipsis
-
-    def takes(self, text: str) -> bool:
-        """Whether a text fits into a line of its own."""
-        return cells(text) <= self._width - len(self._hanging)
-
-    def add(self, gap: str, text: str) -> None:
-        """Put a text behind what is there, or on a new line; shorten it if that is too narrow."""
-        last = self.lines[-1]
-        is_empty = not last.strip(" ")
-        if not is_empty and cells(last + gap + text) <= self._width:
-            self.lines[-1] = last + gap + text
-            return
-        start = last if is_empty else self._hanging
-        fitted = start + shorten(text, self._width - len(start), self._ellipsis)
-        self.lines[-1:] = [fitted] if is_empty else [last, fitted]
+    hanging = " " * min(indent + _HANGING, width // 2)
+    lines = [" " * indent]
+    for gap, part in _PART.findall(text):
+        # A part that no line of its own can take is broken between its words.
+        is_whole = cells(part) <= width - len(hanging)
+        for word in [part] if is_whole else part.split(" "):
+            is_empty = not lines[-1].strip(" ")
+            if not is_empty and cells(lines[-1] + gap + word) <= width:
+                lines[-1] += gap + word
+            else:
+                start = lines.pop() if is_empty else hanging
+                lines.append(start + shorten(word, width - len(start), ellipsis))
+            gap = " "
+    return lines
 
 
 def shorten(text: str, width: int, ellipsis: str = "…") -> str:
