@@ -82,6 +82,12 @@ def read_tar(source: Source) -> dict[str, Source]:
         name = "/".join(parts)
         if name in members:
             raise damaged(source.name, f"the tar archive holds two members named {name!r}")
+        if member.offset_data + member.size > source.nbytes:
+            raise CheckpointError(
+                f"{source.name}: ends inside of a member of {member.size} bytes at "
+                f"{member.offset_data}",
+                hint="the file is truncated: copy or download it again",
+            )
         where = f"{source.name}: {name}"
         members[name] = RangeSource(source, member.offset_data, member.size, where)
     return members
