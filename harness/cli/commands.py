@@ -259,14 +259,8 @@ def diff(
     /,
     expected: AnyPath,
     actual: AnyPath,
-    section: str | None,
-    section_b: str | None,
-    adapter: AnyPath | None,
-    table: bool,
-    unchanged: bool,
     form: str,
     reports: tuple[Path, ...],
-    jobs: int | None,
     **options: Any,
 ) -> int:
     """Compare two checkpoints or goldens.
@@ -279,20 +273,17 @@ def diff(
     from harness.cli.steps import past_lines
     from harness.report.outcome import Outcome, Result
 
-    policy = policy_of(options)
+    policy, table, unchanged = policy_of(options), options["table"], options["unchanged"]
     try:
         with progress_bar(expected) as progress:
             comparison = api.diff(
                 expected,
                 actual,
-                section=section,
-                section_b=section_b,
                 policy=policy,
                 stats=bool(reports) or table,
-                adapter=adapter,
-                jobs=jobs,
                 progress=progress,
                 group=asked.group,
+                **{name: options[name] for name in ("section", "section_b", "adapter", "jobs")},
             )
     except HarnessError as error:
         outcome = ended(error, form, expected=expected, actual=actual)

@@ -113,9 +113,8 @@ def _pair(
     """Split `LEFT=RIGHT` at the first or the last equals sign."""
     left, sign, right = text.rpartition("=") if at_last else text.partition("=")
     if not sign or not left:
-        raise click.BadParameter(
-            f"{text!r} is not of the form {param.metavar}", ctx=ctx, param=param
-        )
+        why = f"{text!r} is not of the form {param.metavar}"
+        raise click.BadParameter(why, ctx=ctx, param=param)
     return left, right
 
 
@@ -133,9 +132,8 @@ def tolerances(ctx: click.Context, param: click.Parameter, texts: Any) -> Any:
             if rest:
                 raise ValueError
         except ValueError:
-            raise click.BadParameter(
-                f"{numbers!r} is not ATOL or ATOL,RTOL", ctx=ctx, param=param
-            ) from None
+            why = f"{numbers!r} is not ATOL or ATOL,RTOL"
+            raise click.BadParameter(why, ctx=ctx, param=param) from None
         found.append((glob, atol, rtol))
     return tuple(found)
 
@@ -144,9 +142,8 @@ def _words(ctx: click.Context, param: click.Parameter, given: Any) -> tuple[str,
     words = [word.strip() for one in given for word in one.split(",")]
     for word in words:
         if word not in ACCEPTABLE:
-            raise click.BadParameter(
-                f"{word!r} is none of {', '.join(ACCEPTABLE)}", ctx=ctx, param=param
-            )
+            why = f"{word!r} is none of {', '.join(ACCEPTABLE)}"
+            raise click.BadParameter(why, ctx=ctx, param=param)
     return tuple(dict.fromkeys(words))
 
 

@@ -25,7 +25,6 @@ from harness.text.shell import quoted
 
 if TYPE_CHECKING:
     from harness.checkpoint.sources.paths import AnyPath
-    from harness.streaming.workers import Group
 
 
 def record_each(checkpoints: Sequence[AnyPath], golden: AnyPath | None, **options: Any) -> int:
@@ -46,37 +45,16 @@ def record_each(checkpoints: Sequence[AnyPath], golden: AnyPath | None, **option
     return code
 
 
-def _record(
-    checkpoint: AnyPath,
-    golden: AnyPath | None,
-    *,
-    section: str | None,
-    max_size: int | None,
-    atol: float | None,
-    rtol: float | None,
-    values: Any,
-    stage: Any,
-    overwrite: bool,
-    jobs: int | None,
-    group: Group | None,
-    **options: Any,
-) -> str:
+def _record(checkpoint: AnyPath, golden: AnyPath | None, **options: Any) -> str:
     """Record a golden, and say what it is and what it decides; returns the command to verify it."""
-    stage = stage_of(stage, options)
+    stage = stage_of(options["stage"], options)
+    names = ("section", "max_size", "values", "overwrite", "jobs", "group")
+    asked = {name: options[name] for name in names}
+    asked |= {name: options[name] for name in ("atol", "rtol") if options[name] is not None}
+    live = live_of(options) if stage != "file" else None
     with progress_bar(checkpoint) as progress:
         recorded = api.record(
-            checkpoint,
-            golden,
-            section=section,
-            max_size=max_size,
-            values=values,
-            **{name: it for name, it in (("atol", atol), ("rtol", rtol)) if it is not None},
-            stage=stage,
-            live=live_of(options) if stage != "file" else None,
-            overwrite=overwrite,
-            jobs=jobs,
-            progress=progress,
-            group=group,
+            checkpoint, golden, stage=stage, live=live, progress=progress, **asked
         )
     found = recorded.fingerprint
     with closing(open_source(recorded.path)) as written:
@@ -108,8 +86,5 @@ def _record(
     # Without the checkpoint, verify repeats the stages that were recorded.
     there = recorded.live is not None and recorded.checkpoint is not None
     given = "" if there else f" {quoted(str(checkpoint))}"
-    return f"harness verify{given}{_golden_option(recorded.path, checkpoint)}"
-
-
-def _golden_option(golden: AnyPath, checkpoint: AnyPath) -> str:
-    return "" if golden == own_golden(checkpoint) else f" -g {quoted(str(golden))}"
+    is_own = recorded.path == own_golden(checkpoint)
+    return f"harness verify{given}{'' if is_own else f' -g {quoted(str(recorded.path))}'}"

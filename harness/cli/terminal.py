@@ -39,12 +39,9 @@ def show_plainly(stream: TextIO) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     raw = stream.buffer
-    if isinstance(
-        raw, io.FileIO
-    ):  # of PYTHONUNBUFFERED, which loses what a full disk does not take
-        stream = io.TextIOWrapper(
-            io.BufferedWriter(raw), encoding=stream.encoding, line_buffering=True
-        )
+    if isinstance(raw, io.FileIO):  # of PYTHONUNBUFFERED: loses what a full disk does not take
+        whole = io.BufferedWriter(raw)
+        stream = io.TextIOWrapper(whole, encoding=stream.encoding, line_buffering=True)
     stream.reconfigure(errors="harness-plain")
     return stream
 
