@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import pytest
 
@@ -156,14 +156,8 @@ class CheckpointGolden:
         identical or close.
         """
         __tracebackhide__ = True
-        case = Case(
-            subject=subject,
-            policy=_policy_of(policy, keywords),
-            reference=reference,
-            section=section,
-            values=values,
-        )
-        return self._settle(case, name)[0]
+        given = {"subject": subject, "reference": reference, "section": section, "values": values}
+        return self._settle(name, policy, keywords, **given)[0]
 
     def verify_stages(
         self,
@@ -184,53 +178,41 @@ class CheckpointGolden:
         in `verify`.
         """
         __tracebackhide__ = True
-        case = Case(
-            subject=path,
-            policy=_policy_of(policy, keywords),
-            reference=reference,
-            section=section,
-            values=values,
-            stage=stage,
-            live=live,
-        )
-        return self._settle(case, name)
+        given = {"subject": path, "reference": reference, "section": section, "values": values}
+        return self._settle(name, policy, keywords, stage=stage, live=live, **given)
 
-    def _settle(self, case: Case, name: str | None) -> tuple[Comparison, ...]:
+    def _settle(
+        self, name: str | None, policy: Policy | None, keywords: PolicyKeywords, **given: Any
+    ) -> tuple[Comparison, ...]:
         """Do what the mode asks for, keep account of it, and fail the test unless it passes."""
         __tracebackhide__ = True
-        own = golden_name(self._node, next(self._numbers)) if name is None else _named(name)
-        attempt = Attempt(settings=self._settings, node=self._node, case=case, golden=own)
-        attempt.run()
-        self._events.append(attempt.event)
-        if not attempt.passes:
-            pytest.fail("\n".join(attempt.report()), pytrace=False)
-        return tuple(attempt.stages)
+        from harness.comparison.policy import Policy
+        from harness.text.folding import error_lines
+
+        failed: Iterator[str]
+        try:
+            if policy is not None and keywords:
+                raise UsageError("give policy=… or its fields as keywords, not both")
+            case = Case(policy=policy or Policy(**keywords), **given)
+            own = golden_name(self._node, next(self._numbers)) if name is None else _named(name)
+        except UsageError as error:
+            failed = error_lines(error)
+        else:
+            attempt = Attempt(settings=self._settings, node=self._node, case=case, golden=own)
+            attempt.run()
+            self._events.append(attempt.event)
+            if attempt.passes:
+                return tuple(attempt.stages)
+            failed = attempt.report()
+        pytest.fail("\n".join(failed), pytrace=False)
 
 
 def _named(name: str) -> str:
     """Check a name that a test gives: a file of `golden_dir` itself, folders are for tests' own."""
-    __tracebackhide__ = True
-    from harness.text.folding import error_lines
-
     golden = name.removesuffix(SUFFIX)
     if golden and golden[0] != "." and golden.isprintable() and not set(golden) & set("/\\"):
         return golden
-    error = UsageError(
+    raise UsageError(
         f"not a golden's name: {name!r}",
         hint="give a name without folders, or none: then the golden is the test's own",
     )
-    pytest.fail("\n".join(error_lines(error)), pytrace=False)
-
-
-def _policy_of(policy: Policy | None, keywords: PolicyKeywords) -> Policy:
-    __tracebackhide__ = True
-    from harness.comparison.policy import Policy
-    from harness.text.folding import error_lines
-
-    try:
-        if policy is not None and keywords:
-            raise UsageError("give policy=… or its fields as keywords, not both")
-        return policy or Policy(**keywords)
-    except UsageError as error:
-        text = "\n".join(error_lines(error))
-    pytest.fail(text, pytrace=False)
