@@ -18,6 +18,8 @@ from harness.errors import CheckpointError
 
 _MAX_YAML_DEPTH = 64
 _MAX_YAML_SCALAR = 1 << 16
+# What yaml's constructors raise for values that do not fit their tags.
+_UNFIT = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
 
 
 def config_of_yaml(path: AnyPath, text: bytes) -> Mapping[str, Any] | None:
@@ -37,15 +39,7 @@ def config_of_yaml(path: AnyPath, text: bytes) -> Mapping[str, Any] | None:
             if len(getattr(event, "value", "")) > _MAX_YAML_SCALAR:
                 raise ValueError(f"it holds a text of more than {_MAX_YAML_SCALAR} characters")
         plain = plain_config(yaml.load(text, Loader=loader))
-    # All but the first are what yaml's constructors raise for values that do not fit their tags.
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        OverflowError,
-    ) as error:
+    except (yaml.YAMLError, *_UNFIT) as error:
         raise CheckpointError(
             f"{path}: its model_config.yaml is no plain YAML: {str(error).partition(chr(10))[0]}",
             hint="get the archive again from where it came",
@@ -106,6 +100,11 @@ def plain_config(value: Any) -> Any:
     """
     budget = [_MAX_CONFIG_VALUES]
 
+    def named(key: Any, depth: int) -> str:
+        if isinstance(key, OpaqueKey):
+            return f"<{type(key.value).__name__}>"
+        return str(convert(key, depth) if isinstance(key, str) else key)
+
     def convert(item: Any, depth: int) -> Any:
         budget[0] -= 1 + (len(item) // 64 if isinstance(item, str) else 0)
         if budget[0] < 0 or depth > 64:
@@ -115,22 +114,14 @@ def plain_config(value: Any) -> Any:
         if item is None or isinstance(item, (str, bool, int, float)):
             return item
         if isinstance(item, dict):
-            return {
-                f"<{type(key.value).__name__}>"
-                if isinstance(key, OpaqueKey)
-                else str(convert(key, depth) if isinstance(key, str) else key): convert(
-                    child, depth + 1
-                )
-                for key, child in item.items()
-            }
+            return {named(key, depth): convert(child, depth + 1) for key, child in item.items()}
         if isinstance(item, (list, tuple)):
             return [convert(child, depth + 1) for child in item]
         if isinstance(item, Record):
             state = item.state if isinstance(item.state, dict) else {}
-            if "_content" in state:
-                return convert(state["_content"], depth + 1)
-            if "_val" in state:
-                return convert(state["_val"], depth + 1)
+            for held in ("_content", "_val"):
+                if held in state:
+                    return convert(state[held], depth + 1)
             if item.pairs:
                 return convert(item.pairs, depth + 1)
             return f"<{item.callee}>" if isinstance(item.callee, Global) else "<object>"

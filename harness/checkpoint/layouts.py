@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,20 +33,8 @@ _STEMS = ("model", "pytorch_model", "consolidated")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 # What other programs make of the weights, and what training keeps beside them.
 _OTHER_FORMS = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".pkl",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".ot",
-    ".tflite",
-    ".pb",
-    ".mlmodel",
-    ".keras",
+    *(".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"),
+    *(".tflite", ".pb", ".mlmodel", ".keras"),
 )
 # Configurations and tokenizers, but not what a training says of itself.
 _BESIDE = re.compile(
@@ -162,10 +151,6 @@ def _weights_among(folder: AnyPath, names: Iterable[str]) -> Layout:
 
 def _line_of(path: AnyPath) -> str:
     """The one line of a file that names a folder; "" for anything else."""
-    source = open_source(path)
-    try:
-        if not 0 < source.nbytes <= _MAX_NAME_NBYTES:
-            return ""
-        return read(source, 0, source.nbytes).decode("utf-8", "replace").strip()
-    finally:
-        source.close()
+    with closing(open_source(path)) as source:
+        is_short = source.nbytes <= _MAX_NAME_NBYTES
+        return read(source, 0, source.nbytes).decode("utf-8", "replace").strip() if is_short else ""

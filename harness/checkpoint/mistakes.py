@@ -42,50 +42,45 @@ _FOREIGN_NAMES = {
 
 def no_checkpoint_in(folder: AnyPath, names: Sequence[str]) -> CheckpointError:
     """The error for a folder without a checkpoint: what it may be, and what to give instead."""
+    what, hint = _folder_of(folder, names)
+    return CheckpointError(f"{folder}: {what}", hint=hint)
+
+
+def _folder_of(folder: AnyPath, names: Sequence[str]) -> tuple[str, str]:
     if any(name.endswith(DISTCP) for name in names):
-        return CheckpointError(
-            f"{folder}: a torch.distributed.checkpoint folder without its {METADATA}, which is "
-            "written last",
-            hint="wait for the save to end, or copy the folder again with its hidden file",
+        return (
+            f"a torch.distributed.checkpoint folder without its {METADATA}, which is written last",
+            "wait for the save to end, or copy the folder again with its hidden file",
         )
     index = next((name for name in names if name.endswith(".index.json")), None)
     if index is not None:
-        return CheckpointError(
-            f"{folder}: an index under an unknown name", hint=f"give the index: {folder / index}"
-        )
+        return "an index under an unknown name", f"give the index: {folder / index}"
     files = [name for name in names if name.endswith(_SUFFIXES)]
     parts = [name for name in files if _PART.search(name)]
     if len(parts) > 1 or (parts and "-00001-of-00001." not in parts[0]):
-        return CheckpointError(
-            f"{folder}: shards of a checkpoint ({parts[0]}) without their index",
-            hint="copy or download the .index.json as well",
-        )
+        what = f"shards of a checkpoint ({parts[0]}) without their index"
+        return what, "copy or download the .index.json as well"
     inner = [name for name in names if not name.startswith(".") and (folder / name).is_dir()]
     saves = [name for name in inner if layout_of(folder / name).parts]
     if saves and not files:
         last = max(saves, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
-        return CheckpointError(
-            f"{folder}: a folder of several checkpoints ({', '.join(saves[:6])})",
-            hint=f"give one of them: {folder / last}, or all: {folder / '*'}",
-        )
+        what = f"a folder of several checkpoints ({', '.join(saves[:6])})"
+        return what, f"give one of them: {folder / last}, or all: {folder / '*'}"
     if "saved_model.pb" in names:
-        return CheckpointError(
-            f"{folder}: a SavedModel of TensorFlow, not a checkpoint of torch",
-            hint="convert it first, or give the checkpoint of torch",
-        )
+        what = "a SavedModel of TensorFlow, not a checkpoint of torch"
+        return what, "convert it first, or give the checkpoint of torch"
     if len(files) > 1:
-        return CheckpointError(
-            f"{folder}: a folder of several files ({', '.join(sorted(files)[:6])}"
+        return (
+            f"a folder of several files ({', '.join(sorted(files)[:6])}"
             f"{', …' if len(files) > 6 else ''}), none under the name of a checkpoint "
             "(model.safetensors, pytorch_model.bin, …)",
-            hint=f"give one of them: {folder / files[0]}, or all: {folder / '*'}",
+            f"give one of them: {folder / files[0]}, or all: {folder / '*'}",
         )
-    return CheckpointError(
-        f"{folder}: a folder without a checkpoint under a known name (model.safetensors, "
-        "pytorch_model.bin, adapter_model.safetensors, …)",
-        hint=f"give the file, for instance {folder / files[0]}"
-        if files
-        else "give the file, or the .index.json of a sharded checkpoint",
+    instead = f", for instance {folder / files[0]}" if files else ""
+    return (
+        "a folder without a checkpoint under a known name (model.safetensors, pytorch_model.bin, "
+        "adapter_model.safetensors, …)",
+        f"give the file{instead or ', or the .index.json of a sharded checkpoint'}",
     )
 
 
@@ -118,21 +113,23 @@ def similar_path(path: AnyPath) -> str:
 
 
 def not_a_checkpoint(path: AnyPath, head: bytes) -> CheckpointError:
+    what, hint = _file_of(path, head)
+    return CheckpointError(f"{path}: {what}", hint=hint)
+
+
+def _file_of(path: AnyPath, head: bytes) -> tuple[str, str]:
     if not head:
-        return CheckpointError(f"{path}: the file is empty", hint="save or copy it again")
+        return "the file is empty", "save or copy it again"
     if head.startswith(b"version https://git-lfs"):
-        return CheckpointError(
-            f"{path}: a Git LFS pointer, not the checkpoint itself", hint="run: git lfs pull"
-        )
-    for magic, what, hint in _FOREIGN:
-        if head.startswith(magic):
-            return CheckpointError(f"{path}: {what}, not a checkpoint of torch", hint=hint)
-    for suffix, (what, hint) in _FOREIGN_NAMES.items():
-        if path.name.endswith(suffix):
-            return CheckpointError(f"{path}: {what}, not a checkpoint of torch", hint=hint)
+        return "a Git LFS pointer, not the checkpoint itself", "run: git lfs pull"
+    by_name = ((suffix, *told) for suffix, told in _FOREIGN_NAMES.items())
+    known = [told for magic, *told in _FOREIGN if head.startswith(magic)]
+    known += [told for suffix, *told in by_name if path.name.endswith(suffix)]
+    for what, hint in known:
+        return f"{what}, not a checkpoint of torch", hint
     printable = sum(32 <= byte < 127 or byte in b"\n\r\t" for byte in head)
     what = "text" if printable > 0.95 * len(head) else "of an unknown format"
-    return CheckpointError(
-        f"{path}: {what}, not a checkpoint (it starts with {head[:16]!r})",
-        hint="give a .pt, .ckpt, .nemo, .safetensors, or an .index.json of one",
+    return (
+        f"{what}, not a checkpoint (it starts with {head[:16]!r})",
+        "give a .pt, .ckpt, .nemo, .safetensors, or an .index.json of one",
     )

@@ -23,16 +23,8 @@ from harness.text.shell import quoted
 
 # Where training code puts the weights, the most specific first.
 KNOWN_SECTIONS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "module",
-    "net",
-    "network",
-    "weights",
-    "params",
-    "ema",
+    *("state_dict", "model_state_dict", "model_state", "model", "module"),
+    *("net", "network", "weights", "params", "ema"),
 )
 # Compared as the config, or of no account: who wrote the file.
 _SAID = ("hyper_parameters", "hparams_name", "pytorch-lightning_version")

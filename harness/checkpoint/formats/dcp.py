@@ -50,7 +50,7 @@ def read_dcp(folder: AnyPath) -> tuple[TorchFile, tuple[Source, ...]]:
     budget = Budget()
     plan = _read_plan(folder, budget)
     items, sources = _read_items(folder, plan, budget)
-    checksums = [checksum for item in items.values() for checksum in item.file.checksums]
+    checksums = [checksum for _, item in items.values() for checksum in item.checksums]
     leaves = [
         (plan.paths.get(key, (key,)), _value(folder, key, table, items))
         for key, table in plan.tables.items()
@@ -240,15 +240,8 @@ def _item(key: str, offset: TupleKey | None) -> str:
 # What the files hold
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class _Item:
-    """What torch.save wrote in a place: a tensor, or whatever else it was given."""
-
-    place: _Place
-    file: TorchFile
-
-
-_Items = dict[tuple[str, TupleKey | None], _Item]
+# What torch.save wrote in each place: a tensor, or whatever else it was given.
+_Items = dict[tuple[str, TupleKey | None], tuple[_Place, TorchFile]]
 
 
 def _read_items(folder: AnyPath, plan: _Plan, budget: Budget) -> tuple[_Items, list[Source]]:
@@ -288,20 +281,19 @@ def _read_items(folder: AnyPath, plan: _Plan, budget: Budget) -> tuple[_Items, l
                 spans = (span for place in some for span in ends(place.start, place.nbytes))
                 with source.ahead(spans):
                     for place in some:
-                        file = read(source, place)
-                        items[place.key, place.offset] = _Item(place=place, file=file)
+                        items[place.key, place.offset] = place, read(source, place)
     return items, sources
 
 
 def _value(folder: AnyPath, key: str, table: _Table | None, items: _Items) -> Any:
     """A tensor from its chunks, or a value unchanged."""
     if table is None:
-        return items[key, None].file.root
+        return items[key, None][1].root
     pieces = []
     for offset, shape in table.chunks.items():
-        item = items[key, offset]
-        tensor = item.file.root
-        where = f"{folder / item.place.file}: {key!r} at {item.place.start}"
+        place, file = items[key, offset]
+        tensor = file.root
+        where = f"{folder / place.file}: {key!r} at {place.start}"
         if not isinstance(tensor, Tensor) or tensor.storage.source is None:
             raise damaged(where, "is no tensor with values")
         if (tensor.dtype, tensor.shape) != (table.dtype, shape):
@@ -314,7 +306,7 @@ def _value(folder: AnyPath, key: str, table: _Table | None, items: _Items) -> An
             raise damaged(
                 where, f"expands {tensor.storage.nbytes} bytes to {tensor.nbytes}, as no save does"
             )
-        pieces.append(Piece(start=offset, tensor=tensor, where=str(item.place)))
+        pieces.append(Piece(start=offset, tensor=tensor, where=str(place)))
     return assemble(str(folder), key, table.dtype, table.shape, pieces, hint=COPY_AGAIN)
 
 

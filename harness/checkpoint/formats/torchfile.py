@@ -192,8 +192,9 @@ def _read_legacy(source: Source, data: memoryview) -> TorchFile:
         return positions[key] + 8
 
     def persistent(persistent_id: Any) -> Any:
-        if _is_module_source(persistent_id):
-            return persistent_id[1]
+        match persistent_id:
+            case ("module", kind, *_):  # each class, with its file and the text of its source
+                return kind
         key, dtype, numel, view = _storage_id(source.name, persistent_id)
         if key not in storages:
             nbytes = numel * dtype.itemsize
@@ -242,15 +243,6 @@ def _positions(
     return positions
 
 
-def _is_module_source(persistent_id: Any) -> bool:
-    """Legacy files wrap each module class as ('module', class, file, source text)."""
-    return (
-        isinstance(persistent_id, tuple)
-        and len(persistent_id) > 1
-        and (persistent_id[0] == "module")
-    )
-
-
 def _storage_id(
     name: str, persistent_id: Any
 ) -> tuple[str, DType, int, tuple[str, int, int] | None]:
@@ -259,16 +251,13 @@ def _storage_id(
         case ("storage", Global() as kind, str() as key, str(), int() as numel, *rest) if (
             numel >= 0 and kind.name in STORAGE_DTYPES and len(rest) <= 1
         ):
-            view = rest[0] if rest else None
+            pass
         case _:
             raise damaged(name, f"refers to a storage in an unknown way: {brief(persistent_id)}")
-    match view:
-        case None:
-            return key, DTYPES[STORAGE_DTYPES[kind.name]], numel, None
-        case (str() as view_key, int() as offset, int() as view_numel):
-            return (key, DTYPES[STORAGE_DTYPES[kind.name]], numel, (view_key, offset, view_numel))
-        case _:
-            raise damaged(name, f"has a storage view of an unknown form: {brief(view)}")
+    match rest:
+        case [] | [None] | [(str(), int(), int())]:
+            return key, DTYPES[STORAGE_DTYPES[kind.name]], numel, rest[0] if rest else None
+    raise damaged(name, f"has a storage view of an unknown form: {brief(rest[0])}")
 
 
 def _byteorder(entry: Entry) -> bytes:

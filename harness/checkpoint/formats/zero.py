@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -94,18 +93,11 @@ def _of_stage_2(
         if any(len(vectors) != len(groups) for vectors in ranks):
             raise _unfit(name, f"has {len(groups)} groups of parameters, and not as many vectors")
         vectors = [one[number] for one in ranks]
-        ends = [0]
-        for vector in vectors:
-            ends.append(ends[-1] + vector.numel)
         start = 0
         for key, shape in shapes.items():
-            numel = prod(shape)
-            spans = (
-                (vector, max(start, first) - first, min(start + numel, last) - first)
-                for vector, (first, last) in zip(vectors, pairwise(ends), strict=True)
-            )
-            yield _joined(name, key, shape, [s for s in spans if s[1] < s[2]])
-            start += numel
+            stop = start + prod(shape)
+            yield _joined(name, key, shape, list(_span(vectors, start, stop)))
+            start = stop
 
 
 def _of_stage_3(

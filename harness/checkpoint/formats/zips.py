@@ -61,7 +61,7 @@ def read_zip(source: Source) -> dict[str, Entry]:
     rows = {}
     for row in _rows(source, directory, count):
         if row.name in rows:
-            raise damaged(source.name, f"the zip archive holds two entries named {row.name!r}")
+            raise _broken(source, f"holds two entries named {row.name!r}")
         rows[row.name] = row
     limits = _limits(source, rows.values(), offset)
     scratch, local = Scratch(source.name), source.is_local()
@@ -92,25 +92,20 @@ def _find_directory(source: Source) -> tuple[int, bytes, int]:
     _, disk, _, _, count, nbytes, offset, comment = _EOCD.unpack_from(tail, index)
     end = source.nbytes - tail_nbytes + index
     if end + _EOCD.size + comment != source.nbytes:
-        raise damaged(source.name, "the zip archive has bytes after its end")
+        raise _broken(source, "has bytes after its end")
     locator = end - _LOCATOR64.size
     if locator >= 0 and read(source, locator, 4) == b"PK\x06\x07":
         _, _, end, _ = _LOCATOR64.unpack(read(source, locator, _LOCATOR64.size))
         if end + _EOCD64.size > locator:
-            raise damaged(source.name, "the zip archive has a zip64 record outside of the file")
+            raise _broken(source, "has a zip64 record outside of the file")
         record = _EOCD64.unpack(read(source, end, _EOCD64.size))
         if record[0] != b"PK\x06\x06":
-            raise damaged(
-                source.name, "the zip archive has no zip64 record where its locator points"
-            )
+            raise _broken(source, "has no zip64 record where its locator points")
         disk, count, nbytes, offset = record[4], record[7], record[8], record[9]
     if disk:
-        raise damaged(source.name, "the zip archive is one part of a split archive")
+        raise _broken(source, "is one part of a split archive")
     if offset + nbytes > end:
-        raise damaged(
-            source.name,
-            f"the zip archive has a directory of {nbytes} bytes at {offset}, outside of it",
-        )
+        raise _broken(source, f"has a directory of {nbytes} bytes at {offset}, outside of it")
     if nbytes > _MAX_DIRECTORY_NBYTES:
         raise too_many(source.name, _MAX_DIRECTORY_NBYTES, "bytes of a zip archive's directory")
     # Each takes some bytes of the directory.
@@ -123,12 +118,10 @@ def _rows(source: Source, directory: bytes, count: int) -> Iterator[_Row]:
     position = 0
     for _ in range(count):
         if position + _CENTRAL.size > len(directory):
-            raise damaged(
-                source.name, f"the zip archive claims {count} entries, but its directory ends early"
-            )
+            raise _broken(source, f"claims {count} entries, but its directory ends early")
         fields = _CENTRAL.unpack_from(directory, position)
         if fields[0] != b"PK\x01\x02":
-            raise damaged(source.name, "the zip archive has a broken directory")
+            raise _broken(source, "has a broken directory")
         flags, method, crc32, compressed, nbytes = fields[3], fields[4], *fields[7:10]
         name_nbytes, extra_nbytes, comment_nbytes, header = *fields[10:13], fields[16]
         position += _CENTRAL.size
@@ -141,22 +134,14 @@ def _rows(source: Source, directory: bytes, count: int) -> Iterator[_Row]:
         except UnicodeDecodeError:
             name = raw_name.decode("cp437")
         if flags & 0x1:
-            raise damaged(source.name, f"the zip archive has an encrypted entry, {name!r}")
+            raise _broken(source, f"has an encrypted entry, {name!r}")
         if method not in (_STORED, _DEFLATED):
-            raise damaged(
-                source.name,
-                f"the zip archive compresses {name!r} by method {method}, which torch never does",
-            )
+            raise _broken(source, f"compresses {name!r} by method {method}, which torch never does")
         if method == _STORED and nbytes != compressed:
-            raise damaged(
-                source.name,
-                f"the zip archive gives {name!r} two sizes, {compressed} and {nbytes} bytes",
-            )
+            raise _broken(source, f"gives {name!r} two sizes, {compressed} and {nbytes} bytes")
         yield _Row(name, header, compressed, nbytes, method, crc32)
     if position != len(directory):
-        raise damaged(
-            source.name, f"the zip archive claims {count} entries, but its directory holds more"
-        )
+        raise _broken(source, f"claims {count} entries, but its directory holds more")
 
 
 def _zip64(
@@ -171,7 +156,7 @@ def _zip64(
         tag, size = struct.unpack_from("<HH", extra, position)
         if tag == 1:
             if size < 8 * len(wanted) or position + 4 + size > len(extra):
-                raise damaged(source.name, "the zip archive has a short zip64 field")
+                raise _broken(source, "has a short zip64 field")
             for slot, index in enumerate(wanted):
                 (values[index],) = struct.unpack_from("<Q", extra, position + 4 + 8 * slot)
             break
@@ -185,9 +170,9 @@ def _limits(source: Source, rows: Iterable[_Row], directory_offset: int) -> dict
     limits = {}
     for row in sorted(rows, key=attrgetter("header_offset"), reverse=True):
         if row.header_offset + _LOCAL.size + row.compressed_nbytes > limit:
-            raise damaged(
-                source.name,
-                f"the zip archive places {row.name!r} at {row.header_offset}, outside of it"
+            raise _broken(
+                source,
+                f"places {row.name!r} at {row.header_offset}, outside of it"
                 if limit == directory_offset
                 else f"has entries that overlap at {row.name!r}",
             )
@@ -200,16 +185,11 @@ def _start(source: Source, row: _Row, limit: int) -> int:
     """Where an entry's bytes start, which only the header right before them tells."""
     fields = _LOCAL.unpack(read(source, row.header_offset, _LOCAL.size))
     if fields[0] != MAGIC or fields[3] != row.method:
-        raise damaged(
-            source.name, f"the zip archive has no header for {row.name!r} at {row.header_offset}"
-        )
+        raise _broken(source, f"has no header for {row.name!r} at {row.header_offset}")
     start: int = row.header_offset + _LOCAL.size + fields[9] + fields[10]
     end = start + row.compressed_nbytes
     if end > limit:
-        raise damaged(
-            source.name,
-            f"the zip archive places the end of {row.name!r} at {end}, outside of its room",
-        )
+        raise _broken(source, f"places the end of {row.name!r} at {end}, outside of its room")
     return start
 
 
@@ -224,3 +204,7 @@ def _bytes_of(
     return InflatedSource(
         stored, 0, row.compressed_nbytes, where, wbits=-15, nbytes=row.nbytes, scratch=scratch
     )
+
+
+def _broken(source: Source, why: str) -> CheckpointError:
+    return damaged(source.name, f"the zip archive {why}")
