@@ -81,21 +81,18 @@ def _dtypes() -> Iterator[DType]:
         ("qint8", 1, "int", "|u1", "|i1", None),
         ("quint8", 1, "int", "|u1", "|u1", None),
         ("qint32", 4, "int", "<u4", "<i4", None),
+        ("float4_e2m1fn_x2", 1, "packed", "|u1", "|u1", "F4"),
+        # The text of an entry that is no tensor: a number, a string, a list.
+        ("value", 1, "packed", "|u1", "|u1", None),
+        ("bits16", 2, "packed", "<u2", "<u2", None),
     ]
+    one_byte = ["quint4x2", "quint2x4", "bits8", "bits1x8", "bits2x4", "bits4x2"]
+    one_byte += [f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)]
+    rows += [(name, 1, "packed", "|u1", "|u1", None) for name in one_byte]
     for name, itemsize, kind, raw, real, safetensors in rows:
         yield DType(
             name=name, itemsize=itemsize, kind=kind, raw=raw, real=real, safetensors=safetensors
         )
-    one_byte = ["quint4x2", "quint2x4", "bits8", "bits1x8", "bits2x4", "bits4x2"]
-    one_byte += [f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)]
-    for name in one_byte:
-        yield DType(name=name, itemsize=1, kind="packed", raw="|u1", real="|u1")
-    yield DType(
-        name="float4_e2m1fn_x2", itemsize=1, kind="packed", raw="|u1", real="|u1", safetensors="F4"
-    )
-    # The text of an entry that is no tensor: a number, a string, a list.
-    yield DType(name="value", itemsize=1, kind="packed", raw="|u1", real="|u1")
-    yield DType(name="bits16", itemsize=2, kind="packed", raw="<u2", real="<u2")
 
 
 DTYPES: Mapping[str, DType] = MappingProxyType({dtype.name: dtype for dtype in _dtypes()})

@@ -93,7 +93,11 @@ class Tree:
                 if length > _MAX_KEY_LENGTH:
                     raise self._unbounded(f"have keys of {length} characters", path)
                 if isinstance(child, Record) and is_unknown_tensor(child.callee):
-                    raise self._unknown_tensor(child.callee, _joined(path, step))
+                    raise self._unreadable(
+                        _joined(path, step),
+                        f"is made by {child.callee}, which is unknown",
+                        "move its tensors to the CPU, and save it again",
+                    )
                 entry = child if isinstance(child, Tensor) else self._read(child)
                 if isinstance(entry, LocalPart) and isinstance(entry.local, Composite):
                     # A subclass inside: its tensors are named by what they are parts of.
@@ -104,7 +108,12 @@ class Tree:
                     if entry is None:
                         continue
                 elif id(child) in self._hollow:
-                    raise self._hollow_tensor(child, _joined(path, step))
+                    raise self._unreadable(
+                        _joined(path, step),
+                        f"({child.kind or 'a subclass'}) has no tensors inside that the harness "
+                        "could read",
+                        "and save plain tensors",
+                    )
                 if entry is not None:
                     tensors, text = tensors + 1, text + length
                     if tensors > self._max_tensors:
@@ -268,21 +277,14 @@ class Tree:
         """A module's state dict: its parameters, its persistent buffers, its children."""
         self._steps += sum(len(state[name]) for name in ("_parameters", "_buffers", "_modules"))
         skipped = state.get("_non_persistent_buffers_set")
-        self._steps += len(skipped) if isinstance(skipped, list) else 0
-        transient = (
-            {item for item in skipped if isinstance(item, str)}
-            if isinstance(skipped, list)
-            else set()
-        )
-        for key, parameter in state["_parameters"].items():
-            if isinstance(key, str):
-                yield _Dotted(key), parameter
-        for key, buffer in state["_buffers"].items():
-            if isinstance(key, str) and key not in transient:
-                yield _Dotted(key), buffer
-        for key, module in state["_modules"].items():
-            if isinstance(key, str):  # one that pickles itself in its own way counts, too
-                yield _Dotted(key), module
+        skipped = skipped if isinstance(skipped, list) else []
+        self._steps += len(skipped)
+        transient = {item for item in skipped if isinstance(item, str)}
+        for held in ("_parameters", "_buffers", "_modules"):
+            for key, child in state[held].items():
+                # A module that pickles itself in its own way counts, too.
+                if isinstance(key, str) and not (held == "_buffers" and key in transient):
+                    yield _Dotted(key), child
 
     def _script_children(self, value: Record) -> Iterator[tuple[Any, Any]]:
         parameters, buffers = self.file.script_classes[value.callee]
@@ -307,17 +309,10 @@ class Tree:
             hint="the file is malformed, or made to exhaust its reader: do not trust it",
         )
 
-    def _hollow_tensor(self, tensor: Composite, path: KeyPath) -> CheckpointError:
+    def _unreadable(self, path: KeyPath, why: str, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.name}: tensor {format_key(path)[:200]} ({tensor.kind or 'a subclass'}) has no "
-            "tensors inside that the harness could read",
-            hint="load the file with torch, and save plain tensors",
-        )
-
-    def _unknown_tensor(self, function: Global, path: KeyPath) -> CheckpointError:
-        return CheckpointError(
-            f"{self.name}: tensor {format_key(path)[:200]} is made by {function}, which is unknown",
-            hint="load the file with torch, move its tensors to the CPU, and save it again",
+            f"{self.name}: tensor {format_key(path)[:200]} {why}",
+            hint=f"load the file with torch, {what}",
         )
 
 

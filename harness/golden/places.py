@@ -162,17 +162,13 @@ def new_places(
         ),
         0,
     )
-    return [
-        (
-            path,
-            folder / own[min(depth, len(own) - 1)]
-            if path in alike and depth
-            else None
-            if golden is None
-            else folder / own[0],
-        )
-        for path, own in names.items()
-    ]
+
+    def place(path: AnyPath, own: list[str]) -> AnyPath | None:
+        if path in alike and depth:
+            return folder / own[min(depth, len(own) - 1)]
+        return None if golden is None else folder / own[0]
+
+    return [(path, place(path, own)) for path, own in names.items()]
 
 
 def _free_name(checkpoint: AnyPath, folder: AnyPath) -> AnyPath:

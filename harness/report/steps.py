@@ -1,7 +1,7 @@
 """The next steps: what a person can do about what a comparison found.
 
-In: a `Comparison`. Out: policies that look past what it found, as values (`ways_past`), as options
-of the command line (`as_options`), and as whole lines for the end of a report (`next_steps`).
+In: a `Comparison`. Out: policies that look past what it found, as values (`ways_past`), and what
+else to do (`advice`, `converted`); `harness.cli.steps` makes lines of them.
 """
 
 from __future__ import annotations
