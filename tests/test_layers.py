@@ -26,7 +26,7 @@ NOT_TO_PASS = {
         "harness.checkpoint.formats.rankshards",
         "harness.checkpoint.formats.sharded",
     ),
-    *("shutil", "tempfile", "difflib"),
+    *("tempfile", "difflib"),
 }
 
 

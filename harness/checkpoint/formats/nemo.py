@@ -9,14 +9,16 @@ broken: what follows the last has to be the end of the archive.
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator, Mapping
-from typing import IO, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
 from harness.checkpoint.sources.source import RangeSource, Source, damaged, read, too_many
 from harness.errors import CheckpointError
 
-_BLOCK = tarfile.BLOCKSIZE
+if TYPE_CHECKING:
+    from tarfile import TarInfo
+
+_BLOCK = 512
 _MAX_HEADER_NBYTES = 16 << 10
 _MAX_HEADERS_NBYTES = 4 << 20
 _MAX_CONFIG_NBYTES = 1 << 20
@@ -93,7 +95,9 @@ def read_tar(source: Source) -> dict[str, Source]:
     return members
 
 
-def _members(source: Source) -> Iterator[tarfile.TarInfo]:
+def _members(source: Source) -> Iterator[TarInfo]:
+    import tarfile  # 5 ms that only archives should cost
+
     try:
         headers = cast("IO[bytes]", _Headers(source))
         archive = tarfile.TarFile(fileobj=headers, encoding="utf-8")
