@@ -215,7 +215,10 @@ def verify(
 @live_options
 @run_options
 @report_options
-def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **options: Any) -> int:
+@click.pass_obj
+def roundtrip(
+    asked: Invocation, /, checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **options: Any
+) -> int:
     """Load, save, reload and run CHECKPOINT.
 
     Compares each state with the file, and the outputs with each other. Needs no golden.
@@ -223,7 +226,8 @@ def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **optio
     Example: harness roundtrip models/nest.nemo
     """
     from harness import api
-    from harness.report.outcome import Outcome, Result
+    from harness.cli.steps import lines_past
+    from harness.report.outcome import Outcome, Result, worst_stage
 
     stages, error = [], None
     try:
@@ -238,6 +242,8 @@ def roundtrip(checkpoint: AnyPath, form: str, reports: tuple[Path, ...], **optio
             echo_stage(comparison, form)
     except HarnessError as found:
         error = told(found, form)
+    worst = worst_stage(stages) if error is None else None
+    echo_steps(lines_past(worst, ["harness", *asked_again(asked.arguments)]), form)
     outcome = Outcome(expected=None, actual=str(checkpoint), stages=tuple(stages), error=error)
     return finish(Result(command="roundtrip", outcomes=(outcome,)), form, reports)
 

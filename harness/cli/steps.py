@@ -26,22 +26,30 @@ def as_options(policy: Mapping[str, Any]) -> list[str]:
     return options
 
 
-def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
-    """Lines that run a command again, so that it looks past what was found; else what to do."""
-    lines = []
-    for what, policy in () if comparison.count("damaged") else ways_past(comparison):
+def lines_past(comparison: Comparison | None, command: Sequence[str]) -> list[str]:
+    """Lines that run a command again, so that it looks past what was found."""
+    lines: list[str] = []
+    if comparison is None or comparison.count("damaged"):
+        return lines
+    for what, policy in ways_past(comparison):
         again = without(command, ["--strip-prefix"]) if "strip_prefix" in policy else command
         again = without(again, ["--accept"]) if "accept" in policy else again
         again = without(again, ["--ignore"]) if "ignore" in policy else again
         again = without(again, ["--map", "--map-file"]) if "key_map" in policy else again
         options = command_line(as_options(policy))
         lines.append(f"to {what}:  {with_options(again, options)}")
+    return lines
+
+
+def past_lines(comparison: Comparison, command: Sequence[str]) -> list[str]:
+    """The same, and what else to do."""
+    lines = lines_past(comparison, command)
     names, said = converted(comparison), advice(comparison)
     if names is not None:
         golden, options = quoted(comparison.expected.name), command_line(as_options(names))
         again = f"harness verify CONVERTED_CKPT -g {golden} {options}"
         lines.append(
-            f"if modules were renamed on purpose, convert the checkpoint to the new names:  {again}"
+            f"if the model was changed on purpose, convert the checkpoint to its keys:  {again}"
         )
     return lines if said is None else [*lines, said]
 

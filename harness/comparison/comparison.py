@@ -251,7 +251,7 @@ def finding_sections(comparison: Comparison, style: Style) -> Iterator[Section]:
         if findings and not _is_aftermath(kind, comparison):
             said = HEADINGS[kind]
             if kind == "renamed" and comparison.is_unloaded:
-                said = "renamed: the same shape, and a similar name"
+                said = "renamed: as shapes and names tell"
             elif kind == "renamed" and not all(c.accept for f in findings for c in f.causes[:1]):
                 said = "renamed: under another key"  # not all of equal weights
             yield Section(

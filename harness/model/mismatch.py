@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.cause import Cause
-from harness.comparison.causes import weight_norm
+from harness.comparison.causes import regrouped, weight_norm
+from harness.comparison.causes.ledger import Ledger
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
 from harness.comparison.findings import Finding, describe
@@ -100,6 +101,19 @@ def of_failed_load(
 
 
 def _explained(compared: Comparison) -> Iterator[Finding]:
+    """The findings, with what was stacked, joined or split, as keys and shapes tell it."""
+    ledger = Ledger(_unnormed(compared))
+    alone = [finding for finding in ledger if not finding.causes]
+    missing, unexpected = (
+        {f.key: side.tensors[f.key] for f in alone if f.kind == kind}
+        for kind, side in (("missing", compared.expected), ("unexpected", compared.actual))
+    )
+    for group in regrouped.by_names(missing, unexpected):
+        ledger.rename(group.expected, group.actual, group.causes)
+    return iter(ledger)
+
+
+def _unnormed(compared: Comparison) -> Iterator[Finding]:
     """The findings, with what weight norm has been to keys that are alike in shape by chance."""
     found = {kind: [f for f in compared.findings if f.kind == kind] for kind in _KEYS_ALONE}
     missing = [f.key for kind in ("missing", "renamed") for f in found[kind]]

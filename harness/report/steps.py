@@ -39,11 +39,12 @@ def advice(comparison: Comparison) -> str | None:
 
 
 def converted(comparison: Comparison) -> Mapping[str, Any] | None:
-    """The policy under which a checkpoint with new names verifies, where the old does not load."""
+    """The policy under which a converted checkpoint verifies, where the old one does not load."""
     if not comparison.is_unloaded:
         return None
-    new_names = renaming(comparison)
-    return None if new_names is None else new_names[1]
+    new_names, words = renaming(comparison), words_to_accept(comparison)
+    fields = dict(new_names[1]) if new_names is not None else {}
+    return fields | {"accept": (*comparison.policy.accept, *words)} if words else fields or None
 
 
 def ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]:

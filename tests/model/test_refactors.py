@@ -172,7 +172,7 @@ def test_what_does_not_load_verifies_once_it_is_converted(harness: Harness, reco
     run = harness(*command("Unhooked"))
     assert run.code == 1
     assert "it does not load" in run.out
-    assert "renamed: the same shape, and a similar name (" in run.out
+    assert "renamed: as shapes and names tell (" in run.out
     [line] = [line for line in run.out.splitlines() if "--map" in line]
     words = shlex.split(line.partition("harness ")[2])
     policy = Policy(key_map=tuple(w.split("=") for w in words if "=" in w))
@@ -379,3 +379,95 @@ def test_a_wrong_weight_behind_indices_that_are_shifted_is_named(
     assert run.code == 1
     assert "load: 14 identical, 1 different" in run.out
     assert "blocks.1.mlp.fc1.weight  float32 [16, 8]" in run.out
+
+
+class Experts(nn.Module):
+    """Experts that are modules of their own, behind a q, a k and a v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict(
+            {name: nn.Linear(6, 6) for name in ("q_proj", "k_proj", "v_proj")}
+        )
+        names = ("gate_proj", "up_proj", "down_proj")
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(6, 6, bias=False) for name in names}) for _ in range(3)
+        )
+
+
+class FusedExperts(nn.Module):
+    """The same with as few tensors as it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(6, 18)})
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.Parameter(torch.randn(3, 12, 6))
+        self.experts.down_proj = nn.Parameter(torch.randn(3, 6, 6))
+
+
+def fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def of(name: str) -> list[Tensor]:
+        return [state[f"experts.{n}.{name}_proj.weight"] for n in range(3)]
+
+    made = {
+        f"attn.qkv.{leaf}": torch.cat([state[f"attn.{x}_proj.{leaf}"] for x in "qkv"])
+        for leaf in ("weight", "bias")
+    }
+    made["experts.gate_up_proj"] = torch.cat([torch.stack(of(n)) for n in ("gate", "up")], dim=1)
+    return {**made, "experts.down_proj": torch.stack(of("down"))}
+
+
+class Fuses(FusedExperts):
+    def __init__(self) -> None:
+        super().__init__()
+        self._register_load_state_dict_pre_hook(self._fuse)  # type: ignore[no-untyped-call]
+
+    def _fuse(self, state: dict[str, Tensor], *_: Any) -> None:
+        if "experts.gate_up_proj" not in state:
+            made = fused(state)
+            state.clear()
+            state.update(made)
+
+
+@pytest.mark.parametrize("model", ["FusedExperts", "Experts"])
+def test_experts_that_are_stacked_in_the_model_or_the_file_alone_are_said_to_be(
+    harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """By shapes alone gate, up and down could be each other: the names tell."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    each = Experts().state_dict()
+    files = [each, fused(each)] if model == "FusedExperts" else [fused(each), each]
+    for name, state in zip(("old.pt", "new.pt"), files, strict=True):
+        torch.save(state, name)
+    assert harness("record", "old.pt", "-g", "g.safetensors").code == 0
+    run = harness("verify", "old.pt", "-g", "g.safetensors", "--load", "--model", f"{HERE}:{model}")
+    assert run.code == 1
+    assert "it does not load" in run.out
+    said = run.out.replace("experts.", "").replace("attn.", "")
+    if model == "FusedExperts":
+        assert "down_proj = {0..2}.down_proj.weight, stacked" in said
+        assert "gate_up_proj = {0..2}.gate_proj.weight and {0..2}.up_proj.weight, stacked" in said
+        assert "qkv.bias = q_proj.bias, k_proj.bias and v_proj.bias joined along 0" in said
+    else:
+        assert "down_proj is now {0..2}.down_proj.weight, unstacked" in said
+        assert "is now {0..2}.gate_proj.weight and {0..2}.up_proj.weight, unstacked" in said
+        assert "qkv.bias is now q_proj.bias, k_proj.bias and v_proj.bias, split along 0" in said
+    [line] = [line for line in run.out.splitlines() if "CONVERTED_CKPT" in line]
+    words = shlex.split(line.partition("harness ")[2].replace("CONVERTED_CKPT", "new.pt"))
+    assert words[-2:] == ["--accept", "joined"]
+    assert harness(*words).code == 0
+
+
+def test_what_a_load_hook_stacks_passes_where_that_is_accepted(
+    harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(Experts().state_dict(), "old.pt")
+    asked = ("old.pt", "--model", f"{HERE}:Fuses", "--reload")
+    run = harness("roundtrip", *asked)
+    assert run.code == 1
+    assert "experts.down_proj = experts.{0..2}.down_proj.weight, stacked" in run.out
+    assert "to accept joined:  harness roundtrip" in run.out
+    assert harness("roundtrip", *asked, "--accept", "joined").code == 0

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import permutations
+from dataclasses import dataclass, replace
+from itertools import islice, permutations
 from typing import Any, Generic, TypeVar
 
 from harness.checkpoint.tensors import Tensor
@@ -36,7 +36,8 @@ from harness.text.folding import fold, fold_names
 NUMBER = re.compile(r"\d+")
 # A number of its own, as of a layer or an expert, and not that of w1.
 _INDEX = re.compile(r"(?<![^._])\d+(?![^._])")
-_MAX_PARTS, _MAX_CANDIDATES, _MAX_MEMBERS = 4, 6, 4096
+_WORD = re.compile(r"[^\W\d_]+")
+_MAX_PARTS, _MAX_CANDIDATES, _MAX_MEMBERS, _MAX_WAYS = 4, 6, 4096, 64
 
 _Part = TypeVar("_Part", bound=Tensor | TensorFingerprint)
 
@@ -125,6 +126,35 @@ def regrouped(
                 causes = _causes(expected.key, split_up, match, is_split=True)
                 yield Regrouped(expected=(expected.key,), actual=split_up.keys, causes=causes)
                 break
+
+
+def by_names(
+    missing: Mapping[str, TensorFingerprint], unexpected: Mapping[str, TensorFingerprint]
+) -> Iterator[Regrouped]:
+    """The same by keys and shapes alone, where there are no values to compare."""
+    used: set[str] = set()
+    for is_split, some, wholes in ((False, missing, unexpected), (True, unexpected, missing)):
+        series = _Series(t for t in some.values() if t.numel > 1)
+        for whole in wholes.values():
+            ways = [*islice(series.ways(whole, used, set()), _MAX_WAYS)]
+            if whole.key in used or not ways:
+                continue
+            way = max(ways, key=lambda way: _likeness(whole.key, way.keys))
+            if _likeness(whole.key, way.keys) > 0:
+                used |= {whole.key, *way.keys}
+                causes = _causes(whole.key, way, Match(), is_split=is_split)
+                causes = tuple(replace(cause, proof="names") for cause in causes)
+                one, other = (whole.key,), way.keys
+                expected, actual = (one, other) if is_split else (other, one)
+                yield Regrouped(expected=expected, actual=actual, causes=causes)
+
+
+def _likeness(whole: str, keys: Sequence[str]) -> int:
+    """How many words of its parts are in the name of a whole, or letters: q, k and v in qkv."""
+    common = _common((whole, *keys))
+    own, parts = _without(whole, common), {_without(key, common) for key in keys}
+    words = {word for part in parts for word in _WORD.findall(part)} - {"weight", "bias"}
+    return sum(1 if word in own else -(len(word) > 1) for word in words)
 
 
 def _is_whole(
