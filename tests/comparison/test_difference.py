@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -157,25 +158,28 @@ def test_a_dense_change_names_no_elements_but_the_rows(tmp_path: Path) -> None:
     assert found.where == "rows 40-47"
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
-@pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-3, 1.0])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        *itertools.product(
+            (torch.float64, torch.float32, torch.complex64), (1e-7, 1e-5, 1e-3, 1.0)
+        ),
+        *((torch.bfloat16, size) for size in (1e-3, 1.0)),
+    ],
+)
 def test_intervals_hold_the_truth(tmp_path: Path, dtype: torch.dtype, size: float) -> None:
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    for seed in range(2):
-        x = weights(dtype, 20_001, seed)
-        g = torch.Generator().manual_seed(seed)
-        noise = torch.randn(20_001, generator=g, dtype=wide) * size
-        y = (x.to(wide) + noise).to(dtype)
-        if torch.equal(x, y):
-            continue
-        for rtol in (0.0, 1e-5, 1e-2):
-            found = difference(tmp_path, x, y, Policy(rtol=rtol), block_nbytes=4096)
-            e, d = x.to(wide).abs(), (y.to(wide) - x.to(wide)).abs()
-            assert found.max_abs[0] <= float(d.max()) <= found.max_abs[1]
-            least = max(0.0, float((d - rtol * e).max()))
-            assert found.min_atol[0] <= least <= found.min_atol[1]
-            # 80 blocks (complex: 40) of 16 projections: within 7 standard deviations.
-            assert found.rms == pytest.approx(float(d.square().mean().sqrt()), rel=0.2)
+    x = weights(dtype, 10_001)
+    noise = torch.randn(10_001, generator=torch.Generator().manual_seed(0), dtype=wide) * size
+    y = (x.to(wide) + noise).to(dtype)
+    e, d = x.to(wide).abs(), (y.to(wide) - x.to(wide)).abs()
+    for rtol in (0.0, 1e-5, 1e-2):
+        found = difference(tmp_path, x, y, Policy(rtol=rtol), block_nbytes=2048)
+        assert found.max_abs[0] <= float(d.max()) <= found.max_abs[1]
+        least = max(0.0, float((d - rtol * e).max()))
+        assert found.min_atol[0] <= least <= found.min_atol[1]
+        # 80 blocks (complex: 40) of 16 projections: within 7 standard deviations.
+        assert found.rms == pytest.approx(float(d.square().mean().sqrt()), rel=0.2)
 
 
 def test_the_least_atol_is_beyond_the_tolerance_where_different_is_proved(tmp_path: Path) -> None:
@@ -316,7 +320,7 @@ def test_stats_of_two_checkpoints_are_measured_only_where_asked_for(tmp_path: Pa
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.complex64], ids=str
 )
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [0, 3])
 def test_nan_in_chunks_that_are_the_same_is_close_to_nothing(
     tmp_path: Path, dtype: torch.dtype, count: int
 ) -> None:

@@ -33,8 +33,14 @@ def values_of(kind: str, numel: int, dtype: str, seed: int = 0) -> Array:
     return found.astype(dtype)
 
 
-def exact(terms: Array | list[float]) -> Fraction:
-    return sum((Fraction(float(term)) for term in terms), Fraction(0))
+def exact(*factors: Array) -> Fraction:
+    """The sum of the products of the factors, of which all denominators are powers of two."""
+    products = [
+        tuple(map(math.prod, zip(*(float(x).as_integer_ratio() for x in term), strict=True)))
+        for term in zip(*factors, strict=True)
+    ]
+    common = max(denominator for _, denominator in products)
+    return Fraction(sum(n * (common // denominator) for n, denominator in products), common)
 
 
 @pytest.mark.parametrize("dtype", ["<f4", "<f8"])
@@ -52,7 +58,7 @@ def test_moments_are_within_their_bound(kind: str, dtype: str, numel: int, run: 
         size = float(exact(np.abs(part)))
         error = abs(Fraction(float(found.sums[index])) - exact(part))
         assert error <= len(part) * UNIT * size
-        squares = sum((Fraction(float(x)) ** 2 for x in part), Fraction(0))
+        squares = exact(part, part)
         if squares > 1e-280:  # else float64 itself has lost them
             error = abs(Fraction(float(found.squares[index])) - squares)
             assert error <= (len(part) + 1) * UNIT * squares
@@ -74,10 +80,9 @@ def test_products_are_within_their_bound(kind: str, dtype: str, count: int, nume
     found = matrix.product(rows)
     assert (found.dtype, found.shape) == (np.dtype("<f8"), (count, 16))
     for row, column in [(0, 0), (count - 1, 15), (count // 2, 7)]:
-        x, p = rows[row].astype("<f8"), matrix.numbers[:, column]
-        terms = [Fraction(float(a)) * Fraction(float(b)) for a, b in zip(x, p, strict=True)]
-        size = sum(map(abs, terms), Fraction(0))
-        error = abs(Fraction(float(found[row, column])) - sum(terms, Fraction(0)))
+        x, p = rows[row], matrix.numbers[:, column]
+        size = exact(np.abs(x), np.abs(p))
+        error = abs(Fraction(float(found[row, column])) - exact(x, p))
         assert error <= (numel + 1) * UNIT * size + Fraction(1e-300)
 
 

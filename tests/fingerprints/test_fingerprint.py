@@ -123,24 +123,28 @@ def test_the_digest_of_a_known_tensor_never_changes(tmp_path: Path) -> None:
     assert found.root.hex() == "8947f460faef6ba4e6bf2d123676035b4b1ffaf3e85f487dd1fdd4436f1f2db9"
 
 
-@settings(max_examples=60)
+@pytest.fixture(scope="module")
+def digests(path: Path) -> dict[str, bytes | None]:
+    return {key: tensor.digest for key, tensor in fingerprint_of(path).tensors.items()}
+
+
+@settings(max_examples=40)
 @given(
     which=st.sampled_from([k for k, t in state_of().items() if t.numel()]),
     place=st.floats(0, 1, exclude_max=True),
     bit=st.integers(0, 7),
 )
-def test_one_flipped_bit_changes_the_digest_and_the_root(
-    path: Path, tmp_path_factory: pytest.TempPathFactory, which: str, place: float, bit: int
+def test_one_flipped_bit_changes_the_digest(
+    path: Path, digests: dict[str, bytes | None], which: str, place: float, bit: int
 ) -> None:
     state = state_of()
     if which == "mask":
         bit = 0
     data = state[which].reshape(-1).view(torch.uint8)
     data[int(place * data.numel())] ^= 1 << bit
-    expected = fingerprint_of(path, details=lambda tensor: False)
-    changed = saved(tmp_path_factory.mktemp("flipped"), {which: state[which]})
+    changed = saved(path.parent, {which: state[which]}, "flipped.pt")
     found = fingerprint_of(changed, details=lambda tensor: False)
-    assert found.tensors[which].digest != expected.tensors[which].digest
+    assert found.tensors[which].digest not in {digests[which], None}
 
 
 def test_flipped_bits_change_the_root(tmp_path: Path, path: Path) -> None:

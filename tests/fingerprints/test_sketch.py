@@ -173,14 +173,14 @@ def recovery_rate(count: int, draws: int, *, thorough: bool = True, equal: bool 
 
 @pytest.mark.parametrize("thorough", [True, False])
 def test_one_or_two_changed_elements_are_always_found(thorough: bool) -> None:
-    assert recovery_rate(1, 300, thorough=thorough) == 1.0
-    assert recovery_rate(2, 200, thorough=thorough) >= 0.99
-    assert recovery_rate(2, 100, thorough=thorough, equal=True) >= 0.99
+    assert recovery_rate(1, 100, thorough=thorough) == 1.0
+    assert recovery_rate(2, 60, thorough=thorough) == 1.0
+    assert recovery_rate(2, 40, thorough=thorough, equal=True) == 1.0
 
 
 @pytest.mark.parametrize(("count", "least"), [(3, 0.6), (4, 0.1)])
 def test_more_changed_elements_are_found_at_times(count: int, least: float) -> None:
-    assert recovery_rate(count, 40) >= least
+    assert recovery_rate(count, 15) >= least
 
 
 def test_changes_in_several_blocks_are_found() -> None:
@@ -210,7 +210,7 @@ def test_dense_changes_are_not_taken_for_sparse_ones() -> None:
     x = rng.standard_normal(20 * 256)
     for size in (1e-14, 1e-9, 1, 1e9):
         gap = gap_of(x, x + size * rng.standard_normal(x.size), 256)
-        for block in range(0, 20, 4):
+        for block in (0, 19):
             one = Gap(
                 difference=gap.difference[[block]],
                 lower=gap.lower[[block]],
