@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _MAX_GROUPS = 12
 _MAX_PATTERNS = 6
+# What stands between a whole and its parts.
+_SIGNS = (" is now ", " stands where ", " = ")
 _DIGITS = re.compile(r"\d+")
 HEADINGS: dict[FindingKind, str] = {
     "damaged": "damaged: not the bytes that were saved",
@@ -137,15 +139,14 @@ def _told_cause(finding: Finding) -> Cause:
 def _renamed_lines(members: Sequence[Finding], style: Style) -> Iterator[str]:
     cause = _told_cause(members[0])
     olds = _patterns([finding.key for finding in members], style)
-    if cause.kind in ("joined", "stacked", "split"):
+    said = _cause_of(members, style)
+    sign = next((sign for sign in _SIGNS if sign in said), None)
+    if sign is not None and cause.kind in ("joined", "stacked", "split", "unrelated"):
         # The whole stands in front of what it is made of.
-        _, sign, parts = _cause_of(members, style).partition(
-            " is now " if cause.kind == "split" else " = "
-        )
         wholes = olds
-        if cause.kind != "split":
+        if sign != " is now ":
             wholes = _patterns([*dict.fromkeys(f.actual or "" for f in members)], style)
-        yield f"    {wholes}{sign}{parts}{_many(members)}"
+        yield f"    {wholes}{sign}{said.partition(sign)[2]}{_many(members)}"
         return
     yield f"    {_cause_of(members, style)}{_many(members)}"
     alike: dict[str | None, list[Finding]] = {}

@@ -52,7 +52,7 @@ class Regrouped:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layout:
+class Layout:
     """How parts make a member, in `groups` along `axis`, and members a whole."""
 
     axis: int
@@ -84,10 +84,10 @@ class _Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Hypothesis(Generic[_Part]):
+class Hypothesis(Generic[_Part]):
     """The parts of each member, and their layout."""
 
-    layout: _Layout
+    layout: Layout
     members: Sequence[Sequence[_Part]]
 
     @property
@@ -100,7 +100,7 @@ def regrouped(
 ) -> Iterator[Regrouped]:
     """Find what was joined or stacked, then what was split or taken from a stack."""
     used: set[str] = set()
-    series = _Series(t for t in missing.values() if t.numel > 1)
+    series = Series(t for t in missing.values() if t.numel > 1)
     for tensor in unexpected.values():
         evidence.check_time()
         for way in series.ways(tensor, used, evidence.proved):
@@ -108,11 +108,11 @@ def regrouped(
             if match is not None:
                 evidence.proved.add(way.layout)
                 used.update(way.keys)
-                causes = _causes(tensor.key, way, match, is_split=False)
+                causes = causes_of(tensor.key, way, match, is_split=False)
                 yield Regrouped(expected=way.keys, actual=(tensor.key,), causes=causes)
                 used.add(tensor.key)
                 break
-    free = _Series(t for t in unexpected.values() if t.numel > 1 and t.key not in used)
+    free = Series(t for t in unexpected.values() if t.numel > 1 and t.key not in used)
     for expected in missing.values():
         evidence.check_time()
         if expected.key in used:
@@ -123,7 +123,7 @@ def regrouped(
             if match is not None:
                 evidence.proved.add(split_up.layout)
                 used.update(split_up.keys)
-                causes = _causes(expected.key, split_up, match, is_split=True)
+                causes = causes_of(expected.key, split_up, match, is_split=True)
                 yield Regrouped(expected=(expected.key,), actual=split_up.keys, causes=causes)
                 break
 
@@ -134,35 +134,46 @@ def by_names(
     """The same by keys and shapes alone, where there are no values to compare."""
     used: set[str] = set()
     for is_split, some, wholes in ((False, missing, unexpected), (True, unexpected, missing)):
-        series = _Series(t for t in some.values() if t.numel > 1)
+        series = Series(t for t in some.values() if t.numel > 1)
         for whole in wholes.values():
             ways = [*islice(series.ways(whole, used, set()), _MAX_WAYS)]
             if whole.key in used or not ways:
                 continue
-            way = max(ways, key=lambda way: _likeness(whole.key, way.keys))
-            if _likeness(whole.key, way.keys) > 0:
+            way = max(ways, key=lambda way: likeness(whole.key, way.keys))
+            if likeness(whole.key, way.keys) > 0:
                 used |= {whole.key, *way.keys}
-                causes = _causes(whole.key, way, Match(), is_split=is_split)
+                causes = causes_of(whole.key, way, Match(), is_split=is_split)
                 causes = tuple(replace(cause, proof="names") for cause in causes)
                 one, other = (whole.key,), way.keys
                 expected, actual = (one, other) if is_split else (other, one)
                 yield Regrouped(expected=expected, actual=actual, causes=causes)
 
 
-def _likeness(whole: str, keys: Sequence[str]) -> int:
+def likeness(whole: str, keys: Sequence[str]) -> int:
     """How many words of its parts are in the name of a whole, or letters: q, k and v in qkv."""
     common = _common((whole, *keys))
     own, parts = _without(whole, common), {_without(key, common) for key in keys}
     words = {word for part in parts for word in _WORD.findall(part)} - {"weight", "bias"}
-    return sum(1 if word in own else -(len(word) > 1) for word in words)
+    rest = "".join(word for word in _WORD.findall(own) if word not in words)  # o is not in proj
+    return sum((word in rest) if len(word) == 1 else 1 if word in own else -1 for word in words)
 
 
 def _is_whole(
-    evidence: Evidence, tensor: Tensor, way: _Hypothesis[TensorFingerprint]
+    evidence: Evidence, tensor: Tensor, way: Hypothesis[TensorFingerprint]
 ) -> Match | None:
     """Whether a tensor holds these parts, all of them or none cast."""
-    layout, rows = way.layout, tensor.shape[0] // len(way.members)
     found: Match | None = None
+    for view, part in parts_in(tensor, way):
+        match = matched(evidence, view, part)
+        if match is None or (found is not None and match.how != found.how):
+            return None
+        found = match
+    return found
+
+
+def parts_in(tensor: Tensor, way: Hypothesis[_Part]) -> Iterator[tuple[Tensor, _Part]]:
+    """What stands in a whole for each of its parts."""
+    layout, rows = way.layout, tensor.shape[0] // len(way.members)
     for place, parts in enumerate(way.members):
         member = (
             selected(tensor, 0, place)
@@ -172,14 +183,11 @@ def _is_whole(
         start = 0
         for part in parts:
             stop = start + layout.shape_of(part)[layout.axis] // layout.groups
-            match = matched(evidence, layout.part_of(member, start, stop), part)
-            if match is None or (found is not None and match.how != found.how):
-                return None
-            found, start = match, stop
-    return found
+            yield layout.part_of(member, start, stop), part
+            start = stop
 
 
-class _Series(Generic[_Part]):
+class Series(Generic[_Part]):
     """Tensors, alone and as series whose keys differ in one number, by the other numbers."""
 
     def __init__(self, tensors: Iterator[_Part]) -> None:
@@ -197,7 +205,7 @@ class _Series(Generic[_Part]):
 
     def ways(
         self, whole: Tensor | TensorFingerprint, used: set[str], proved: set[object]
-    ) -> Iterator[_Hypothesis[_Part]]:
+    ) -> Iterator[Hypothesis[_Part]]:
         """What a whole may be made of, as far as keys and shapes allow; proved layouts first."""
         for is_proved in (True, False):
             for way in self._ways(whole, used):
@@ -206,7 +214,7 @@ class _Series(Generic[_Part]):
 
     def _ways(
         self, whole: Tensor | TensorFingerprint, used: set[str]
-    ) -> Iterator[_Hypothesis[_Part]]:
+    ) -> Iterator[Hypothesis[_Part]]:
         numbers = tuple(_INDEX.findall(whole.key))
         ndim = len(whole.shape)
         if not ndim or whole.numel < 2:
@@ -248,11 +256,11 @@ class _Series(Generic[_Part]):
         *,
         is_stacked: bool,
         in_order: bool,
-    ) -> Iterator[_Hypothesis[_Part]]:
+    ) -> Iterator[Hypothesis[_Part]]:
         for is_turned in (False, True) if len(inner) == 2 else (False,):
             for axis in range(len(inner)):
                 rest = inner[:axis] + inner[axis + 1 :]
-                form = _Layout(
+                form = Layout(
                     axis=axis,
                     groups=1,
                     is_turned=is_turned,
@@ -267,7 +275,7 @@ class _Series(Generic[_Part]):
                 alone = [p for p, size in sizes.items() if size == inner[axis]]
                 if axis == 0 and len(series) and len(series[0]) > 1:
                     for place in alone:
-                        yield _Hypothesis(layout=form, members=[[t] for t in series[place]])
+                        yield Hypothesis(layout=form, members=[[t] for t in series[place]])
                 places = [p for p, size in sizes.items() if 0 < size < inner[axis]]
                 if len(places) > _MAX_CANDIDATES:
                     continue
@@ -278,16 +286,16 @@ class _Series(Generic[_Part]):
                             continue
                         members = [*zip(*(series[place] for place in chosen), strict=True)]
                         for groups in _divisors(math.gcd(*each)):
-                            layout = _Layout(**{**vars(form), "groups": groups})
-                            yield _Hypothesis(layout=layout, members=members)
+                            layout = Layout(**{**vars(form), "groups": groups})
+                            yield Hypothesis(layout=layout, members=members)
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _causes(
-    whole: str, way: _Hypothesis[_Part], match: Match, *, is_split: bool
+def causes_of(
+    whole: str, way: Hypothesis[_Part], match: Match, *, is_split: bool
 ) -> tuple[Cause, ...]:
     layout, keys = way.layout, way.keys
     is_joined = len(way.members[0]) > 1 or not layout.is_stacked

@@ -32,6 +32,7 @@ from harness.comparison.causes.ledger import Ledger
 from harness.comparison.causes.linear import constant, linear, linear_in_values
 from harness.comparison.causes.nearby import nearby, renamed_alike
 from harness.comparison.causes.regrouped import NUMBER, regrouped
+from harness.comparison.causes.replaced import replaced
 from harness.comparison.causes.rounding import may_be_cast, nearly, recast
 from harness.comparison.causes.rows import reordered, rows_changed
 from harness.comparison.causes.same_bytes import rows_kept, seen_otherwise
@@ -185,6 +186,12 @@ class Search:
             missing, unexpected = self._alone()
             for key, there in renamed_alike(self._pairs(), missing, unexpected):
                 self._renamed(key, there, None)
+            missing, unexpected = self._alone()
+            alike = renamed_alike(self._pairs(), missing, unexpected)
+            if self._pairs() or not evidence.expected.keys().isdisjoint(evidence.actual):
+                # Of another model nothing stands where something of this one stood.
+                for group in replaced(evidence, missing, unexpected, alike):
+                    self.findings.rename(group.expected, group.actual, group.causes)
 
     def _renamed(self, key: str, there: str, known: Cause | None) -> None:
         """Say what happened to a tensor beside its new name; at least what is known."""

@@ -21,9 +21,9 @@ from harness.checkpoint.dtypes import Array
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import is_constant
 from harness.comparison.causes.linear import are_comparable, vector_of
-from harness.comparison.causes.views import View, sample
-from harness.fingerprints.fingerprint import TensorFingerprint
-from harness.fingerprints.sketch import NUM_PROJECTIONS
+from harness.comparison.causes.views import View, sample, wide_of
+from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
+from harness.fingerprints.sketch import NUM_PROJECTIONS, projection
 from harness.fingerprints.stats import Stats
 
 _MIN_NUMEL = 16
@@ -34,7 +34,7 @@ _SHOWN, _MARGIN, _CHANCE, _ALONE = 2.0, 3.0, 4.0, 4.5
 _RELATED = math.atanh(0.8)
 # Of a sketch: the greatest square of an element, in mean squares, and as a share of all.
 _MAX_PEAK, _MAX_SHARE = 64.0, 0.5
-_SAMPLES, _SAMPLE_NUMEL = 16, 1024
+_SAMPLES, _SAMPLE_NUMEL, _BLOCKS = 16, 1024, 8
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,35 @@ def correlation(
     return Correlation(value, 1 / math.sqrt(NUM_PROJECTIONS * len(cosines)))
 
 
+@np.errstate(all="ignore")
+def correlation_of_blocks(
+    expected: TensorFingerprint, view: View, block_nbytes: int
+) -> Correlation | None:
+    """Correlate a few blocks of a view's values with an expected tensor's sketch."""
+    sketch, stats = expected.sketch, expected.stats
+    if sketch is None or stats is None or _hides(stats, expected.numel, math.inf):
+        return None
+    block = block_numel(expected.dtype, block_nbytes)
+    numbers, cosines = projection(block).numbers, []
+    for place in {len(sketch.norms) * i // _BLOCKS for i in range(_BLOCKS)}:
+        values = wide_of(view, place * block, block)
+        by = numbers[: values.size]
+        a = (values - values.mean()) @ by
+        e = sketch.projections[place] - stats.mean * by.sum(axis=0)
+        cosines.append(float(a @ e / (np.linalg.norm(a) * np.linalg.norm(e))))
+    value = float(np.mean(cosines))
+    error = 1 / math.sqrt(NUM_PROJECTIONS * len(cosines))
+    return Correlation(value, error) if math.isfinite(value) else None
+
+
+def joint(found: Sequence[Correlation]) -> Correlation | None:
+    """One correlation of several: their mean, the surer ones first."""
+    if not found:
+        return None
+    weight = sum(one.weight for one in found)
+    return Correlation(sum(one.value * one.weight for one in found) / weight, 1 / math.sqrt(weight))
+
+
 def _hides(stats: Stats | None, numel: int, peak: float) -> bool:
     """Whether a few elements are so much of a tensor's norm that its sketch shows no others."""
     if stats is None or not stats.l2:
@@ -123,11 +152,10 @@ def _hides(stats: Stats | None, numel: int, peak: float) -> bool:
 
 def unrelated(found: Sequence[Correlation]) -> Cause | None:
     """Say of tensors, none of which is related, that together they have nothing of the golden's."""
-    if not found:
+    of_all = joint(found)
+    if of_all is None:
         return None
-    weight = sum(one.weight for one in found)
-    value = sum(one.value * one.weight for one in found) / weight
-    error = 1 / math.sqrt(weight)
+    value, error = of_all.value, of_all.error
     distance = _distance(value)
     if distance > _CHANCE * error or distance + _MARGIN * error > _RELATED:
         return None
