@@ -8,6 +8,7 @@ that changed while it was read (CheckpointError).
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from harness.fingerprints.integrity import Damage
 
 
+_PART = re.compile(r"\[(shard|summand) \d+ of \d+ of \[")  # of a DTensor
 _MAX_NAMED = 6
 _MAX_TIED = 4  # keys that are named of a tied group
 _MAX_TO_CHECK = 20  # for damage
@@ -125,6 +127,12 @@ def _of_keys(matching: Matching) -> Iterator[Finding]:
 def _notes(expected: Fingerprint, actual: Fingerprint, matching: Matching) -> Iterator[str]:
     if matching.no_common_key:
         yield _STRANGERS
+    parts = [t for t in (*matching.missing, *matching.unexpected) if _PART.search(t.key)]
+    if parts:
+        which = (
+            "1 entry is one rank's part" if len(parts) == 1 else f"{len(parts):,} entries are parts"
+        )
+        yield f"{which} of a tensor: give the files of all ranks, as a folder or a quoted glob"
     for entries in dict.fromkeys((expected.unread, actual.unread)):
         if entries:
             more = f", and {len(entries) - _MAX_NAMED:,} more" if len(entries) > _MAX_NAMED else ""

@@ -109,6 +109,10 @@ def test_a_rank_alone_says_which_part_it_holds(tmp_path: Path) -> None:
     }
     with pytest.raises(CheckpointError, match="'sum' is a sum over ranks"):
         open_checkpoint(folder)
+    torch.save({key: torch.zeros(2) for key in state}, tmp_path / "full.pt")
+    alone = harness.diff(tmp_path / "full.pt", folder / "model_world_size_2_rank_1.pt")
+    [note] = alone.notes
+    assert note.startswith("3 entries are parts of a tensor: give the files of all ranks")
 
 
 def test_a_tensor_smaller_than_the_mesh_is_on_some_ranks(tmp_path: Path) -> None:
