@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -27,8 +24,8 @@ import harness
 from harness import GoldenCheckpoint, GoldenMismatch, Policy
 from harness.errors import CheckpointError, GoldenError, UsageError
 from harness.nest.model import AudioBatch, EncDecDenoiseMaskedTokenPredModel
-from tests.conftest import REPOSITORY
 from tests.model import training
+from tests.model.distributed.ranks import run_ranks
 from tests.model.training import Alters, Hook, Truncates, Tuned, Waits, saving, trainer
 
 # What Lightning remarks on every training of this kind.
@@ -479,23 +476,9 @@ def test_nest_trains_under_the_shipped_golden_until_its_codebooks_change(
 
 
 def test_both_processes_of_a_team_stop_at_a_bad_save_and_one_tells_why(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.model.training", str(tmp_path)],
-        env=os.environ | address,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.stdout == "[1, 1]\n", run.stderr
-    (out, err), (other_out, other_err) = [
-        [(tmp_path / f"rank{rank}.{name}").read_text() for name in ("out", "err")]
-        for rank in (0, 1)
-    ]
+    ranks = run_ranks(2, training.train_together, tmp_path, folder=tmp_path)
+    assert [rank.code for rank in ranks] == [1, 1], ranks
+    (out, err), (other_out, other_err) = [(rank.out, rank.err) for rank in ranks]
 
     good = out.splitlines()[:16]
     assert good[::4] == ["good"] * 4

@@ -1,35 +1,31 @@
 """What torch and Lightning really write when several processes save: run once for all tests.
 
-Usage: python distributed_saves.py FOLDER. Four processes are forked of one; two of them stay for
-what needs only two. Consolidated files are made by torch's and Lightning's own converters.
+Two of the four ranks stay for what needs only two. Consolidated files are made by torch's and
+Lightning's own converters.
 """
 
 from __future__ import annotations
 
 import os
-import socket
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-warnings.simplefilter("ignore")
-
-import pytorch_lightning as pl  # noqa: E402 - the import itself warns
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # noqa: E402
-from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import fully_shard  # noqa: E402
-from torch.distributed.tensor import (  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
     DTensor,
     Replicate,
     Shard,
@@ -180,8 +176,11 @@ def consolidate(folder: Path) -> None:
     torch.save(whole, folder / "lightning.pt")
 
 
-def run(rank: int, folder: Path) -> None:
+def save_all(folder: Path) -> None:
+    """What each of four ranks does."""
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
     store = f"file://{folder.resolve()}/.store"
     dist.init_process_group("gloo", init_method=f"{store}4", rank=rank, world_size=NUM_RANKS)
     two_dimensional(folder)
@@ -193,30 +192,11 @@ def run(rank: int, folder: Path) -> None:
     trained(folder)
     dist.destroy_process_group()
     os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(PORT),
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "tests",
     }
     lightning(folder)
-
-
-if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        PORT = server.getsockname()[1]
-    children = []
-    for number in range(1, NUM_RANKS):
-        child = os.fork()
-        if child == 0:
-            run(number, target)
-            os._exit(0)
-        children.append(child)
-    run(0, target)
-    for child in children:
-        assert os.waitpid(child, 0)[1] == 0, "a rank failed"
-    consolidate(target)
+    if rank == 0:
+        consolidate(folder)

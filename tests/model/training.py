@@ -6,8 +6,6 @@ is in FOLDER/rank0.out, rank0.err and so on; their exit codes are printed.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -166,8 +164,8 @@ def saving(folder: Path, **options: Any) -> pl.callbacks.ModelCheckpoint:
     return pl.callbacks.ModelCheckpoint(dirpath=folder, **(settings | options))
 
 
-def main(folder: Path) -> None:
-    """A good training on two processes, then one whose asynchronous, and one whose save is bad."""
+def train_together(folder: Path) -> None:
+    """On each of two ranks: a good training, one whose asynchronous, and one whose save is bad."""
 
     def fit(name: str, callback: pl.Callback, *plugins: Any) -> pl.Trainer:
         made = trainer(
@@ -192,23 +190,3 @@ def main(folder: Path) -> None:
         sys.stdout.write(f"rank {rank} stopped: {str(error).partition(chr(10))[0]}\n")
     fit("bad", GoldenCheckpoint(), Alters(halve, start=2))
     sys.stdout.write("went on\n")
-
-
-def be_rank(number: int, folder: Path) -> None:
-    os.environ["LOCAL_RANK"] = str(number)
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"rank{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
-    main(folder)
-
-
-if __name__ == "__main__":
-    # Forked of one, which has imported Lightning for both.
-    forked = [
-        multiprocessing.get_context("fork").Process(target=be_rank, args=(n, Path(sys.argv[1])))
-        for n in (0, 1)
-    ]
-    for process in forked:
-        process.start()
-    for process in forked:
-        process.join()
-    sys.stdout.write(f"{[process.exitcode for process in forked]}\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -40,9 +39,11 @@ from tests.checkpoint.dcp_writer import (
     write_dcp,
     write_metadata,
 )
+from tests.checkpoint.distributed_saves import NUM_RANKS, save_all
 from tests.checkpoint.formats.test_assembled import tilings
 from tests.checkpoint.test_fuzz import damage
 from tests.checkpoint.test_hostile import assert_harmless, measure
+from tests.model.distributed.ranks import run_ranks
 
 Run = Callable[..., Any]
 
@@ -56,13 +57,8 @@ def saves(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             folder.mkdir()
-            script = Path(__file__).parents[1] / "distributed_saves.py"
-            environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
-            run = subprocess.run(
-                [sys.executable, script, folder], capture_output=True, text=True, env=environment
-            )
-            (folder / "log").write_text(run.stdout + run.stderr)
-    assert (folder / "lightning.pt").exists(), (folder / "log").read_text()[-4000:]
+            ranks = run_ranks(NUM_RANKS, save_all, folder, folder=folder / "printed")
+            assert [rank.code for rank in ranks] == [0] * NUM_RANKS, ranks
     return folder
 
 

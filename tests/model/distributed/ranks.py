@@ -24,6 +24,7 @@ _context.set_forkserver_preload(
         *("harness.cli.entry", "harness.api", "harness.report.json", "harness.comparison.words"),
         *("harness.model.distributed.launched", "harness.model.distributed.sharded"),
         *("torch.distributed.fsdp", "torch._dynamo", "pytest", "hypothesis"),
+        "pytorch_lightning",
     ]
 )
 # As torchrun sets it, before anything is imported.
