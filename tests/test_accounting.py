@@ -35,7 +35,7 @@ pytestmark = [
 ]
 
 # 10,000 by hand: ACCOUNTING_CASES=10000 pytest tests/test_accounting.py
-_NUM_CASES = int(os.environ.get("ACCOUNTING_CASES", "120"))
+_NUM_CASES = int(os.environ.get("ACCOUNTING_CASES", "60"))
 
 
 class Wrapper(torch.Tensor):

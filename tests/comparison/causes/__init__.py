@@ -8,6 +8,7 @@
 # rounding: test_explain
 # rows: test_explain
 # same_bytes: test_explain
+# search: test_explain
 # sums: test_explain
 # unrelated: test_explain
 # views: test_explain
