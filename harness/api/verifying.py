@@ -278,7 +278,13 @@ def diff(
                     workers=workers,
                 )
         compared = compare(found, recorded.fingerprint, policy, BySketches(found.block_nbytes))
-        return with_causes(compared, started=started, adapter=adapter, workers=workers)
+        return with_causes(
+            compared,
+            started=started,
+            adapter=adapter,
+            side="the first golden" if is_golden(one) else "the first file",
+            workers=workers,
+        )
     if is_golden(one):
         return verify(
             other,
@@ -304,4 +310,12 @@ def diff(
         compared = compare(ours, theirs, policy, measure)
         compared = with_damages(compared, lambda k: damages(left, k, workers), "expected")
         compared = with_damages(compared, lambda k: damages(right, k, workers))
-        return with_causes(compared, right, left, started=started, adapter=adapter, workers=workers)
+        return with_causes(
+            compared,
+            right,
+            left,
+            started=started,
+            adapter=adapter,
+            side="the first file",
+            workers=workers,
+        )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
+GOLDEN = "the golden"  # what texts call the expected side
 # The best explanation first: what keeps every value, what keeps most, what keeps none.
 CauseKind = Literal[
     "moved",
@@ -82,6 +83,10 @@ class Cause:
     offset: float | None = None
     correlation: float | None = None
     bound: float | None = None
+
+    def of_side(self, name: str) -> Cause:
+        """The same, where the expected side is no golden."""
+        return self if name == GOLDEN else replace(self, text=self.text.replace(GOLDEN, name))
 
     @property
     def facts(self) -> dict[str, object]:

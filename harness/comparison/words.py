@@ -130,9 +130,9 @@ def _told_cause(finding: Finding) -> Cause:
     if first.kind != "moved" or finding.kind != "renamed":
         return first
     if first.bound and not others:
-        return replace(first, text="nearly the golden's values")
+        return replace(first, text="nearly the same values")
     if first.correlation and not others:
-        return replace(first, text="other values that correlate with the golden's")
+        return replace(first, text="other values that correlate with the expected ones")
     return others[0] if others else first
 
 

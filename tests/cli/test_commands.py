@@ -782,4 +782,4 @@ def test_signs_that_an_encoding_lacks_are_shown_in_other_words(
     )
     minus = "−" if encoding == "utf-8" else "-"
     assert (run.returncode, run.stderr) == (1, b"")
-    assert f"the golden {minus} 1" in run.stdout.decode(encoding)
+    assert f"the first file {minus} 1" in run.stdout.decode(encoding)

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from harness.checkpoint.sources.paths import Location, to_path
 from harness.checkpoint.tensors import Checkpoint
+from harness.comparison.cause import GOLDEN
 from harness.comparison.causes.accepting import accepted
 from harness.comparison.causes.adapters import Adapter, opened_adapter
 from harness.comparison.causes.evidence import Budget, OutOfTime
@@ -38,6 +39,7 @@ def explained(
     known: Mapping[str, TensorFingerprint] | None = None,
     adapter: Adapter | None = None,
     seconds: float = 0.0,
+    side: str = GOLDEN,
     workers: Workers = ALL_CORES,
 ) -> Comparison:
     """Add causes to the findings, and let pass what the policy accepts.
@@ -46,8 +48,8 @@ def explained(
     side, open, where it is there: what the golden lacks is read from it. `known` is what was read
     of the actual side already, in full; the rest is read once. `adapter` may explain sums.
     `seconds` is how long the comparison took: the search takes no longer, unless the policy accepts
-    what it may find. Memory: 20 MB a thread, 64 MB for what is transposed, and the sketches of what
-    differs.
+    what it may find. `side` is what the expected side is called. Memory: 20 MB a thread, 64 MB for
+    what is transposed, and the sketches of what differs.
     """
     of_interest = [f for f in comparison.findings if f.kind in EXPLAINED]
     if not of_interest:
@@ -72,7 +74,8 @@ def explained(
             f"takes: {left:,} {were} not looked at in full (with --accept it goes on to the end)"
         )
     said = search.together()
-    findings = tuple(sorted(search.findings, key=lambda f: FINDING_KINDS.index(f.kind)))
+    ordered = sorted(search.findings, key=lambda f: FINDING_KINDS.index(f.kind))
+    findings = tuple(replace(f, causes=tuple(c.of_side(side) for c in f.causes)) for f in ordered)
     notes = (one for one in (said, note) if one)
     found = replace(comparison, findings=findings, notes=(*comparison.notes, *notes))
     return accepted(_with_known(found))
@@ -86,6 +89,7 @@ def with_causes(
     started: float,
     known: Mapping[str, TensorFingerprint] | None = None,
     adapter: Location | None = None,
+    side: str = GOLDEN,
     workers: Workers = ALL_CORES,
 ) -> Comparison:
     """As `explained`, in about the time since `started`, with the adapter in a file.
@@ -102,6 +106,7 @@ def with_causes(
             known=known,
             adapter=opened,
             seconds=time.monotonic() - started,
+            side=side,
             workers=workers,
         )
 

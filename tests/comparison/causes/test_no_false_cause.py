@@ -72,7 +72,7 @@ def holds(before: State, after: State, key: str, cause: Cause) -> bool:
         return True  # under another key, whose bytes its own findings are of
     old = sources[0]
     if cause.kind == "constant":
-        of = old if "golden" in cause.text else there
+        of = old if cause.text.startswith("was") else there
         return bool((of == of.flatten()[0]).all())
     if cause.kind == "rounded" and cause.proof == "sketch":
         away = (there.double() - old.double()).norm() / old.double().norm()
