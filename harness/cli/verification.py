@@ -17,6 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from harness import api
+from harness.checkpoint import open_checkpoint
+from harness.checkpoint.sources.access import read_file
+from harness.checkpoint.sources.paths import AnyPath
 from harness.cli.live import live_of, stage_of
 from harness.cli.options import (
     NOT_ON_UPDATE,
@@ -36,17 +40,27 @@ from harness.cli.terminal import (
     finish,
     told,
 )
+from harness.comparison.comparison import Comparison
 from harness.comparison.policy import STAGES, Policy
 from harness.errors import GoldenError, HarnessError, ModelError, NotRecorded, UsageError
+from harness.golden.budget import size_that_decides
+from harness.golden.file import is_golden, read_golden
+from harness.golden.folder import goldens_below
+from harness.golden.golden import SUFFIX, Golden
+from harness.golden.places import (
+    GOLDEN_FOLDER,
+    choose_golden,
+    is_of_another,
+    is_same,
+    other_reference,
+)
+from harness.golden.project import project_of
+from harness.report.outcome import Outcome, Result, worst_stage
 from harness.text.folding import escaped
 from harness.text.shell import quoted
 
 if TYPE_CHECKING:
-    from harness.checkpoint.sources.paths import AnyPath
-    from harness.comparison.comparison import Comparison
-    from harness.golden.golden import Golden
     from harness.model.options import LiveOptions
-    from harness.report.outcome import Outcome
     from harness.streaming.workers import Group
 
 
@@ -60,8 +74,6 @@ class Target(NamedTuple):
 
 def targets_of(checkpoints: Sequence[AnyPath], golden: AnyPath | None) -> Sequence[Target]:
     """What to verify: each checkpoint with its golden, or each golden with what it names."""
-    from harness.golden.places import GOLDEN_FOLDER, choose_golden
-
     is_folder = golden is None or (isinstance(golden, Path) and golden.is_dir())
     if checkpoints:
         if len(checkpoints) > 1 and not is_folder:
@@ -78,8 +90,6 @@ def targets_of(checkpoints: Sequence[AnyPath], golden: AnyPath | None) -> Sequen
 
 
 def _goldens_to_verify(folder: Path) -> Sequence[Path]:
-    from harness.golden.folder import goldens_below
-
     if folder.is_dir():
         next(folder.iterdir(), None)  # raises where the search would silently find nothing
     paths, num_of_tests = goldens_below(folder)
@@ -92,9 +102,6 @@ def _goldens_to_verify(folder: Path) -> Sequence[Path]:
 
 
 def _no_goldens(folder: Path) -> GoldenError:
-    from harness.golden.golden import SUFFIX
-    from harness.golden.project import project_of
-
     project = project_of(Path.cwd())
     parents = [path for path in Path.cwd().parents if path.is_relative_to(project)]
     above = next((path for path in parents if any((path / folder).rglob(f"*{SUFFIX}"))), None)
@@ -112,9 +119,6 @@ def _is_left_out(path: Path) -> bool:
 
     Such as inputs of a model, or the golden of a live one, which a test or a script verifies.
     """
-    from harness.checkpoint import open_checkpoint
-    from harness.golden.file import is_golden, read_golden
-
     try:
         if not is_golden(path):
             open_checkpoint(path).close()
@@ -136,8 +140,6 @@ def verify_each(
     options: dict[str, Any],
 ) -> int:
     """Compare each checkpoint with its golden, and report; returns the exit code of all."""
-    from harness.report.outcome import Result
-
     updating, form = options["update_golden"], options["form"]
     if options["reason"] and not updating:
         raise UsageError("--reason needs --update-golden", hint="add --update-golden")
@@ -189,9 +191,6 @@ class Verification:
 
     def outcome(self, target: Target) -> Outcome:
         """Verify one golden and report each stage as it ends; update it if that is asked for."""
-        from harness import api
-        from harness.report.outcome import Outcome
-
         checkpoint, golden = target.checkpoint, target.golden
         stages: list[Comparison] = []
         steps: tuple[str, ...] = ()
@@ -231,8 +230,6 @@ class Verification:
     def _verify(
         self, checkpoint: AnyPath | None, recorded: Golden, stages: list[Comparison]
     ) -> None:
-        from harness import api
-
         stage = self._stage(checkpoint, recorded)
         with ExitStack() as reading:
             progress = reading.enter_context(progress_bar(checkpoint or recorded.checkpoint))
@@ -255,8 +252,6 @@ class Verification:
 
     def _update(self, checkpoint: AnyPath | None, recorded: Golden) -> bool:
         """Accept what is there now; returns whether the golden changed."""
-        from harness import api
-        from harness.checkpoint.sources.access import read_file
         from harness.report.table import told as told_entry
 
         stage = self._stage(checkpoint, recorded)
@@ -322,10 +317,7 @@ class Verification:
     def _next_steps(
         self, stages: Sequence[Comparison], target: Target, golden: Golden
     ) -> tuple[str, ...]:
-        from harness import api
         from harness.cli.steps import next_steps
-        from harness.golden.places import is_same, other_reference
-        from harness.report.outcome import worst_stage
 
         checkpoint = target.checkpoint
         found = worst_stage(stages)
@@ -377,8 +369,6 @@ class Verification:
 
 
 def _is_of_another(golden: Golden, target: Target) -> bool:
-    from harness.golden.places import is_of_another
-
     checkpoint = target.checkpoint
     return checkpoint is not None and not target.is_named and is_of_another(golden, checkpoint)
 
@@ -394,8 +384,6 @@ def _recording(golden: Golden, found: Comparison, reference: AnyPath | None) -> 
     tensors = [weights[key] for key in undecided if key in weights]
     if not any(tensor.sketch is not None and tensor.residues is None for tensor in tensors):
         return []
-    from harness.golden.budget import size_that_decides
-
     size = size_that_decides(golden.fingerprint)
     command = ["harness", "record", str(reference or "RECORDED_CKPT"), "-g", str(golden.path)]
     command += [] if golden.section is None else ["--section", golden.section]
