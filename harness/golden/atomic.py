@@ -27,12 +27,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, data: bytes | bytearray, *, overwrite: bool) -> None:
-    """Write a file without a name, lock it, and name it; raises FileExistsError, and OSError.
+    """Write a file beside the target, and rename it; raises FileExistsError, and OSError.
 
-    A kill leaves the old file or the new one, never a part. What overwrites is named beside the
-    target and renamed over it, for no system call puts a file without a name over another: a kill
-    in between leaves the new one under both names, and the next write removes what no living writer
-    holds locked.
+    A kill leaves the old file or the new one, never a part. What it leaves beside them is hidden,
+    and the next write removes what no living writer holds locked.
     """
     # A name may have 255 bytes.
     beside = f".{os.fsdecode(os.fsencode(path.name)[:200])}."
@@ -42,30 +40,19 @@ def write_whole(path: Path, data: bytes | bytearray, *, overwrite: bool) -> None
     with contextlib.ExitStack() as stack:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, folder)
-        descriptor = -1
-        if hasattr(os, "O_TMPFILE"):
-            with contextlib.suppress(OSError):  # not every file system can
-                descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
-        nameless = descriptor >= 0
-        if not nameless:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        file = stack.enter_context(open(temporary, "xb"))
         stack.callback(temporary.unlink, missing_ok=True)
-        file = stack.enter_context(os.fdopen(descriptor, "wb"))
         with contextlib.suppress(OSError):  # not every file system can
             fcntl.flock(file, fcntl.LOCK_EX)
-        if not nameless and not os.fstat(descriptor).st_nlink:  # removed before it was locked
+        if not os.fstat(file.fileno()).st_nlink:  # removed before it was locked
             write_whole(path, data, overwrite=overwrite)
             return
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-        if nameless:
-            # With a directory's descriptor Python calls linkat, which follows the link in /proc.
-            name = temporary.name if overwrite else path.name
-            os.link(f"/proc/self/fd/{file.fileno()}", name, dst_dir_fd=folder)
         if overwrite:
             temporary.replace(path)
-        elif not nameless:
+        else:
             _rename_new(temporary, path)
         os.fsync(folder)
 

@@ -8,41 +8,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from harness import api
+from harness.api import KeptValues
+from harness.checkpoint.sources.paths import is_there
+from harness.comparison.comparison import Comparison, render
+from harness.comparison.policy import Policy, Stage
 from harness.errors import GoldenError, HarnessError, NotRecorded, UsageError
-from harness.pytest_plugin.summary import Event, Folder, Verb
-from harness.text.shell import command_line
+from harness.golden.file import read_golden
+from harness.golden.golden import Golden
+from harness.golden.places import other_reference
+from harness.pytest_plugin.summary import Event, Settings, Verb
+from harness.report.outcome import worst_stage
+from harness.report.steps import advice, ways_past
+from harness.subjects import Subject, only_of_files
+from harness.text.folding import error_lines
 
 if TYPE_CHECKING:
-    from harness.api import KeptValues
-    from harness.comparison.comparison import Comparison
-    from harness.comparison.policy import Policy, Stage
-    from harness.golden.golden import Golden
     from harness.model.options import LiveOptions
-    from harness.subjects import Subject
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the command line and the configuration say.
-
-    `options` are those by which pytest finds the goldens; `written` are those that this process
-    has written, and the tests that did it.
-    """
-
-    mode: str
-    reason: str
-    root: Path
-    folder: Folder
-    options: tuple[str, ...]
-    written: dict[str, str] = field(default_factory=dict)
-
-    def command(self, node: str, mode: str) -> str:
-        """The command that runs one test again, in another mode."""
-        path, sign, test = node.partition("::")
-        here = os.path.relpath(self.root / path, self.folder.invoked)
-        options = [*self.options, f"--golden-mode={mode}"]
-        command = command_line(["pytest", f"{here}{sign}{test}", *options])
-        return f'{command} --golden-reason "why"' if mode == "update" else command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +40,6 @@ class Case:
     live: LiveOptions | None = None
 
     def compare(self, golden: Golden) -> Iterator[Comparison]:
-        from harness import api
-        from harness.subjects import only_of_files
-
         if self.section not in (None, golden.section):
             raise UsageError(
                 f"{golden.fingerprint.name}: holds "
@@ -82,8 +61,6 @@ class Case:
         )
 
     def record(self, path: Path) -> None:
-        from harness import api
-
         api.record(
             self.subject,
             path,
@@ -94,8 +71,6 @@ class Case:
         )
 
     def update(self, golden: Golden, reason: str) -> None:
-        from harness import api
-
         stage = None if self.stage == "file" else self.stage
         api.update(self.subject, golden, reason=reason, stage=stage, live=self.live)
 
@@ -154,8 +129,6 @@ class Attempt:
             )
 
     def _create_missing(self) -> None:
-        from harness.checkpoint.sources.paths import is_there
-
         path = self.settings.folder.file(self.golden)
         if is_there(path):
             return
@@ -178,8 +151,6 @@ class Attempt:
 
     def _compare(self) -> None:
         """Hold the subject against the golden as it is now."""
-        from harness.golden.file import read_golden
-
         golden = read_golden(self.settings.folder.file(self.golden))
         shown = replace(golden.fingerprint, name=self.settings.folder.shown(self.golden))
         self.recorded = golden = replace(golden, fingerprint=shown)
@@ -189,9 +160,6 @@ class Attempt:
 
     def report(self) -> Iterator[str]:
         """What a person reads: every stage, what went wrong, and the next step last."""
-        from harness.comparison.comparison import render
-        from harness.text.folding import error_lines
-
         for stage in self.stages:
             yield from (render(stage), "")
         if self.error is None:
@@ -200,9 +168,6 @@ class Attempt:
             yield from error_lines(self.error)
 
     def _next_steps(self) -> Iterator[str]:
-        from harness.report.outcome import worst_stage
-        from harness.report.steps import advice, ways_past
-
         found = worst_stage(self.stages)
         if found is None:
             return
@@ -227,8 +192,6 @@ class Attempt:
 
     def _reference(self) -> str:
         """The recorded checkpoint as a test would name it, where it is not what is verified."""
-        from harness.golden.places import other_reference
-
         there = other_reference(self.recorded, self.case.subject) if self.recorded else None
         if not isinstance(there, Path):
             return "RECORDED_CKPT" if there is None else str(there)

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import pytest
 
 from harness.errors import UsageError
-from harness.pytest_plugin.attempt import Attempt, Case, Settings
 from harness.pytest_plugin.summary import (
     SUFFIX,
     Event,
     Folder,
+    Settings,
     Summary,
     events_of,
     golden_name,
@@ -187,6 +187,7 @@ class CheckpointGolden:
         """Do what the mode asks for, keep account of it, and fail the test unless it passes."""
         __tracebackhide__ = True
         from harness.comparison.policy import Policy
+        from harness.pytest_plugin.attempt import Attempt, Case
         from harness.text.folding import error_lines
 
         failed: Iterator[str]

@@ -14,7 +14,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import pytest
 
 from harness.errors import HarnessError
+from harness.text.shell import command_line
 
 FIXTURE = "checkpoint_golden"
 SUFFIX = ".safetensors"
@@ -82,6 +83,30 @@ class Folder:
     def shown(self, golden: str) -> str:
         """A golden's file as a person would name it."""
         return os.path.relpath(self.file(golden), self.invoked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the command line and the configuration say.
+
+    `options` are those by which pytest finds the goldens; `written` are those that this process
+    has written, and the tests that did it.
+    """
+
+    mode: str
+    reason: str
+    root: Path
+    folder: Folder
+    options: tuple[str, ...]
+    written: dict[str, str] = field(default_factory=dict)
+
+    def command(self, node: str, mode: str) -> str:
+        """The command that runs one test again, in another mode."""
+        path, sign, test = node.partition("::")
+        here = os.path.relpath(self.root / path, self.folder.invoked)
+        options = [*self.options, f"--golden-mode={mode}"]
+        command = command_line(["pytest", f"{here}{sign}{test}", *options])
+        return f'{command} --golden-reason "why"' if mode == "update" else command
 
 
 def golden_name(node: str, number: int = 1) -> str:
