@@ -9,7 +9,7 @@ from harness.checkpoint.sources.paths import Location, path_of
 from harness.comparison.measuring import nothing
 from harness.comparison.policy import Policy, Stage
 from harness.errors import UsageError
-from harness.fingerprints.fingerprint import Fingerprint
+from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
 from harness.fingerprints.residues import DEFAULT_TOLERANCE
 from harness.fingerprints.scan import fingerprint as fingerprint_checkpoint
 from harness.fingerprints.scan import with_settings
@@ -122,16 +122,12 @@ def _as_options(stage: Stage, live: LiveOptions | None) -> list[str]:
     """Stage and code under test as the command line takes them."""
     if stage == "file":
         return []
-    named = (
-        ()
-        if live is None
-        else (
-            *(("--model", live.target), ("--config", live.config)),
-            *(("--inputs", live.inputs), ("--base", live.base)),
-        )
-    )
-    given = [word for flag, value in named if value is not None for word in (flag, str(value))]
-    return [f"--{stage}", *given]
+    flags = {"--model": "target", "--config": "config", "--inputs": "inputs", "--base": "base"}
+    options = [f"--{stage}"]
+    for flag, name in flags.items():
+        if (value := getattr(live, name, None)) is not None:
+            options += [flag, str(value)]
+    return options
 
 
 @of_live_ones_too
@@ -162,11 +158,8 @@ def update(
     path = path_of(found_at)
     with opened_for(golden, found_at) as actual:
         digests = fingerprint_checkpoint(actual, details=nothing, workers=workers)
-        same = {
-            key
-            for key, tensor in digests.tensors.items()
-            if key in old.tensors and old.tensors[key].digest == tensor.digest
-        }
+        was = {key: tensor.digest for key, tensor in old.tensors.items()}
+        same = {k for k, t in digests.tensors.items() if k in was and was[k] == t.digest}
         holding = held_by(old)
         found = fingerprint_checkpoint(
             actual,
@@ -178,24 +171,16 @@ def update(
             check_integrity=True,
             workers=workers,
         )
-        originals = {
-            key: replace(old.tensors[key], alias_of=None) if key in same else tensor
-            for key, tensor in found.tensors.items()
-            if tensor.alias_of is None
-        }
-        tensors = {
-            key: originals[key]
-            if tensor.alias_of is None
-            else replace(originals[tensor.alias_of], key=key, alias_of=tensor.alias_of)
-            for key, tensor in found.tensors.items()
-        }
-        updated = replace(
-            golden,
-            fingerprint=replace(
-                with_settings(found, actual), tensors=tensors, tolerance=old.tolerance
-            ),
-            source=source_after(subject, golden),
-        )
+        tensors: dict[str, TensorFingerprint] = {}
+        for key, tensor in found.tensors.items():
+            if tensor.alias_of is not None:  # of one that stands before it
+                tensor = replace(tensors[tensor.alias_of], key=key, alias_of=tensor.alias_of)
+            elif key in same:
+                tensor = replace(old.tensors[key], alias_of=None)
+            tensors[key] = tensor
+        found = with_settings(found, actual)
+        found = replace(found, tensors=tensors, tolerance=old.tolerance)
+        updated = replace(golden, fingerprint=found, source=source_after(subject, golden))
         updated = replace(updated, live=live_record(updated, path, actual, last, live))
     if updated.live is not None and updated.live.tells_as(golden.live):
         updated = replace(updated, live=golden.live)  # whose sketches may have other last bits

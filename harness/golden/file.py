@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -339,29 +340,31 @@ def _parse(path: AnyPath, columns: dict[str, NDArray[Any]], text: str) -> Golden
                 f"{path}: recorded with parameters unknown to this version: {header.made}",
                 hint=_RESTORE,
             )
-        seal, described = columns.pop("seal", None), columns.get("contents")
+        seal = columns.pop("seal", None)
         if seal is None or seal_of(text, columns) != seal.tobytes():
             raise ValueError("its parts do not make its seal")
-        if described is None:
+        if "contents" not in columns:
             raise ValueError("it has no column contents")
-        contents = from_json(described.tobytes(), Contents)
+        contents = from_json(columns["contents"].tobytes(), Contents)
         tensors = tensors_of(header.parts, contents.parts, columns)
+        if "weights" not in header.parts:
+            raise ValueError("it has no part 'weights'")
         parts = {
             name: Fingerprint(
-                name=str(path) if name == "weights" else name,
-                tensors=tensors[name],
-                section=(header.source.section or "") if name == "weights" else "",
-                **msgspec.structs.asdict(part),
-                config=contents.config if name == "weights" else None,
-                members=contents.members if name == "weights" else {},
+                name=name, section="", tensors=tensors[name], **msgspec.structs.asdict(part)
             )
             for name, part in header.parts.items()
         }
-        if "weights" not in parts:
-            raise ValueError("it has no part 'weights'")
     except (ValueError, OverflowError, RecursionError) as error:
         raise _damaged(path, error) from error
     weights, live = parts["weights"], header.live
+    weights = replace(
+        weights,
+        name=str(path),
+        section=header.source.section or "",
+        config=contents.config,
+        members=contents.members,
+    )
     if weights.root.hex() != header.root:
         raise GoldenError(
             f"{path}: its digests make the root {weights.root.hex()[:16]}…, but it says "
