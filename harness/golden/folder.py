@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 from harness.checkpoint.sources.paths import AnyPath, is_url
 from harness.golden.golden import SUFFIX
@@ -22,24 +21,18 @@ _COMMON_NAME = re.compile(
 )
 
 
-class Goldens(NamedTuple):
-    """The goldens to verify, and how many belong to tests, which verify them by themselves."""
+def goldens_below(folder: Path) -> tuple[list[Path], int]:
+    """Find the goldens in a folder and the folders below it, hidden ones left out.
 
-    paths: list[Path]
-    num_of_tests: int
-
-
-def goldens_below(folder: Path) -> Goldens:
-    """Find every golden in a folder and the folders below it, hidden ones left out."""
+    Beside those to verify: how many belong to tests, which verify them by themselves.
+    """
     found = [
         path.relative_to(folder)
         for path in folder.rglob(f"*{SUFFIX}")
         if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
     ]
-    own = [path for path in found if not _is_of_a_test(path)]
-    return Goldens(
-        [folder / path for path in sorted(own, key=natural)], num_of_tests=len(found) - len(own)
-    )
+    own = sorted((path for path in found if not _is_of_a_test(path)), key=natural)
+    return [folder / path for path in own], len(found) - len(own)
 
 
 def _is_of_a_test(path: Path) -> bool:

@@ -46,7 +46,7 @@ _WORDS = {
     "close": "Close",
     "identical": "Identical",
 }
-_WORST_FIRST = (*_WORDS,)
+_severity = [*_WORDS].index  # the worst first
 _CODES = {
     0: "everything is identical or close",
     1: "something differs",
@@ -125,7 +125,10 @@ def render(result: Result) -> str:
     from markupsafe import Markup
 
     tables = Tables()
-    outcomes = [_shown(outcome, tables) for outcome in result.outcomes]
+    outcomes = [
+        _Shown(outcome=outcome, stages=tuple(_stage(stage, tables) for stage in outcome.stages))
+        for outcome in result.outcomes
+    ]
     stages = [stage for outcome in outcomes for stage in outcome.stages]
     worst = min(stages, key=lambda stage: _severity(stage.comparison.verdict), default=None)
     changes, unchanged = _changes(result)
@@ -170,10 +173,6 @@ def _changes(result: Result) -> tuple[list[Change], list[str]]:
     return changes_of(found[0]), [line.strip() for line in lines]
 
 
-def _shown(outcome: Outcome, tables: Tables) -> _Shown:
-    return _Shown(outcome=outcome, stages=tuple(_stage(stage, tables) for stage in outcome.stages))
-
-
 def _stage(comparison: Comparison, tables: Tables) -> _Stage:
     counts = [("identical", comparison.num_identical)]
     counts += [(kind, comparison.count(kind)) for kind in reversed(FINDING_KINDS)]
@@ -185,10 +184,6 @@ def _stage(comparison: Comparison, tables: Tables) -> _Stage:
         tally=tuple((kind, count) for kind, count in counts if count),
         notes=tuple(note for note in notes if note),
     )
-
-
-def _severity(verdict: str) -> int:
-    return _WORST_FIRST.index(verdict)
 
 
 def _family(kind: str) -> str:

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from harness.checkpoint.sources.source import (
     Stat,
@@ -58,36 +58,14 @@ class _Descriptor:
         close(self.number)  # known here, since modules go first when Python ends
 
 
-class _Pool:
-    """The files last read: a checkpoint may have more than a process may open."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a file that is forgotten in here closes itself
-        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
-
-    def get(self, key: int) -> _Descriptor | None:
-        with self._lock:
-            found = self._open.get(key)
-            if found is not None:
-                self._open.move_to_end(key)
-            return found
-
-    def keep(self, key: int, descriptor: _Descriptor) -> None:
-        with self._lock:
-            self._open[key] = descriptor
-            while len(self._open) > MAX_OPEN_FILES:
-                self._open.popitem(last=False)
-
-    def drop(self, key: int) -> None:
-        with self._lock:
-            self._open.pop(key, None)
-
-
 class FileSource(StoredSource):
     """A whole file, read with `pread`: no shared position, so threads need no lock."""
 
     _is_closed = True
-    _pool = _Pool()  # held by the class, since modules go first when Python ends
+    # The files last read: a checkpoint may have more than a process may open. Held by the class,
+    # since modules go first when Python ends.
+    _open: ClassVar = OrderedDict[int, _Descriptor]()
+    _lock = threading.RLock()  # a file that is forgotten in here closes itself
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -104,7 +82,7 @@ class FileSource(StoredSource):
         self.stat = _stat(found)
         self._seen = _seen(found)
         self._is_closed = False
-        self._pool.keep(id(self), descriptor)
+        self._keep(descriptor)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         check_range(self, offset, len(buffer))
@@ -135,9 +113,11 @@ class FileSource(StoredSource):
     def _opened(self) -> _Descriptor:
         if self._is_closed:
             raise is_closed(self.name)
-        known = self._pool.get(id(self))
-        if known is not None:
-            return known
+        with self._lock:
+            known = self._open.get(id(self))
+            if known is not None:
+                self._open.move_to_end(id(self))
+                return known
         try:
             descriptor = _Descriptor(open_regular(self.path))
             found = os.fstat(descriptor.number)
@@ -147,13 +127,20 @@ class FileSource(StoredSource):
             raise changed(
                 self.name, f"was replaced: has {_stat(found)}, had {self.stat} when it was opened"
             )
-        self._pool.keep(id(self), descriptor)
+        self._keep(descriptor)
         return descriptor
+
+    def _keep(self, descriptor: _Descriptor) -> None:
+        with self._lock:
+            self._open[id(self)] = descriptor
+            while len(self._open) > MAX_OPEN_FILES:
+                self._open.popitem(last=False)
 
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            self._pool.drop(id(self))
+            with self._lock:
+                self._open.pop(id(self), None)
 
     __del__ = close
 

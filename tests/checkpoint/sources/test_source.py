@@ -93,7 +93,7 @@ def test_a_file_that_was_replaced_is_not_read_for_the_other(
         read(source, 0, 4)
     assert read(other, 0, 4) == b"new!"
     path.unlink()
-    FileSource._pool.drop(id(other))
+    FileSource._open.pop(id(other))
     with pytest.raises(CheckpointError, match="cannot be opened again"):
         read(other, 0, 4)
 
@@ -108,11 +108,11 @@ def test_more_files_than_may_be_open_are_read_by_their_absolute_paths(
     for number in range(20):
         Path(f"file{number}").write_bytes(bytes([number]))
         sources.append(FileSource(Path(f"file{number}")))
-        assert len(FileSource._pool._open) <= 3
+        assert len(FileSource._open) <= 3
     monkeypatch.chdir("elsewhere")
     for number, source in enumerate(sources):
         assert read(source, 0, 1) == bytes([number])
-        assert len(FileSource._pool._open) <= 3
+        assert len(FileSource._open) <= 3
     for source in sources:
         source.close()
     with pytest.raises(CheckpointError, match="file7: is closed"):
