@@ -18,7 +18,7 @@ from harness.checkpoint.sources.access import open_source
 from harness.checkpoint.sources.paths import METADATA, AnyPath, is_file
 from harness.checkpoint.sources.source import read
 
-_MAX_FILES = 10_000
+_MAX_FILES = 100_000
 _MAX_NAME_NBYTES = 255
 # Of one model the first of these is read, as transformers and diffusers do.
 _FORMS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")

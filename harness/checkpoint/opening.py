@@ -82,7 +82,7 @@ def _open_folder(folder: AnyPath, section: str | None) -> Checkpoint:
     if any(zero_files(names)):
         return _zero(folder, names, section)
     can_list = isinstance(folder, Path) or folder.is_listable
-    shards = rank_shards(folder) if can_list else []
+    shards = rank_shards(folder, names) if can_list else []
     # An index beside nothing but shards is that of another save: it cannot name them.
     if not (shards and all(shard.name.startswith("shard-") for shard in shards)):
         layout = layout_of(folder)
@@ -167,7 +167,7 @@ def _open(path: AnyPath, source: Source, section: str | None) -> Checkpoint:
             keeps_aliases=False,
         )
     if head.startswith(b"\x1f\x8b"):
-        source = InflatedSource(source, 0, source.nbytes, str(path), wbits=31)
+        source = InflatedSource(source, str(path), wbits=31)
         head = read(source, 0, min(_HEAD_NBYTES, source.nbytes))
         if not is_tar(head):
             raise CheckpointError(

@@ -28,8 +28,8 @@ class Storage:
     """A run of bytes that tensors are views of; `source` is None for meta tensors."""
 
     source: Source | None
-    offset: int
     nbytes: int
+    offset: int = 0
     big_endian: bool = False
 
 

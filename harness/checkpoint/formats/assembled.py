@@ -85,7 +85,7 @@ def assemble(
     if len(pieces) == 1:
         return replace(pieces[0].tensor, key=key)
     source = Assembled(f"{name}: tensor {key!r}", dtype, grid.shape, grid.boxes)
-    storage = Storage(source=source, offset=0, nbytes=source.nbytes)
+    storage = Storage(source=source, nbytes=source.nbytes)
     return Tensor(key=key, dtype=dtype, shape=shape, storage=storage)
 
 

@@ -9,9 +9,8 @@ metadata `DCP_SHARDING_INFO` gives the offsets of each tensor's chunk as JSON.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import closing
-from itertools import islice
 
 from harness.checkpoint.formats.assembled import Index, Piece, assemble, is_index
 from harness.checkpoint.formats.safetensors import parse_json, read_safetensors
@@ -23,14 +22,12 @@ from harness.checkpoint.sources.source import Source, damaged, read
 from harness.checkpoint.tensors import Tensor
 
 _SHARDING_INFO = "DCP_SHARDING_INFO"
-_MAX_FILES = 100_000
 _COPY_AGAIN = "copy the folder again, with the files of all ranks, or save the checkpoint again"
 
 
-def rank_shards(folder: AnyPath) -> list[AnyPath]:
+def rank_shards(folder: AnyPath, names: Iterable[str]) -> list[AnyPath]:
     """The safetensors files of a folder, if the first of them says that it is a rank's shard."""
-    children: Iterator[AnyPath] = islice(folder.iterdir(), _MAX_FILES)
-    names = sorted(child.name for child in children if child.name.endswith(".safetensors"))
+    names = sorted(name for name in names if name.endswith(".safetensors"))
     if not names:
         return []
     with closing(open_source(folder / names[0])) as source:

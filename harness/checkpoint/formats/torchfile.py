@@ -110,7 +110,7 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
         storage = storages.get(key)
         if storage is None:
             storage = storages[key] = Storage(
-                source=entry.source, offset=0, nbytes=entry.nbytes, big_endian=big_endian
+                source=entry.source, nbytes=entry.nbytes, big_endian=big_endian
             )
         return StorageRef(storage=storage, dtype=dtype)
 
@@ -200,7 +200,7 @@ def _read_legacy(source: Source, data: memoryview) -> TorchFile:
             nbytes = numel * dtype.itemsize
             check_range(source, 0, nbytes)
             places[key] = RangeSource(source, partial(start_of, key, numel), nbytes, source.name)
-            storages[key] = Storage(source=places[key], offset=0, nbytes=nbytes)
+            storages[key] = Storage(source=places[key], nbytes=nbytes)
         storage, offset = storages[key], 0
         if view is not None:
             _, offset, numel = view

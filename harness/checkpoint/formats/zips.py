@@ -201,9 +201,7 @@ def _bytes_of(
     stored = RangeSource(source, start, row.compressed_nbytes, where)
     if row.method == _STORED:
         return stored
-    return InflatedSource(
-        stored, 0, row.compressed_nbytes, where, wbits=-15, nbytes=row.nbytes, scratch=scratch
-    )
+    return InflatedSource(stored, where, wbits=-15, nbytes=row.nbytes, scratch=scratch)
 
 
 def _broken(source: Source, why: str) -> CheckpointError:

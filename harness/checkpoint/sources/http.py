@@ -8,10 +8,11 @@ another range or compressed, and files that become others in between (by size, E
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.checkpoint.sources import transport
 from harness.checkpoint.sources.source import Stat, changed
+from harness.checkpoint.sources.transport import StoredFiles
 from harness.checkpoint.sources.urls import without_secrets
 from harness.errors import CheckpointError
 
@@ -25,11 +26,8 @@ SILENCE_SECONDS = 20.0
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 
 
-class WebFiles:
+class WebFiles(StoredFiles):
     """Files on web servers, which have no folders but by a URL that ends in a slash."""
-
-    def __init__(self, filesystem: Any) -> None:
-        self._filesystem = filesystem
 
     def stat(self, url: str) -> Stat:
         if url.partition("?")[0].endswith("/"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 
 from harness.checkpoint.sources.scratch import Scratch
-from harness.checkpoint.sources.source import RangeSource, Source, check_range, damaged, read
+from harness.checkpoint.sources.source import RangeSource, Source, damaged, read
 from harness.errors import CheckpointError
 
 # Trained weights deflate to 0.5-1 of their size, constant ones to 1/1000, as a bomb does.
@@ -18,13 +18,11 @@ _INFLATE_STEP = 1 << 18
 
 
 class InflatedSource(Source):
-    """A compressed range, inflated into a temporary file: at once where its size is unknown."""
+    """What a source holds compressed, in a temporary file: at once where its size is unknown."""
 
     def __init__(
         self,
         base: Source,
-        start: int,
-        compressed_nbytes: int,
         name: str,
         *,
         wbits: int,
@@ -35,17 +33,14 @@ class InflatedSource(Source):
 
         `scratch` is shared by all ranges of one file.
         """
-        check_range(base, start, compressed_nbytes)
         self.name = name
         self._base = base
-        self._start = start
-        self._compressed_nbytes = compressed_nbytes
         self._wbits = wbits
         self._declared = nbytes
         self._scratch = scratch or Scratch(name)
         self._place: RangeSource | None = None
         if nbytes is not None:
-            _check_expansion(name, compressed_nbytes, nbytes)
+            _check_expansion(name, base.nbytes, nbytes)
         self.nbytes = self._inflated().nbytes if nbytes is None else nbytes
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -74,24 +69,23 @@ class InflatedSource(Source):
         pending = data = b""
         while not inflater.eof:
             if not pending:
-                count = min(_INFLATE_STEP, self._compressed_nbytes - position)
+                count = min(_INFLATE_STEP, self._base.nbytes - position)
                 if count == 0 and not data:  # else there may be more of what is taken already
                     raise damaged(self.name, f"its compressed data ends early, after {total} bytes")
-                pending = read(self._base, self._start + position, count)
+                pending = read(self._base, position, count)
                 position += count
             try:
                 data = inflater.decompress(pending, _INFLATE_STEP * 4)
             except zlib.error as error:
-                raise damaged(
-                    self.name, f"its compressed data is damaged after {total} bytes: {error}"
-                ) from error
+                why = f"its compressed data is damaged after {total} bytes: {error}"
+                raise damaged(self.name, why) from error
             pending = inflater.unconsumed_tail
             total += len(data)
-            _check_expansion(self.name, self._compressed_nbytes, total)
+            _check_expansion(self.name, self._base.nbytes, total)
             self._scratch.write(self._scratch.nbytes, data)
         if self._declared is not None and total != self._declared:
             raise damaged(self.name, f"holds {total} bytes, but its header says {self._declared}")
-        rest = len(inflater.unused_data) + self._compressed_nbytes - position
+        rest = len(inflater.unused_data) + self._base.nbytes - position
         if rest:
             raise CheckpointError(
                 f"{self.name}: {rest} bytes follow the compressed data",

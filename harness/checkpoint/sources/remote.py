@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from harness.checkpoint.sources.source import Stat
-from harness.checkpoint.sources.transport import StoredFiles, Transport
+from harness.checkpoint.sources.transport import StoredFiles
 from harness.checkpoint.sources.urls import redacted, without_secrets
 from harness.errors import CheckpointError, HarnessError, UsageError
 
@@ -108,7 +108,7 @@ class RemotePath:
         self.ask(f"writing {len(data)} bytes", put)
 
     @cached_property
-    def transport(self) -> Transport:
+    def transport(self) -> StoredFiles:
         """How to ask; raises UsageError where the protocol's package is not installed."""
         if "::" in self.url and not self.is_web:  # there, it is of an address: http://[::1]/
             raise UsageError(f"{self}: chains protocols", hint="give a URL of one protocol")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from harness.checkpoint.sources.source import Stat
 
@@ -17,20 +17,11 @@ _TAGS = (
 )
 
 
-class Transport(Protocol):
-    """How to ask for what is at a URL; raises whatever the protocol's library raises."""
-
-    def stat(self, url: str) -> Stat: ...
-
-    def fetch(self, url: str, start: int, end: int, expected: Stat) -> bytes: ...
-
-    def names(self, url: str) -> list[str]: ...
-
-    def put(self, url: str, data: bytes, *, overwrite: bool) -> None: ...
-
-
 class StoredFiles:
-    """Files of any protocol, by what every file system of fsspec can do."""
+    """How to ask for what is at a URL, by what every file system of fsspec can do.
+
+    Raises whatever the protocol's library raises.
+    """
 
     def __init__(self, filesystem: Any) -> None:
         self._filesystem = filesystem

@@ -48,7 +48,7 @@ def array_of(record: Record) -> Tensor | None:
         return None
     if math.prod(shape) * dtype.itemsize != len(data):
         return None
-    storage = Storage(source=Literal(data), offset=0, nbytes=len(data), big_endian=big_endian)
+    storage = Storage(source=Literal(data), nbytes=len(data), big_endian=big_endian)
     strides = None
     if fortran is True:
         strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))

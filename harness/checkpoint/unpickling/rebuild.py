@@ -201,7 +201,7 @@ def literal_tensor(
     data: bytes | memoryview, dtype: str, shape: tuple[int, ...] = (), *, key: str = ""
 ) -> Tensor:
     """A tensor whose bytes stand in the pickle itself."""
-    storage = Storage(source=Literal(data), offset=0, nbytes=len(data))
+    storage = Storage(source=Literal(data), nbytes=len(data))
     return Tensor(key=key, dtype=DTYPES[dtype], shape=shape, storage=storage)
 
 
@@ -244,7 +244,7 @@ def _rebuild_njt(arguments: Any) -> Composite:
 
 
 def _rebuild_meta(dtype: Any, size: Any, stride: Any, requires_grad: Any) -> Tensor:
-    storage = Storage(source=None, offset=0, nbytes=0)
+    storage = Storage(source=None, nbytes=0)
     return Tensor(
         key="", dtype=torch_dtype(dtype), shape=_size(size), storage=storage, strides=_size(stride)
     )

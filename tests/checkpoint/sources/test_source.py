@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 def inflated(path: Path, data: bytes) -> InflatedSource:
     path.write_bytes(data)
-    return InflatedSource(FileSource(path), 0, len(data), "entry", wbits=-15)
+    return InflatedSource(FileSource(path), "entry", wbits=-15)
 
 
 @pytest.mark.parametrize("extra", range(1, 300, 13))
