@@ -24,12 +24,11 @@ from harness.checkpoint.formats.torchfile import TorchFile, read_torch_zip
 from harness.checkpoint.keys import format_key
 from harness.checkpoint.sources.access import at_once, open_source
 from harness.checkpoint.sources.paths import METADATA, AnyPath
-from harness.checkpoint.sources.scratch import copied
 from harness.checkpoint.sources.source import COPY_AGAIN, RangeSource, Source, damaged
 from harness.checkpoint.tensors import Tensor
 from harness.checkpoint.unpickling.inert import Global, OpaqueKey, Record, TupleKey
-from harness.checkpoint.unpickling.opcodes import Budget, structure_limit, unpickle
-from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS, brief, torch_dtype
+from harness.checkpoint.unpickling.opcodes import Budget, structure_limit, unpickle_all
+from harness.checkpoint.unpickling.rebuild import brief, torch_dtype
 from harness.errors import CheckpointError
 
 LIGHTNING = "meta.pt"
@@ -107,15 +106,9 @@ class _Plan:
 
 
 def _read_plan(folder: AnyPath, budget: Budget) -> _Plan:
-    source = open_source(folder / METADATA)
-    budget.max_nbytes = structure_limit(source.nbytes, budget.max_nbytes)
-    try:
-        pickled = copied(source, 0, source.nbytes)
-        root, end = unpickle(pickled, name=source.name, constructors=CONSTRUCTORS, budget=budget)
-    finally:
-        source.close()
-    if end != source.nbytes:
-        raise damaged(source.name, f"has {source.nbytes - end} bytes after its pickle")
+    with closing(open_source(folder / METADATA)) as source:
+        budget.max_nbytes = structure_limit(source.nbytes, budget.max_nbytes)
+        root = unpickle_all(source, budget=budget)
     match root:
         case Record(
             state={"state_dict_metadata": dict() as entries, "storage_data": dict() as storage}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,8 +33,9 @@ from harness.checkpoint.unpickling.opcodes import (
     Budget,
     structure_limit,
     unpickle,
+    unpickle_all,
 )
-from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS, STORAGE_DTYPES, StorageRef, brief
+from harness.checkpoint.unpickling.rebuild import STORAGE_DTYPES, StorageRef, brief
 from harness.errors import CheckpointError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -115,20 +116,11 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
         return StorageRef(storage=storage, dtype=dtype)
 
     data = entries[pickles[0]]
-    root, end = unpickle(
-        copied(data.source, 0, data.nbytes),
-        name=data.source.name,
-        constructors=CONSTRUCTORS,
-        persistent=persistent,
-        budget=budget,
-    )
-    if end != data.nbytes:
-        raise damaged(data.source.name, f"has {data.nbytes - end} bytes after its pickle")
-    script = f"{prefix}constants.pkl" in entries and any(
-        name.startswith(f"{prefix}code/") for name in entries
-    )
+    root = unpickle_all(data.source, persistent=persistent, budget=budget)
+    code = [entry for entry in entries.values() if entry.name.startswith(f"{prefix}code/")]
+    is_script = bool(code) and f"{prefix}constants.pkl" in entries
     return TorchFile(
-        container="TorchScript" if script else "torch zip",
+        container="TorchScript" if is_script else "torch zip",
         root=root,
         structure_nbytes=data.nbytes,
         checksums=tuple(
@@ -136,7 +128,7 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
             for entry in entries.values()
             if entry.crc32 and entry.nbytes
         ),
-        script_classes=_script_classes(source.name, entries, f"{prefix}code/") if script else {},
+        script_classes=_script_classes(source.name, code, f"{prefix}code/") if is_script else {},
     )
 
 
@@ -157,17 +149,9 @@ def read_torch_legacy(source: Source) -> TorchFile:
 def _read_legacy(source: Source, data: memoryview) -> TorchFile:
     position = 0
 
-    def next_pickle(
-        persistent: Callable[[Any], Any] | None = None, max_nbytes: int | None = None
-    ) -> Any:
+    def next_pickle(**options: Any) -> Any:
         nonlocal position
-        value, length = unpickle(
-            data[position:],
-            name=source.name,
-            constructors=CONSTRUCTORS,
-            persistent=persistent,
-            max_nbytes=max_nbytes,
-        )
+        value, length = unpickle(data[position:], name=source.name, **options)
         position += length
         return value
 
@@ -208,7 +192,8 @@ def _read_legacy(source: Source, data: memoryview) -> TorchFile:
                 raise damaged(source.name, "has a view outside of its storage")
         return StorageRef(storage=storage, dtype=dtype, offset=offset)
 
-    root, keys = next_pickle(persistent), next_pickle(max_nbytes=structure_limit(len(data)) // 4)
+    root = next_pickle(persistent=persistent)
+    keys = next_pickle(max_nbytes=structure_limit(len(data)) // 4)
     positions |= _positions(source, position, keys, places)
     if source.is_local():
         for place in places.values():
@@ -277,7 +262,7 @@ _MAX_CODE_NBYTES = 4 << 20
 
 
 def _script_classes(
-    name: str, entries: Mapping[str, Entry], prefix: str
+    name: str, code: Sequence[Entry], prefix: str
 ) -> dict[Global, tuple[tuple[str, ...], tuple[str, ...]]]:
     """Read which attributes of each TorchScript class are parameters and buffers.
 
@@ -285,7 +270,7 @@ def _script_classes(
     looked at, none of it is run.
     """
     classes = {}
-    code = [e for e in entries.values() if e.name.startswith(prefix) and e.name.endswith(".py")]
+    code = [entry for entry in code if entry.name.endswith(".py")]
     if sum(entry.nbytes for entry in code) > _MAX_CODE_NBYTES:
         raise too_many(name, _MAX_CODE_NBYTES, "bytes of TorchScript code")
     for entry in code:

@@ -19,8 +19,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from harness.checkpoint.sources.scratch import copied
+from harness.checkpoint.sources.source import Source, damaged
 from harness.checkpoint.unpickling.inert import Items
 from harness.checkpoint.unpickling.machine import Constructors, Machine
+from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS
 from harness.errors import CheckpointError
 
 # What the objects of a pickle may cost in memory: a tensor's structure costs about 2.5 KB, so this
@@ -51,7 +54,7 @@ def unpickle(
     data: memoryview,
     *,
     name: str,
-    constructors: Constructors,
+    constructors: Constructors = CONSTRUCTORS,
     persistent: Callable[[Any], Any] | None = None,
     max_nbytes: int | None = None,
     budget: Budget | None = None,
@@ -70,6 +73,17 @@ def unpickle(
     value = _run(machine)
     budget.nbytes = machine.max_nbytes - machine.left
     return value, machine.position
+
+
+def unpickle_all(
+    source: Source, *, persistent: Callable[[Any], Any] | None = None, budget: Budget | None = None
+) -> Any:
+    """Read a source that is one pickle, from its first byte to its last; as `unpickle`."""
+    data = copied(source, 0, source.nbytes)
+    value, end = unpickle(data, name=source.name, persistent=persistent, budget=budget)
+    if end != source.nbytes:
+        raise damaged(source.name, f"has {source.nbytes - end} bytes after its pickle")
+    return value
 
 
 class _Stop(Exception):  # noqa: N818 - ends the loop, not an error
