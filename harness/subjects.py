@@ -170,16 +170,12 @@ def live_record(
 
 # What the arguments of verbs are; paths are told by `to_path`.
 _ARGUMENTS: dict[str, tuple[type, str]] = {
-    "section": (str, "a text"),
-    "section_b": (str, "a text"),
-    "reason": (str, "a text"),
-    "values": (str, "a text"),
+    **dict.fromkeys(("section", "section_b", "reason", "values"), (str, "a text")),
     "stage": (str, f"one of {', '.join(STAGES)}"),
     "policy": (Policy, "a Policy"),
     "jobs": (int, "a number of threads"),
     "max_size": (int, "a number of bytes"),
-    "overwrite": (bool, "True or False"),
-    "stats": (bool, "True or False"),
+    **dict.fromkeys(("overwrite", "stats"), (bool, "True or False")),
 }
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.options import Place, together, tolerances, under
+from harness.cli.options import Place, flag_of, together, tolerances, under
 from harness.cli.terminal import TRACEBACK
 from harness.comparison.policy import STAGES
 from harness.errors import UsageError
@@ -112,18 +112,10 @@ run_options = together(
 
 # The first stage at which an option has an effect.
 _NEEDED_BY = {
-    "target": ("--model", "load"),
-    "config": ("--config", "load"),
-    "base": ("--base", "load"),
-    "trust_checkpoint": ("--trust-checkpoint", "load"),
-    "keep": ("--keep", "reload"),
-    "inputs": ("--inputs", "outputs"),
-    "output_atol": ("--output-atol", "outputs"),
-    "output_rtol": ("--output-rtol", "outputs"),
-    "output_rel": ("--output-rel", "outputs"),
-    "output_tolerances": ("--output-tolerance", "outputs"),
-    "activations": ("--activations", "outputs"),
-    "only": ("--only", "outputs"),
+    **dict.fromkeys(("target", "config", "base", "trust_checkpoint"), "load"),
+    "keep": "reload",
+    **dict.fromkeys(("inputs", "output_atol", "output_rtol", "output_rel"), "outputs"),
+    **dict.fromkeys(("output_tolerances", "activations", "only"), "outputs"),
 }
 
 
@@ -133,12 +125,12 @@ def stage_of(given: str | None, options: dict[str, Any], otherwise: str = "file"
     Raises UsageError for an option that would be silently without one.
     """
     last = given or otherwise
-    for name, (flag, needed) in _NEEDED_BY.items():
+    for name, needed in _NEEDED_BY.items():
         if options.get(name) in (None, False, ()) or STAGES.index(needed) <= STAGES.index(last):
             continue
         if given is not None:
             raise UsageError(
-                f"{flag} has no effect with --{given}",
+                f"{flag_of(name)} has no effect with --{given}",
                 hint=f"leave it out, or give --{needed} in place of --{given}",
             )
         last = needed

@@ -240,16 +240,21 @@ policy_options = together(
 )
 
 
+def flag_of(name: str) -> str:
+    """The flag of an option, by the name that it has as a value."""
+    return f"--{name.replace('_', '-')}".replace("tolerances", "tolerance").replace(
+        "target", "model"
+    )
+
+
 def policy_of(options: dict[str, Any]) -> Policy:
     """The policy that the options ask for."""
-    for name in (
-        *("atol", "rtol", "tolerances"),
-        *("output_atol", "output_rtol", "output_rel", "output_tolerances"),
-    ):
-        if options["exact"] and options.get(name) not in (None, ()):
-            flag = f"--{name.replace('_', '-')}".replace("tolerances", "tolerance")
+    both = (f"{of}{name}" for of in ("", "output_") for name in ("atol", "rtol", "tolerances"))
+    for name in (*both, "output_rel") if options["exact"] else ():
+        if options.get(name) not in (None, ()):
             raise UsageError(
-                f"--exact cannot be combined with {flag}", hint=f"leave out --exact, or {flag}"
+                f"--exact cannot be combined with {flag_of(name)}",
+                hint=f"leave out --exact, or {flag_of(name)}",
             )
     given = {f.name: options[f.name] for f in fields(Policy) if options.get(f.name) is not None}
     given["key_map"] += tuple(chain.from_iterable(map(read_map, options["map_files"])))
