@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.inputs import inputs
 from harness.cli.live import (
+    code_options,
     last_of_roundtrip,
     live_of,
     live_options,
@@ -326,7 +326,28 @@ def show(asked: Invocation, /, file: AnyPath, textconv: bool, **options: Any) ->
         click.echo(escaped(f"cannot be read: {error}"))  # else `git diff` ends for all files
 
 
-cli.add_command(inputs)
+@cli.command()
+@click.argument("model")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The file to write."
+)
+@code_options
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+def inputs(model: str, output: Path, overwrite: bool, **options: Any) -> None:
+    """Write the example inputs of MODEL as safetensors.
+
+    MODEL is a checkpoint, or the MODULE:NAME of a class or function that takes no arguments. Give
+    the file to 'harness record --outputs --inputs FILE', here or with another implementation.
+
+    Example: harness inputs nest.nemo -o inputs.safetensors
+    """
+    from harness import api
+
+    written = api.write_inputs(model, output, live=live_of(options), overwrite=overwrite)
+    names = ", ".join(f"{name} {list(shape)}" for name, shape in written.items())
+    click.echo(escaped(f"wrote {output}: {names}"))
+    which = quoted(model) if Path(model).exists() else f"CKPT --model {quoted(model)}"
+    click.echo(f"next: harness record {which} --outputs --inputs {quoted(str(output))}")
 
 
 def _show(

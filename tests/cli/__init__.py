@@ -1,6 +1,5 @@
 # Tested in files of other names:
 # entry: test_commands: by what ends a command
-# inputs: ../model/test_inputs: by the file that it writes
 # live: test_commands: by the options of models
 # options: test_commands: by the options that every command shares
 # recording: test_commands: by what record prints

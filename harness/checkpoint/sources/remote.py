@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from harness.checkpoint.sources.source import Stat
-from harness.checkpoint.sources.transport import StoredFiles
+from harness.checkpoint.sources.transport import StoredFiles, WebFiles
 from harness.checkpoint.sources.urls import redacted, without_secrets
 from harness.errors import CheckpointError, HarnessError, UsageError
 
@@ -112,12 +112,8 @@ class RemotePath:
         """How to ask; raises UsageError where the protocol's package is not installed."""
         if "::" in self.url and not self.is_web:  # there, it is of an address: http://[::1]/
             raise UsageError(f"{self}: chains protocols", hint="give a URL of one protocol")
-        if self.is_web:
-            # Its own session, since fsspec takes a whole file for the range that it asked for.
-            from harness.checkpoint.sources.http import WebFiles
-
-            return WebFiles(self._filesystem())
-        return StoredFiles(self._filesystem())
+        # Of its own, since fsspec takes a whole file for the range that it asked for.
+        return (WebFiles if self.is_web else StoredFiles)(self._filesystem())
 
     def _filesystem(self) -> Any:
         package = _PACKAGES.get(self.scheme)

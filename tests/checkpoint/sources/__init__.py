@@ -1,6 +1,5 @@
 # Tested in files of other names:
 # files: test_source: one of the sources that all behave alike
-# http: test_remote: by what a server answers
 # inflated: test_source: one of the sources that all behave alike
 # paths: test_remote: by the paths and URLs that are given
 # scratch: test_source: by what is written beside a source

@@ -163,7 +163,7 @@ def test_a_server_that_is_not_there_is_one_clear_error(web: Web) -> None:
 
 
 def test_a_silent_server_is_given_up(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.checkpoint.sources.http.SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr("harness.checkpoint.sources.transport.SILENCE_SECONDS", 0.05)
     monkeypatch.setattr(remote, "RETRY_DELAYS", (0.01,))
     web.files["/w.pt"] = FILE
     web.delay = 0.4
