@@ -20,8 +20,8 @@ import safetensors  # noqa: F401
 import yaml  # noqa: F401
 
 from harness.checkpoint import entries, open_checkpoint
-from harness.checkpoint.formats import dcp, torchfile
-from harness.checkpoint.unpickling import values
+from harness.checkpoint.formats import torchfile
+from harness.checkpoint.unpickling import opcodes, values
 from harness.errors import CheckpointError
 
 SECONDS = 60
@@ -75,8 +75,8 @@ def measured(path: str) -> dict[str, object]:
 
 
 limit = int(sys.argv[1]) << 20
-torchfile.unpickle = functools.partial(torchfile.unpickle, max_nbytes=limit)
-dcp.unpickle = torchfile.unpickle
+opcodes.unpickle = functools.partial(opcodes.unpickle, max_nbytes=limit)
+torchfile.unpickle = opcodes.unpickle
 entries._MAX_STEPS //= 16
 values._MAX_NUMBERS //= 16
 for name in sys.argv[2:]:

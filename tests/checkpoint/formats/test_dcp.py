@@ -23,9 +23,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.formats import dcp, torchfile
+from harness.checkpoint.formats import dcp
 from harness.checkpoint.sources import files
 from harness.checkpoint.tensors import Checkpoint
+from harness.checkpoint.unpickling import opcodes
 from harness.checkpoint.unpickling.opcodes import Budget
 from harness.errors import CheckpointError, HarnessError
 from harness.fingerprints.scan import fingerprint
@@ -614,10 +615,9 @@ def test_the_pickles_of_a_folder_share_one_limit(
     def limited(nbytes: int) -> Callable[..., Any]:
         return lambda *args, **options: unlimited(*args, max_nbytes=nbytes, **options)
 
-    unlimited = torchfile.unpickle
+    unlimited = opcodes.unpickle
     for nbytes, opens in ((4 << 20, True), (1 << 20, False)):
-        monkeypatch.setattr(dcp, "unpickle", limited(nbytes))
-        monkeypatch.setattr(torchfile, "unpickle", limited(nbytes))
+        monkeypatch.setattr(opcodes, "unpickle", limited(nbytes))
         if opens:
             open_checkpoint(tmp_path).close()
         else:
