@@ -273,7 +273,7 @@ def divergence_section(comparison: Comparison) -> Section | None:
     if comparison.divergence is None:
         return None
     return Section(
-        heading=f"first diverges: {printable(comparison.divergence.diverging_module)}",
+        heading=f"first diverges: {printable(comparison.divergence.place)}",
         lines=tuple(map(escaped, divergence_lines(comparison.divergence))),
     )
 

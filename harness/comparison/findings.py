@@ -86,7 +86,8 @@ class Divergence:
 
     `diverging_module` is the submodule whose own code computed it; `agreeing` (identical or close),
     `undecided`, `diverging` and `alone` (on one side only) are that submodule's inputs, by name. Of
-    the `num_before` activations before it, `num_close` are close and `num_undecided` undecided.
+    the `num_before` activations before it, `num_close` are close and `num_undecided` undecided: the
+    first of these is of `undecided_module`, where it may begin.
     """
 
     finding: Finding
@@ -98,6 +99,14 @@ class Divergence:
     alone: tuple[str, ...] = ()
     num_close: int = 0
     num_undecided: int = 0
+    undecided_module: str | None = None
+
+    @property
+    def place(self) -> str:
+        """The module, and which one it may be as well."""
+        if self.undecided_module is None:
+            return self.diverging_module
+        return f"{self.diverging_module}, or {self.undecided_module} before it, which is undecided"
 
 
 def describe(tensor: TensorFingerprint) -> str:

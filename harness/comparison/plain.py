@@ -121,6 +121,7 @@ class DivergenceData(msgspec.Struct, frozen=True, kw_only=True):
     num_before: int
     num_close: int
     num_undecided: int
+    undecided_module: str | None
 
 
 class NotCompared(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,6 +174,7 @@ def _divergence(found: Divergence) -> DivergenceData:
         num_before=found.num_before,
         num_close=found.num_close,
         num_undecided=found.num_undecided,
+        undecided_module=found.undecided_module,
     )
 
 

@@ -355,6 +355,9 @@ def first_divergence(comparison: Comparison, alone: Collection[str] = ()) -> Div
         shown = by_itself[0]
     before = order[: order.index(first)] if first in order else []
     unknown = undecided.union(alone)
+    open_ones = [key for key in before if key in undecided]
+    # Inputs are what the module around them made.
+    perhaps = [_around(module_of(k), order) if _is_input(k) else module_of(k) for k in open_ones]
 
     def names(keys: Iterable[str]) -> tuple[str, ...]:
         return tuple(key.partition(":in.")[2] for key in keys)
@@ -368,7 +371,8 @@ def first_divergence(comparison: Comparison, alone: Collection[str] = ()) -> Div
         diverging=names(k for k in inputs[module] if k in failing),
         num_before=len(before),
         num_close=sum(1 for key in before if key in close),
-        num_undecided=sum(1 for key in before if key in undecided),
+        num_undecided=len(open_ones),
+        undecided_module=next((name for name in perhaps[:1] if name != module), None),
     )
 
 

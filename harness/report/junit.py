@@ -78,7 +78,7 @@ def _properties(outcome: Outcome) -> Iterator[tuple[str, str]]:
 
 def _message(stage: Comparison) -> str:
     if stage.divergence is not None:
-        return f"{counts_of(stage)}; first diverges: {printable(stage.divergence.diverging_module)}"
+        return f"{counts_of(stage)}; first diverges: {printable(stage.divergence.place)}"
     return f"{counts_of(stage)}; first: {printable(stage.findings[0].key)}"
 
 

@@ -121,8 +121,7 @@ def _head(stage: Comparison) -> Iterator[str]:
 def _details(stage: Comparison) -> Iterator[_Part]:
     diverged = divergence_section(stage)
     if stage.divergence is not None and diverged is not None:
-        diverging_module = _code(stage.divergence.diverging_module)
-        yield _Part(f"**First diverges: {diverging_module}**\n\n{_section(diverged)}")
+        yield _Part(f"**First diverges: {_code(stage.divergence.place)}**\n\n{_section(diverged)}")
     for place, section in enumerate(finding_sections(stage, _STYLE)):
         is_open = " open" if place == 0 else ""
         yield _Part(
