@@ -143,18 +143,21 @@ def live_record(
     checkpoint: Checkpoint,
     stage: str,
     live: LiveOptions | None,
+    room: float,
 ) -> LiveRecord | None:
     """What a golden of this checkpoint says of its model, None where it says nothing.
 
     Of an open module: the buffers that no file holds. Of a file: what the model of `live`, by
-    default the one that the golden remembers, makes of it up to a stage.
+    default the one that the golden remembers, makes of it up to a stage; `room` bytes are left for
+    what it computes.
     """
     weights = golden.fingerprint
     if checkpoint.buffers:
         buffers = fingerprint(
             replace(checkpoint, name="buffers", tensors=checkpoint.buffers, unread=()),
             block_nbytes=weights.block_nbytes,
-            residues=weights.tolerance,
+            tolerance=weights.tolerance,
+            bits=weights.bits,
         )
         return LiveRecord(target=None, stages=("file",), buffers=buffers)
     if stage == "file" or path is None:
@@ -165,7 +168,7 @@ def live_record(
     place = to_local(golden.path, KEPT)
     options, before = live or remembered(golden), golden.live
     path = to_local(path, LOADED)
-    return record_live(path, checkpoint, options, stage, place, weights, before=before)
+    return record_live(path, checkpoint, options, stage, place, weights, before=before, room=room)
 
 
 # What the arguments of verbs are; paths are told by `to_path`.

@@ -21,7 +21,7 @@ from harness import Policy, UsageError
 PLAIN = {
     *("str", "int", "float", "bool", "bytes", "memoryview", "object", "None", "tuple", "list"),
     *("dict", "Any", "Mapping", "Sequence", "Collection", "Iterator", "Callable", "Path", "os"),
-    *("PathLike", "Self", "BaseException", "Result", "complex", "Array"),
+    *("PathLike", "Self", "BaseException", "Result", "complex", "Array", "Literal"),
     *("pl", "Trainer", "LightningModule"),
 }
 # What values hold, and nobody else makes or looks into.

@@ -14,7 +14,7 @@ from harness.fingerprints.residues import DEFAULT_TOLERANCE
 from harness.fingerprints.scan import fingerprint as fingerprint_checkpoint
 from harness.fingerprints.scan import with_settings
 from harness.golden.budget import KeptValues as KeptValues
-from harness.golden.budget import choose, held_by
+from harness.golden.budget import Sizes, choose, default_max_nbytes, held_by
 from harness.golden.file import replace_golden, write_golden
 from harness.golden.golden import Golden, source_of
 from harness.golden.places import named_source, new_golden, source_after
@@ -77,7 +77,8 @@ def record(
     none. `atol` and `rtol` are also what a later `verify` allows by default.
 
     `stage` beyond "file" also records what the model of `live` makes of the checkpoint, and
-    "outputs" what it computes, which comes on top of `max_size`. Raises CheckpointError,
+    "outputs" what it computes: with 8 bits of each element where `max_size` has room for that
+    beside the weights, else with 4, which come on top. Raises CheckpointError,
     ModelError, UsageError for what does not fit, and GoldenError where a golden is there already
     and `overwrite` is not given.
     """
@@ -101,19 +102,20 @@ def record(
             checkpoint,
             keep_values=holding.keeps,
             block_nbytes=holding.block_nbytes,
-            residues=(atol, rtol) if holding.residues else None,
+            tolerance=(atol, rtol),
+            bits=holding.bits,
             hashes=True,
             check_integrity=True,
             workers=Workers(jobs=jobs, progress=progress, group=group),
         )
-        found = replace(with_settings(found, checkpoint), tolerance=(atol, rtol))
         recorded = Golden(
             path=target,
-            fingerprint=found,
+            fingerprint=with_settings(found, checkpoint),
             source="" if path is None else source_of(path, target),
             section=section,
         )
-        recorded = replace(recorded, live=live_record(recorded, path, checkpoint, stage, live))
+        made = live_record(recorded, path, checkpoint, stage, live, room=holding.room)
+        recorded = replace(recorded, live=made)
     write_golden(recorded, overwrite=overwrite)
     return recorded
 
@@ -166,7 +168,8 @@ def update(
             details=lambda tensor: tensor.key not in same,
             keep_values=holding.keeps,
             block_nbytes=holding.block_nbytes,
-            residues=old.tolerance if holding.residues else None,
+            tolerance=old.tolerance,
+            bits=holding.bits,
             hashes=True,
             check_integrity=True,
             workers=workers,
@@ -178,10 +181,11 @@ def update(
             elif key in same:
                 tensor = replace(old.tensors[key], alias_of=None)
             tensors[key] = tensor
-        found = with_settings(found, actual)
-        found = replace(found, tensors=tensors, tolerance=old.tolerance)
+        found = replace(with_settings(found, actual), tensors=tensors)
         updated = replace(golden, fingerprint=found, source=source_after(subject, golden))
-        updated = replace(updated, live=live_record(updated, path, actual, last, live))
+        room = default_max_nbytes(actual) - Sizes(actual, old.tolerance).of(holding)
+        made = live_record(updated, path, actual, last, live, room=room)
+        updated = replace(updated, live=made)
     if updated.live is not None and updated.live.tells_as(golden.live):
         updated = replace(updated, live=golden.live)  # whose sketches may have other last bits
     updated = updated.following(golden, reason)

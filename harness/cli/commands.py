@@ -140,7 +140,8 @@ def import_numpy() -> None:
     "--max-size",
     callback=size,
     metavar="SIZE",
-    help="Largest size of the golden, such as 57MB; by default 8MB, or 1 % up to 100MB.",
+    help="Largest size of the golden, such as 57MB; by default 8MB, or 1 % up to 100MB. Outputs "
+    "that take more come on top, with half of the bits.",
 )
 @click.option(
     "--atol", type=float, help="Absolute tolerance that the golden decides; by default 1e-5."

@@ -382,9 +382,10 @@ def _recording(golden: Golden, found: Comparison, reference: AnyPath | None) -> 
     undecided = [f.key for f in found.findings if f.kind == "undecided"]
     weights = {} if found.stage == "outputs" else golden.fingerprint.tensors
     tensors = [weights[key] for key in undecided if key in weights]
-    if not any(tensor.sketch is not None and tensor.residues is None for tensor in tensors):
+    kept = [tensor.residues for tensor in tensors if tensor.sketch is not None]
+    if all(residues is not None and residues.grid.bits == 8 for residues in kept):
         return []
-    size = size_that_decides(golden.fingerprint)
+    size = size_that_decides(golden.fingerprint, 4 if None in kept else 8)
     command = ["harness", "record", str(reference or "RECORDED_CKPT"), "-g", str(golden.path)]
     command += [] if golden.section is None else ["--section", golden.section]
     if golden.live is not None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from blake3 import blake3
 
@@ -86,8 +86,8 @@ class Fingerprint:
     `unread` entries are not among the `tensors`, and `others` are the parts of the file that are
     not, with how many tensors they hold: see `harness.checkpoint.tensors.Checkpoint`.
 
-    `tolerance` (atol, rtol) is what residues were kept for, and what a comparison with this allows
-    by default; to atol comes `rel`, as a share of each tensor's own rms.
+    `tolerance` (atol, rtol) is what a comparison with this allows by default; to atol comes `rel`,
+    as a share of each tensor's own rms. For it residues of so many `bits` are kept (None: none).
     """
 
     name: str
@@ -100,19 +100,9 @@ class Fingerprint:
     block_nbytes: int = DEFAULT_BLOCK_NBYTES
     tolerance: tuple[float, float] = DEFAULT_TOLERANCE
     rel: float = 0.0
+    bits: Literal[4, 8] | None = None
     config: Mapping[str, Any] | None = None
     members: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def keeps_residues(self) -> bool:
-        """Whether there are residues beside sketches, or would be."""
-        sketched = [t for t in self.tensors.values() if t.sketch is not None]
-        return not sketched or any(tensor.residues is not None for tensor in sketched)
-
-    def tolerance_of(self, tensor: TensorFingerprint) -> tuple[float, float]:
-        """(atol, rtol) of one tensor: what its residues are kept for."""
-        atol, rtol = self.tolerance
-        return atol + self.rel * tensor.rms, rtol
 
     def __repr__(self) -> str:
         has_root = all(tensor.digest is not None for tensor in self.tensors.values())

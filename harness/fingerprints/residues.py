@@ -1,13 +1,15 @@
-"""Residues: four bits of each element and 64 of each block, which decide allclose near its limit.
+"""Residues: 4 or 8 bits of each element and 64 of each block, which decide allclose near its limit.
 
-In: finite or non-finite float values of a tensor, and a tolerance. Out: `Residues`, an eighth of
-float32; and, with the other side's values, what they prove block by block (`check`, `judge`).
+In: finite or non-finite float values of a tensor, a tolerance and b, the number of bits. Out:
+`Residues`, of float32 an eighth or a quarter; and, with the other side's values, what they prove
+block by block (`check`, `judge`).
 
 **Grid.** With A = atol and R = rtol (both a little more, for what torch rounds), T(y) = A + R|y| is
 the tolerance at y, and F(y) = sign(y) log(1 + |y| R / A) / (R s) measures y in steps of about s of
-T(y), whatever y is (R = 0: y / (A s)). Kept is q = round(F(y)) modulo 16 for each element, and a
-digest of all q of a block. Who has x in place of y takes c, the integer of that residue nearest to
-F(x): c = q unless |F(x) - q| >= 8, hence unless F(x) and F(y) are M = 7.5 steps apart.
+T(y), whatever y is (R = 0: y / (A s)). Kept is q = round(F(y)) modulo 2^b for each element, and
+a digest of all q of a block. Who has x in place of y takes c, the integer of that residue nearest
+to F(x): c = q unless |F(x) - q| >= 2^(b - 1), hence unless F(x) and F(y) are M = 2^(b - 1) - 1/2
+steps apart.
 
 **The digest fits.** Then c = q for every element, up to a collision of 64 bits, and F(y) is within
 half a step of c: D = |F(x) - F(y)| is known to half a step. With L = D R s and d = x - y,
@@ -27,7 +29,9 @@ collide.
 F is computed to less than 2^-8 of a step where |F| < 2^40 (ten roundings of 2^-53 each, log1p to
 four units in the last place); other tensors keep no residues. NaN and the infinities have an
 integer each, beyond all others; equal infinities are close, NaN never is.
-So what lies below 6.5 / 7.5 = 0.87 of the tolerance or above 8.5 / 7.5 = 1.13 is always decided.
+So what lies below (M - 1) / M of the tolerance or above (M + 1) / M is always decided: below 0.87
+or above 1.13 with 4 bits, below 0.992 or above 1.008 with 8; of 16-bit types a little less, which
+torch rounds more.
 """
 
 from __future__ import annotations
@@ -46,15 +50,13 @@ from harness.checkpoint.dtypes import DType
 from harness.streaming.chunks import buffers
 
 DEFAULT_TOLERANCE = 1e-5, 1e-5  # atol, rtol
-BITS = 4
+Bits = Literal[4, 8]
 BLOCK_NUMEL = 8192
 DIGEST_NBYTES = 8
-_MODULUS, _MASK = 2.0**BITS, (1 << BITS) - 1
 # Elements at a time, 512 KiB as float64: larger arrays leave the cache between the steps. Plain
 # numpy on all of a tensor takes ten times as long.
 _PASS_NUMEL = 1 << 16
 _ERROR = 2.0**-8  # of F, in steps
-_APART = _MODULUS / 2 - 0.5 - 2 * _ERROR  # M: what another integer means
 _REACH = 2.0**40  # of F
 _NARROW = 2.0**31 - 1  # of integers that are digested as int32
 _NAN, _POSINF = 2.0**60, 2.0**61
@@ -95,19 +97,31 @@ class Allowance:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(Allowance):
-    """The grid of one tolerance and dtype."""
+    """The grid of one tolerance and dtype, of whose places so many bits are kept."""
+
+    bits: Bits
 
     @classmethod
-    def of(cls, dtype: DType, atol: float, rtol: float) -> Grid | None:
+    def of(cls, dtype: DType, atol: float, rtol: float, bits: Bits) -> Grid | None:
         """The grid of a dtype's values, None where there can be none."""
         relative, absolute = roundings(dtype)
-        grid = cls(atol=atol, rtol=rtol, relative=relative, absolute=absolute)
+        grid = cls(atol=atol, rtol=rtol, relative=relative, absolute=absolute, bits=bits)
         return grid if dtype.kind == "float" and grid.is_usable else None
 
     @property
     def is_usable(self) -> bool:
         """Whether a value may be beyond the tolerance at all, and is measured by normal numbers."""
         return self.limits(1)[1] < 1 and (self.rtol == 0 or self.rtol > _LEAST_RTOL)
+
+    @property
+    def modulus(self) -> int:
+        """How many residues there are."""
+        return 1 << self.bits
+
+    @property
+    def apart(self) -> float:
+        """M of the proof: how many steps another integer means."""
+        return self.modulus / 2 - 0.5 - 2 * _ERROR
 
     @cached_property
     def A(self) -> float:  # noqa: N802 - as in the proof
@@ -122,8 +136,8 @@ class Grid(Allowance):
         """s of the proof: M steps are (1 + relative) T(y) downwards."""
         most = 1 + self.relative + 2 * _MARGIN
         if self.R == 0:
-            return most / _APART
-        return -math.log1p(-self.R * most) / (_APART * self.R)
+            return most / self.apart
+        return -math.log1p(-self.R * most) / (self.apart * self.R)
 
     def measure(self, values: Floats) -> Doubles:
         """|F| of each value, good until the next call; its sign is the value's."""
@@ -160,10 +174,10 @@ class Grid(Allowance):
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Residues:
-    """`packed` uint8 (ceil(numel / 2),): element i in bits 4 (i mod 2) of byte i // 2; `digests`
-    uint8 (num_blocks, 8): BLAKE3 of the block's integers as int32, or as int64 where one needs it,
-    little-endian. A block has 8192 elements, the last one perhaps fewer. They are those of a
-    tensor's elements from `first` on."""
+    """`packed` uint8 (num_residue_bytes,): element i is byte i, or with 4 bits the bits 4 (i mod 2)
+    of byte i // 2; `digests` uint8 (num_blocks, 8): BLAKE3 of the block's integers as int32, or as
+    int64 where one needs it, little-endian. A block has 8192 elements, the last one perhaps fewer.
+    They are those of a tensor's elements from `first` on."""
 
     grid: Grid
     packed: NDArray[np.uint8]
@@ -182,15 +196,18 @@ class Residues:
 
     def elements(self, first: int, numel: int) -> NDArray[np.uint8]:
         """The residue of each of some elements, one a byte."""
-        start, odd = (first - self.first) // 2, (first - self.first) % 2
-        packed = np.asarray(self.packed[start : start - (-(odd + numel) // 2)])
-        return _unpacked(packed, odd + numel)[odd:]
+        if self.grid.bits == 8:
+            return np.asarray(self.packed[first - self.first :][:numel])
+        start, odd = divmod(first - self.first, 2)
+        pairs = np.asarray(self.packed[start:][: (odd + numel + 1) // 2]).astype("<u2")
+        pairs = (pairs | (pairs << np.uint16(4))) & np.uint16(0x0F0F)
+        return np.asarray(pairs.view("|u1")[odd : odd + numel])
 
     def part(self, first: int, numel: int) -> Residues:
         """Those of elements from a block's `first` on."""
-        start, begin = first - self.first, (first - self.first) // BLOCK_NUMEL
-        packed = self.packed[start // 2 : -(-(start + numel) // 2)]
-        digests = self.digests[begin : begin + num_residue_blocks(numel)]
+        start, bits = first - self.first, self.grid.bits
+        packed = self.packed[start * bits // 8 :][: num_residue_bytes(numel, bits)]
+        digests = self.digests[start // BLOCK_NUMEL :][: num_residue_blocks(numel)]
         return replace(self, packed=packed, digests=digests, first=first)
 
 
@@ -199,12 +216,17 @@ def num_residue_blocks(numel: int) -> int:
     return -(-numel // BLOCK_NUMEL)
 
 
+def num_residue_bytes(numel: int, bits: Bits) -> int:
+    """How many bytes their residues take."""
+    return -(-numel * bits // 8)
+
+
 def encode(values: Floats, grid: Grid) -> Residues | None:
     """Keep residues of float values (n,); None where they reach beyond the grid.
 
     Memory: 2 MB a thread, plus what is returned.
     """
-    packed = np.empty(-(-values.size // 2), "|u1")
+    packed = np.empty(num_residue_bytes(values.size, grid.bits), "|u1")
     digests: list[bytes] = []
     with np.errstate(all="ignore"):
         for start in range(0, values.size, _PASS_NUMEL):
@@ -220,10 +242,9 @@ def encode(values: Floats, grid: Grid) -> Residues | None:
                 digests += _digests(low)
             else:
                 digests += _wide_digests(f, signs, part)
-                low = np.where(np.isfinite(f), np.mod(f, _MODULUS), 0.0).astype("<i4")
+                low = np.where(np.isfinite(f), np.mod(f, grid.modulus), 0.0).astype("<i4")
                 low = (low ^ signs) - signs
-            ours = packed[start // 2 : start // 2 + -(-part.size // 2)]
-            _pack(np.bitwise_and(low, _MASK, out=low).astype("|u1"), ours)
+            _pack(low, packed[start * grid.bits // 8 :], grid.bits)
     return Residues(grid=grid, packed=packed, digests=_joined(digests))
 
 
@@ -247,17 +268,17 @@ def _narrow(sizes: Doubles, signs: NDArray[np.int32]) -> NDArray[np.int32]:
     return narrow
 
 
-def _pack(residues: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None:
-    pairs = residues[: residues.size // 2 * 2].view("<u2")
-    np.copyto(packed[: pairs.size], pairs | (pairs >> (8 - BITS)), casting="unsafe")
-    if pairs.size < packed.size:
-        packed[-1] = residues[-1]
-
-
-def _unpacked(packed: NDArray[np.uint8], numel: int) -> NDArray[np.uint8]:
-    pairs = packed.astype("<u2")
-    pairs = (pairs | (pairs << np.uint16(8 - BITS))) & np.uint16(_MASK << 8 | _MASK)
-    return np.asarray(pairs.view("|u1")[:numel])
+def _pack(integers: NDArray[np.int32], packed: NDArray[np.uint8], bits: Bits) -> None:
+    """Keep the lowest bits of each, in the first bytes of `packed`."""
+    low = integers.astype("|u1")
+    if bits == 8:
+        packed[: low.size] = low
+        return
+    low &= 0x0F
+    pairs = low[: low.size // 2 * 2].view("<u2")
+    np.copyto(packed[: pairs.size], pairs | (pairs >> 4), casting="unsafe")
+    if low.size % 2:
+        packed[pairs.size] = low[-1]
 
 
 def _joined(digests: list[bytes]) -> NDArray[np.uint8]:
@@ -326,18 +347,18 @@ def check(values: Floats, residues: Residues) -> Checked:
             if not math.isfinite(top):
                 reach = _by_block(np.max, np.where(np.isfinite(part), f, 0.0))
             signs = _signs(part)
-            low = _unpacked(residues.packed[start // 2 : -(-(start + count) // 2)], count)
+            low = residues.elements(residues.first + start, count)
             sign = signs.astype("|i1").view("|u1")
-            low = ((low ^ sign) - sign) & np.uint8(_MASK)  # of |q|
-            # |F(x)| / 16, rounded so that its remainder is `low`.
+            low = ((low ^ sign) - sign) & np.uint8(grid.modulus - 1)  # of |q|
+            # |F(x)| / 2^b, rounded so that its remainder is `low`.
             r = buffers.get("residues", count, "<f8")
             np.copyto(r, low)
             np.subtract(f, r, out=c)
-            np.multiply(c, 1 / _MODULUS, out=c)
+            np.multiply(c, 1 / grid.modulus, out=c)
             np.rint(c, out=c)
-            np.multiply(c, _MODULUS, out=c)
+            np.multiply(c, grid.modulus, out=c)
             np.add(c, r, out=c)
-            is_narrow = top + _MODULUS < _NARROW
+            is_narrow = top + grid.modulus < _NARROW
             digests += _digests(_narrow(c, signs)) if is_narrow else _wide_digests(c, signs, part)
             np.abs(np.subtract(f, c, out=f), out=f)
             if not math.isfinite(top):
@@ -389,7 +410,7 @@ def judge(checked: Checked, grid: Grid, asked: Allowance, absmax: float) -> Judg
     """
     fits, slack = checked.fits, 0.5 + 2 * _ERROR
     with np.errstate(all="ignore"):
-        apart = np.where(fits, np.maximum(checked.steps - slack, 0.0), _APART)
+        apart = np.where(fits, np.maximum(checked.steps - slack, 0.0), grid.apart)
         most, least = grid.most(checked.steps + slack), grid.least(apart)
         # Of the element that is farthest off, or, where the digest does not fit, of any.
         near = np.abs(checked.integer)

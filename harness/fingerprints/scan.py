@@ -39,7 +39,7 @@ from harness.fingerprints.integrity import (
     others,
     runs_of_tensors,
 )
-from harness.fingerprints.residues import DEFAULT_TOLERANCE, Grid, Residues, encode
+from harness.fingerprints.residues import DEFAULT_TOLERANCE, Bits, Grid, Residues, encode
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, Sketch, sketch_values
 from harness.fingerprints.stats import (
     Moments,
@@ -68,7 +68,8 @@ def fingerprint(
     details: Wanted = lambda tensor: True,
     keep_values: Wanted = lambda tensor: tensor.numel <= MAX_KEPT_NUMEL,
     block_nbytes: int = DEFAULT_BLOCK_NBYTES,
-    residues: tuple[float, float] | None = None,
+    tolerance: tuple[float, float] = DEFAULT_TOLERANCE,
+    bits: Bits | None = None,
     hashes: bool = False,
     digests: bool = True,
     sketches: bool = True,
@@ -77,9 +78,9 @@ def fingerprint(
 ) -> Fingerprint:
     """Fingerprint every tensor: digests of all, stats and values or sketch where `details` says.
 
-    Beside sketches, `residues` are kept for this tolerance (atol, rtol), and `hashes` where they
-    are asked for. Without `digests`, or `sketches`, there are none, and it takes less time.
-    Memory: 20 MB a thread, plus what is kept. Raises CheckpointError.
+    Beside sketches, residues of so many `bits` are kept for a `tolerance` (atol, rtol), and
+    `hashes`, where they are asked for. Without `digests`, or `sketches`, there are none, and it
+    takes less time. Memory: 20 MB a thread, plus what is kept. Raises CheckpointError.
     """
     originals = [t for t in checkpoint.tensors.values() if t.alias_of is None]
     prints = {tensor.key: of_value(tensor) for tensor in originals if tensor.dtype.is_value}
@@ -99,7 +100,7 @@ def fingerprint(
         # Large values are read again, where they are kept: another rank need not send them.
         carries = keeps and tensor.numel <= MAX_KEPT_NUMEL
         cuts = cuts_of(runs[tensor.key]) if tensor.key in runs else None
-        grid = None if residues is None or block is None else Grid.of(tensor.dtype, *residues)
+        grid = None if bits is None or block is None else Grid.of(tensor.dtype, *tolerance, bits)
         hashed = hashes and block is not None and can_be_hashed(tensor.dtype)
         scans.append(_Scan(tensor, cuts, wants, carries, block, grid, hashed, digests))
     workers.expect(sum(scan.nbytes for scan in scans) + sum(entry.nbytes for entry in rest))
@@ -137,7 +138,8 @@ def fingerprint(
         others=checkpoint.others,
         keeps_aliases=checkpoint.keeps_aliases,
         block_nbytes=block_nbytes,
-        tolerance=residues or DEFAULT_TOLERANCE,
+        tolerance=tolerance,
+        bits=bits,
     )
 
 
@@ -181,24 +183,8 @@ def statistics(
     return [stats_of([m for part in parts for m in part.moments]) for parts in scanned]
 
 
-def with_residues(
-    found: Fingerprint, checkpoint: Checkpoint, tolerance: tuple[float, float], rel: float
-) -> Fingerprint:
-    """Add residues for a tolerance (atol, rtol) that grows by `rel` of each tensor's own rms.
-
-    Beside sketches, as `fingerprint` does; each of these tensors is read again.
-    """
-    found = replace(found, tolerance=tolerance, rel=rel)
-    tensors = {}
-    for key, one in found.tensors.items():
-        grid = None if one.sketch is None else Grid.of(one.dtype, *found.tolerance_of(one))
-        if grid is not None:
-            one = replace(one, residues=_residues(checkpoint.tensors[key], grid))
-        tensors[key] = one
-    return replace(found, tensors=tensors)
-
-
-def _residues(tensor: Tensor, grid: Grid) -> Residues | None:
+def residues_of(tensor: Tensor, grid: Grid) -> Residues | None:
+    """The residues of a tensor, which is read; None where it reaches beyond the grid."""
     found = []
     for chunk in chunks(tensor.nbytes):
         data = buffers.get("chunk", chunk.nbytes)

@@ -1,7 +1,7 @@
 """How much a golden holds of the weights, so that it fits: best first.
 
-In: an open checkpoint and a number of bytes. Out: a `Holding`. Refused (UsageError): less than the
-table of tensors takes.
+In: an open checkpoint and a number of bytes. Out: a `Holding`, which also says what room is left
+for what a model computes. Refused (UsageError): less than the table of tensors takes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from harness.checkpoint.dtypes import DType
@@ -17,7 +17,13 @@ from harness.checkpoint.tensors import Checkpoint, Tensor
 from harness.errors import UsageError
 from harness.fingerprints.fingerprint import MAX_KEPT_NUMEL, Fingerprint, block_numel, structure
 from harness.fingerprints.hashes import HASH_NBYTES, UNORDERED_NBYTES
-from harness.fingerprints.residues import DIGEST_NBYTES, Grid, num_residue_blocks
+from harness.fingerprints.residues import (
+    DIGEST_NBYTES,
+    Bits,
+    Grid,
+    num_residue_blocks,
+    num_residue_bytes,
+)
 from harness.fingerprints.sketch import DEFAULT_BLOCK_NBYTES, NUM_PROJECTIONS, num_blocks
 from harness.golden.columns import rows_of
 from harness.golden.header import Contents, to_json
@@ -38,12 +44,13 @@ class Holding:
     """What a golden holds beside digests and statistics, and about what that takes.
 
     Values of tensors up to `max_kept_numel` (None: of all), sketches of blocks of `block_nbytes`
-    of others, and residues of these, or not.
+    of others, and residues of these, of so many `bits`, or none. `room` is what is left.
     """
 
     max_kept_numel: int | None
     block_nbytes: int = DEFAULT_BLOCK_NBYTES
-    residues: bool = False
+    bits: Bits | None = None
+    room: int = field(default=0, compare=False)
 
     def keeps(self, tensor: Tensor) -> bool:
         """Whether a tensor's values are held."""
@@ -87,8 +94,9 @@ class Sizes:
         components = numel * (2 if dtype.kind == "complex" else 1)
         blocks = num_blocks(components, block_numel(dtype, holding.block_nbytes))
         nbytes = 8 * (NUM_PROJECTIONS + 1) * blocks
-        if holding.residues and Grid.of(dtype, *self._tolerance) is not None:
-            nbytes += -(-numel // 2) + DIGEST_NBYTES * num_residue_blocks(numel)
+        bits = holding.bits
+        if bits is not None and Grid.of(dtype, *self._tolerance, bits) is not None:
+            nbytes += num_residue_bytes(numel, bits) + DIGEST_NBYTES * num_residue_blocks(numel)
         return nbytes
 
 
@@ -101,33 +109,35 @@ def held_by(golden: Fingerprint) -> Holding:
     return Holding(
         max_kept_numel=[*limits, None if kept else 0][0],
         block_nbytes=golden.block_nbytes,
-        residues=golden.keeps_residues,
+        bits=golden.bits,
     )
 
 
-def size_that_decides(golden: Fingerprint) -> str:
+def size_that_decides(golden: Fingerprint, bits: Bits = 4) -> str:
     """The `--max-size` of a golden that decides allclose for every tensor."""
     sizes = Sizes(golden, golden.tolerance)
-    return size_at_least(sizes.of(Holding(max_kept_numel=_FEW_NUMEL, residues=True)))
+    numel = MAX_KEPT_NUMEL if bits == 8 else _FEW_NUMEL
+    return size_at_least(sizes.of(Holding(max_kept_numel=numel, bits=bits)))
 
 
 def said_of(golden: Fingerprint) -> str:
     """What a golden decides, in one line."""
     originals = [t for t in golden.tensors.values() if t.alias_of is None]
     left = [t for t in originals if t.sketch is not None and t.residues is None]
+    has_residues = any(tensor.residues is not None for tensor in originals)
+    if left and not has_residues:
+        decides = "it decides gross changes and single elements"
+        # Where room is short, blocks grow before the last values go: they were not wanted.
+        if held_by(golden).max_kept_numel == 0 and golden.block_nbytes == DEFAULT_BLOCK_NBYTES:
+            return f"{decides}; --values small keeps more"
+        return f"{decides}; --max-size {size_that_decides(golden)} would decide all"
     atol, rtol = golden.tolerance
     at = f"{atol:g}" if atol == rtol else f"atol {atol:g}, rtol {rtol:g}"
-    at = at.replace("e-0", "e-")
-    if not left:
-        return f"it decides allclose at {at} for every tensor"
-    if any(tensor.residues is not None for tensor in originals):
-        many = f"{len(left):,} of {len(originals):,}"
-        return f"it decides allclose at {at} for all but {many} tensors"
-    decides = "it decides gross changes and single elements"
-    # Where room is short, blocks grow before the last values go: they were not wanted.
-    if held_by(golden).max_kept_numel == 0 and golden.block_nbytes == DEFAULT_BLOCK_NBYTES:
-        return f"{decides}; --values small keeps more"
-    return f"{decides}; --max-size {size_that_decides(golden)} would decide all"
+    said = f"it decides allclose at {at.replace('e-0', 'e-')} for "
+    said += f"all but {len(left):,} of {len(originals):,} tensors" if left else "every tensor"
+    if not has_residues or golden.bits == 8:
+        return said
+    return f"{said}, to within 13 %; to within 1 % with --max-size {size_that_decides(golden, 8)}"
 
 
 def choose(
@@ -140,16 +150,17 @@ def choose(
 
     Raises UsageError where nothing does.
     """
-    if values == "all":
-        return Holding(max_kept_numel=None)
     limit = default_max_nbytes(checkpoint) if max_nbytes is None else max_nbytes
+    if values == "all":
+        return Holding(max_kept_numel=None, room=limit)
     sizes = Sizes(checkpoint, tolerance)
-    last = Holding(max_kept_numel=0)
+    nbytes, last = 0, Holding(max_kept_numel=0)
     for last in _best_first(values):
-        if sizes.of(last) <= limit:
-            return last
+        nbytes = sizes.of(last)
+        if nbytes <= limit:
+            return replace(last, room=limit - nbytes)
     if max_nbytes is not None:
-        least = size_at_least(sizes.of(last))
+        least = size_at_least(nbytes)
         raise UsageError(
             f"--max-size {max_nbytes:,} bytes: the golden takes at least {least}",
             hint=f"give --max-size {least}, or leave it out",
@@ -158,12 +169,15 @@ def choose(
 
 
 def _best_first(values: KeptValues) -> Iterator[Holding]:
-    kept = (MAX_KEPT_NUMEL, _FEW_NUMEL) if values == "small" else (0,)
+    few = 0
     if values == "small":
-        yield from (Holding(max_kept_numel=numel, residues=True) for numel in kept)
-    yield from (Holding(max_kept_numel=numel) for numel in kept)
-    block = 2 * DEFAULT_BLOCK_NBYTES
+        few = _FEW_NUMEL
+        yield Holding(max_kept_numel=MAX_KEPT_NUMEL, bits=8)
+        yield Holding(max_kept_numel=MAX_KEPT_NUMEL, bits=4)
+        yield Holding(max_kept_numel=few, bits=4)
+        yield Holding(max_kept_numel=MAX_KEPT_NUMEL)
+    block = DEFAULT_BLOCK_NBYTES
     while block <= _MAX_BLOCK_NBYTES:
-        yield Holding(max_kept_numel=kept[-1], block_nbytes=block)
+        yield Holding(max_kept_numel=few, block_nbytes=block)
         block *= 2
     yield Holding(max_kept_numel=0, block_nbytes=_MAX_BLOCK_NBYTES)

@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from harness.checkpoint.dtypes import DTYPES, Array, DType
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, block_numel, digest_of
 from harness.fingerprints.hashes import HASH_NBYTES, NARROWER, UNORDERED_NBYTES, Hashes
-from harness.fingerprints.residues import DIGEST_NBYTES, Grid, Residues, num_residue_blocks
+from harness.fingerprints.residues import (
+    DIGEST_NBYTES,
+    Bits,
+    Grid,
+    Residues,
+    num_residue_blocks,
+    num_residue_bytes,
+)
 from harness.fingerprints.sketch import NUM_PROJECTIONS, Sketch, num_blocks
 from harness.fingerprints.stats import Stats
 from harness.golden.golden import PartName
@@ -49,6 +56,13 @@ class Form(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @property
+    def bits(self) -> Bits:
+        """Of each residue."""
+        if self.part.bits is None:
+            raise ValueError("residues of no bits")
+        return self.part.bits
 
     @property
     def num_blocks(self) -> int:
@@ -84,7 +98,7 @@ def _residues(form: Form, packed: NDArray[np.uint8], digests: NDArray[np.uint8])
         if form.stats is None:
             raise ValueError("residues of a tensor without statistics")
         atol += form.part.rel * form.stats.rms(form.numel)
-    grid = Grid.of(form.dtype, atol, rtol)
+    grid = Grid.of(form.dtype, atol, rtol, form.bits)
     if grid is None:
         raise ValueError(f"residues of {form.dtype}, of which there can be none")
     return Residues(grid=grid, packed=packed, digests=digests)
@@ -130,7 +144,7 @@ FIELDS = (
     Field(
         "residues",
         (
-            Column("residue", "|u1", (), lambda form: -(-form.numel // 2)),
+            Column("residue", "|u1", (), lambda form: num_residue_bytes(form.numel, form.bits)),
             Column(
                 "residue_digest",
                 "|u1",
@@ -210,6 +224,12 @@ def pieces_of(parts: Mapping[PartName, Fingerprint]) -> dict[str, Pieces]:
         for field in FIELDS
         for index, column in enumerate(field.columns)
     }
+
+
+def nbytes_of(tensor: TensorFingerprint) -> int:
+    """The bytes of its rows."""
+    kept = ((field, getattr(tensor, field.name)) for field in FIELDS)
+    return sum(a.nbytes for field, v in kept if v is not None for a in field.to_rows(v))
 
 
 def rows_of(part: Fingerprint) -> tuple[Row, ...]:

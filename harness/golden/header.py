@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from harness.fingerprints.residues import BITS, BLOCK_NUMEL
+from harness.fingerprints.residues import BLOCK_NUMEL, Bits
 from harness.fingerprints.sketch import NUM_PROJECTIONS, SEED
 from harness.golden.golden import PartName, Update
 from harness.streaming.chunks import CHUNK_NBYTES
@@ -33,7 +33,6 @@ class Made(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     chunk_nbytes: int = CHUNK_NBYTES
     projections: int = NUM_PROJECTIONS
     seed: int = SEED
-    residue_bits: int = BITS
     residue_block_numel: int = BLOCK_NUMEL
 
 
@@ -49,8 +48,8 @@ class Part(
 ):
     """How one fingerprint was made: that of the `weights`, `buffers` or `outputs`.
 
-    `tolerance` is the (atol, rtol) of its residues; `rel` is added to atol, as a share of each
-    tensor's own rms.
+    `tolerance` is the (atol, rtol) of its residues, of so many `bits`; `rel` is added to atol, as a
+    share of each tensor's own rms.
     """
 
     container: str
@@ -58,6 +57,7 @@ class Part(
     block_nbytes: Annotated[int, msgspec.Meta(gt=0, le=CHUNK_NBYTES)]
     tolerance: tuple[_Tolerance, _Tolerance]
     rel: _Tolerance = 0.0
+    bits: Bits | None = None
 
 
 class Live(

@@ -22,7 +22,9 @@ from torch import nn
 from harness.checkpoint.tensors import Tensor
 from harness.errors import ModelError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint
-from harness.fingerprints.scan import fingerprint, with_residues
+from harness.fingerprints.residues import Bits, Grid
+from harness.fingerprints.scan import fingerprint, residues_of
+from harness.golden.columns import nbytes_of
 from harness.model.activations import ROOT, is_final, is_output
 from harness.model.inputs import SEED, Arguments, named_arguments
 from harness.model.loading import seeded
@@ -34,6 +36,7 @@ from harness.streaming.workers import Workers
 
 _MAX_KEPT_NUMEL = 256
 _MAX_FINAL_NBYTES = 4 << 20  # of an output of the model itself
+_ROW_NBYTES = 128  # in the table of a golden, but for names
 # Called with the inputs, or the outputs, of one call, and with their values.
 See: TypeAlias = "Callable[[Mapping[str, TensorFingerprint], Mapping[str, Tensor]], None]"
 
@@ -49,21 +52,28 @@ class OutputTolerance:
     rtol: float = 1e-4
     rel: float = 0.0
 
+    def grid(self, tensor: TensorFingerprint, bits: Bits) -> Grid | None:
+        """The grid of one activation's residues."""
+        return Grid.of(tensor.dtype, self.atol + self.rel * tensor.rms, self.rtol, bits)
+
 
 def outputs_of(
     module: nn.Module,
     arguments: Arguments,
     *,
     tolerance: OutputTolerance | None = None,
+    room: float = 0.0,
     see: See | None = None,
 ) -> Fingerprint:
     """Run the model once and fingerprint what every submodule got and gave.
 
-    `tolerance` is what residues are kept for. `see` is called with the inputs, or the outputs, of
-    each call and their values, which are gone afterwards.
+    `tolerance` is what residues are kept for: of 8 bits where that takes at most `room` bytes, and
+    the values of 16-bit types, which torch rounds too much for residues; else of 4 bits. `see` is
+    called with the inputs, or the outputs, of each call and their values, which are gone
+    afterwards.
     """
     tolerance = tolerance or OutputTolerance()
-    recorder = _Recorder(tolerance, see)
+    recorder = _Recorder(tolerance, room, see)
     positional, keyword = arguments
     with ExitStack() as stack:
         stack.enter_context(_quiet_mode(module))
@@ -97,19 +107,24 @@ def outputs_of(
         name="outputs",
         container="live outputs",
         section="",
-        tensors=recorder.prints,
+        tensors=recorder.found(),
         unread=tuple(recorder.unread),
         keeps_aliases=False,
         tolerance=(tolerance.atol, tolerance.rtol),
         rel=tolerance.rel,
+        bits=4 if recorder.fine is None else 8,
     )
 
 
 class _Recorder:
-    def __init__(self, tolerance: OutputTolerance, see: See | None) -> None:
+    """`prints` are of 4 bits; `fine`, of 8, those that are others then, while there is room."""
+
+    def __init__(self, tolerance: OutputTolerance, room: float, see: See | None) -> None:
         self._tolerance = tolerance
+        self._room = room
         self._see = see
         self.prints: dict[str, TensorFingerprint] = {}
+        self.fine: dict[str, TensorFingerprint] | None = {} if room > 0 else None
         self._first: dict[bytes, str] = {}
         self.unread: list[str] = []
         self.kind = "nothing"  # of the model's own output
@@ -147,22 +162,52 @@ class _Recorder:
         if tensors or rest:
             with with_keyed_values(keyed(tensors, "outputs"), rest) as live:
                 self.unread += live.unread
-                made_of = fingerprint(live, keep_values=_is_kept, workers=Workers(jobs=1))
-                allowed = self._tolerance
-                found = with_residues(
-                    made_of, live, (allowed.atol, allowed.rtol), allowed.rel
-                ).tensors
-                if self._see is not None and found:
-                    self._see(found, live.tensors)
-            for name, made in found.items():
-                # Most inputs are what another module has just put out: keep each only once.
-                first = self._first.setdefault(made.digest or b"", name)
-                if is_final(name) and first in self.prints and made.values is not None:
-                    # Of the model's own outputs the values are kept, also where another's are not.
-                    self.prints[first] = replace(made, key=first)
-                kept = self.prints.get(first, made)
-                alias_of = None if first == name else first
-                self.prints[name] = replace(kept, key=name, alias_of=alias_of)
+                made_of = fingerprint(live, keep_values=_is_kept, workers=Workers(jobs=1)).tensors
+                if self._see is not None and made_of:
+                    self._see(made_of, live.tensors)
+                for name, made in made_of.items():
+                    self._keep(name, made, live.tensors[name])
+
+    def _keep(self, name: str, made: TensorFingerprint, tensor: Tensor) -> None:
+        # Most inputs are what another module has just put out: keep each only once.
+        first = self._first.setdefault(made.digest or b"", name)
+        if first == name:
+            self.prints[name] = made = self._with_residues(made, tensor, 4)
+            if self.fine is not None and made.sketch is not None:
+                if made.dtype.itemsize == 2:
+                    values = bytearray(made.nbytes)
+                    tensor.read_into(0, memoryview(values))
+                    made = replace(made, sketch=None, residues=None, values=bytes(values))
+                else:
+                    made = self._with_residues(made, tensor, 8)
+                self.fine[name] = made
+            self._room -= nbytes_of(made)
+        else:
+            self.prints[name] = replace(made, alias_of=first)
+            if is_final(name) and made.values is not None:
+                # Of the model's own outputs the values are kept, also where another's are not.
+                before = (self.fine or {}).pop(first, self.prints[first])
+                self._room -= nbytes_of(made) - nbytes_of(before)
+                self.prints[first] = replace(made, key=first)
+        self._room -= _ROW_NBYTES + 2 * len(name)
+        if self._room < 0:
+            self.fine = None
+
+    def _with_residues(
+        self, made: TensorFingerprint, tensor: Tensor, bits: Bits
+    ) -> TensorFingerprint:
+        grid = None if made.sketch is None else self._tolerance.grid(made, bits)
+        return made if grid is None else replace(made, residues=residues_of(tensor, grid))
+
+    def found(self) -> dict[str, TensorFingerprint]:
+        """What is kept, by key in execution order."""
+        kept = self.prints | (self.fine or {})
+        return {
+            name: one
+            if one.alias_of is None
+            else replace(kept[one.alias_of], key=name, alias_of=one.alias_of)
+            for name, one in kept.items()
+        }
 
 
 def _is_kept(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ temporary folder, or beside it under another name where it is to be kept.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -74,20 +75,27 @@ def record_live(
     weights: Fingerprint,
     *,
     before: LiveRecord | None,
+    room: float,
 ) -> LiveRecord:
     """Load the checkpoint and record what the model makes of it, up to a stage.
 
     `golden` is the file that the record goes into: the files that it names are kept relative to it.
-    Of buffers as much is kept as of its `weights`. The tolerance of outputs, where none is asked
-    for, is that of the record `before`.
+    Of buffers as much is kept as of its `weights`, of outputs as much as in the record `before`, or
+    as fits into `room` bytes (`outputs_of`). Their tolerance, where none is asked for, is that of
+    the record before.
     """
     loader = loader_of(options, checkpoint)
     module = loader.load(path, seed=_FIRST_SEED, section=checkpoint.section)
     buffers = transient_buffers(module)
     outputs = None
     if stage == "outputs":
-        tolerance = output_tolerance(options, None if before is None else before.outputs)
-        outputs = outputs_of(module, inputs_of(module, options.inputs), tolerance=tolerance)
+        old = None if before is None else before.outputs
+        outputs = outputs_of(
+            module,
+            inputs_of(module, options.inputs),
+            tolerance=output_tolerance(options, old),
+            room=room if old is None else math.inf if old.bits == 8 else 0,
+        )
     return LiveRecord(
         target=options.target,
         stages=STAGES[: STAGES.index(stage) + 1],
@@ -99,7 +107,8 @@ def record_live(
             fingerprint(
                 as_checkpoint(buffers, "buffers"),
                 block_nbytes=weights.block_nbytes,
-                residues=weights.tolerance if weights.keeps_residues else None,
+                tolerance=weights.tolerance,
+                bits=weights.bits,
             ),
             container="live buffers",
             keeps_aliases=False,

@@ -17,6 +17,7 @@ from harness.checkpoint.dtypes import DTYPES
 from harness.fingerprints.residues import (
     BLOCK_NUMEL,
     Allowance,
+    Bits,
     Checked,
     Grid,
     Judgement,
@@ -37,6 +38,7 @@ FLOATS = {
 }
 TOLERANCES = [(1e-5, 1e-5), (1e-4, 1e-4), (1e-3, 0.0), (1e-8, 1e-3), (1e-9, 1e-6), (2.0, 0.3)]
 EXTREME = [(1e-12, 1e-12), (1e-9, 0.0), (0.0, 1e-5), (1e-3, 0.9), (1e-30, 1e-7)]
+BITS: list[Bits] = [4, 8]
 KINDS = [
     *("uniform", "one element", "all at the size", "multiples of the modulus", "at the limit"),
     *("signs", "tiny", "not finite"),
@@ -44,9 +46,9 @@ KINDS = [
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def grid_of(dtype: torch.dtype, atol: float, rtol: float) -> Grid:
+def grid_of(dtype: torch.dtype, atol: float, rtol: float, bits: Bits = 4) -> Grid:
     relative, absolute = roundings(DTYPES[FLOATS[dtype]])
-    return Grid(atol=atol, rtol=rtol, relative=relative, absolute=absolute)
+    return Grid(atol=atol, rtol=rtol, relative=relative, absolute=absolute, bits=bits)
 
 
 def floats(tensor: torch.Tensor) -> Array:
@@ -101,7 +103,7 @@ def cases(seed: int, count: int, *, extreme: bool = False) -> Iterator[Case]:
     rng = np.random.default_rng(seed)
     for _ in range(count):  # of tensors
         y, atol, rtol = tensors(rng, extreme=extreme)
-        grid = grid_of(y.dtype, atol, rtol)
+        grid = grid_of(y.dtype, atol, rtol, BITS[rng.integers(2)])
         kept = encode(floats(y), grid)
         if kept is None:
             continue
@@ -132,9 +134,13 @@ def change(kind: str, wide: Array, grid: Grid, rng: np.random.Generator) -> Arra
             return np.asarray(wide + size * t * signs)
         case "multiples of the modulus":  # whose residues are the same
             places = np.copysign(grid.measure(finite), finite)
-            return np.where(few, grid.inverse(places + 16 * rng.integers(-3, 4, numel)), wide)
+            return np.where(
+                few, grid.inverse(places + grid.modulus * rng.integers(-3, 4, numel)), wide
+            )
         case "at the limit":
-            return np.asarray(wide + rng.uniform(0.85, 1.15) * t * signs)
+            return np.asarray(
+                wide + (1 + rng.choice([0.15, 0.01]) * rng.uniform(-1, 1)) * t * signs
+            )
         case "signs":
             return np.where(few, -wide, wide)
         case "tiny":
@@ -177,33 +183,34 @@ def test_no_verdict_and_no_bound_is_wrong(extreme: bool) -> None:
     assert count["different", False] > 100
 
 
+@pytest.mark.parametrize(("bits", "band"), [(4, 0.16), (8, 0.01)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("atol", "rtol"), TOLERANCES[:5])
 def test_all_but_a_narrow_band_around_the_tolerance_is_decided(
-    dtype: torch.dtype, atol: float, rtol: float
+    dtype: torch.dtype, atol: float, rtol: float, bits: Bits, band: float
 ) -> None:
     rng = np.random.default_rng(1)
     y = torch.from_numpy(rng.standard_normal(BLOCK_NUMEL + 77)).to(dtype)
-    grid = grid_of(dtype, atol, rtol)
+    grid = grid_of(dtype, atol, rtol, bits)
     kept = encode(floats(y), grid)
     assert kept is not None
     t = atol + rtol * y.double().abs()
     for share, expected in (
         (0.01, "close"),
-        (0.84, "close"),
-        (1.16, "different"),
+        (1 - band, "close"),
+        (1 + band, "different"),
         (9, "different"),
     ):
         signs = torch.from_numpy(rng.choice([-1.0, 1.0], len(y)))
         x = (y.double() + share * t * signs).to(dtype)
         told = verdict(x, y, kept, grid, grid)
         # Below the spacing of float32 a change is none, or a greater one.
-        if dtype == torch.float64 or atol >= 1e-5:
+        if dtype == torch.float64 or atol >= 1e-4:
             assert told.verdict == expected
         x = y.clone()
         x[3000] = y[3000].double() + share * t[3000]
         told = verdict(x, y, kept, grid, grid)
-        if dtype == torch.float64 or atol >= 1e-5:
+        if dtype == torch.float64 or atol >= 1e-4:
             assert told.verdict == expected
             assert told.beyond == (expected == "different")
 
@@ -236,16 +243,17 @@ def test_beyond_the_recorded_tolerance_a_looser_one_is_not_measured() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("numel", [1, 2, 8191, 8193, 65536, 140_001])
-def test_the_parts_of_a_tensor_make_the_whole(dtype: torch.dtype, numel: int) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_the_parts_of_a_tensor_make_the_whole(dtype: torch.dtype, numel: int, bits: Bits) -> None:
     rng = np.random.default_rng(numel)
     y = torch.from_numpy(rng.standard_normal(numel)).to(dtype)
     x = torch.from_numpy(rng.standard_normal(numel)).to(dtype)
     if numel > 2:
         y[[0, numel // 2, -1]] = torch.tensor([np.inf, np.nan, 1e30], dtype=torch.float64).to(dtype)
-    grid = grid_of(dtype, 1e-4, 1e-4)
+    grid = grid_of(dtype, 1e-4, 1e-4, bits)
     whole = encode(floats(y), grid)
     assert whole is not None
-    assert whole.packed.size == (numel + 1) // 2
+    assert whole.packed.size == (numel * bits + 7) // 8
     assert whole.digests.shape == (-(-numel // BLOCK_NUMEL), 8)
     starts = range(0, numel, 2 * BLOCK_NUMEL)
     parts = [encode(floats(y)[i : i + 2 * BLOCK_NUMEL], grid) for i in starts]
@@ -303,7 +311,7 @@ def test_what_the_grid_cannot_reach_keeps_no_residues() -> None:
     ],
 )
 def test_a_tolerance_of_everything_has_no_grid(rtol: float, relative: float, usable: bool) -> None:
-    assert Grid(atol=1e-5, rtol=rtol, relative=relative, absolute=0.0).is_usable is usable
+    assert Grid(atol=1e-5, rtol=rtol, relative=relative, absolute=0.0, bits=4).is_usable is usable
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ def nbytes(golden: Golden) -> int:
 
 
 HOLDINGS = [
-    Holding(max_kept_numel=4096, residues=True),
-    Holding(max_kept_numel=256, residues=True),
+    Holding(max_kept_numel=4096, bits=8),
+    Holding(max_kept_numel=4096, bits=4),
+    Holding(max_kept_numel=256, bits=4),
     Holding(max_kept_numel=256),
     Holding(max_kept_numel=256, block_nbytes=1 << 17),
     Holding(max_kept_numel=256, block_nbytes=1 << 19),
@@ -68,7 +69,7 @@ def test_by_default_up_to_8_mb_or_one_per_cent_are_held_up_to_100_mb(path: Path)
         for numel, size in ((10, 8), (200_000_000, 8), (400_000_000, 16), (10**10, 100)):
             large = replace(checkpoint, tensors={"x": replace(small, shape=(numel,))})
             assert default_max_nbytes(large) == size * 1_000_000
-        assert choose(checkpoint, None, "small", (1e-5, 1e-5)).residues
+        assert choose(checkpoint, None, "small", (1e-5, 1e-5)).bits == 8
         assert choose(checkpoint, None, "none", (1e-5, 1e-5)) == Holding(max_kept_numel=0)
         assert choose(checkpoint, None, "all", (1e-5, 1e-5)) == Holding(max_kept_numel=None)
 
@@ -85,6 +86,12 @@ def test_what_a_golden_decides_is_said_in_one_line(path: Path) -> None:
     assert said_of(record(path).fingerprint) == "it decides allclose at 1e-5 for every tensor"
     golden = record(path, atol=1e-3, rtol=0.0).fingerprint
     assert said_of(golden) == "it decides allclose at atol 0.001, rtol 0 for every tensor"
+    said = said_of(record(path, 200_000).fingerprint)
+    begin = "it decides allclose at 1e-5 for every tensor, to within 13 %; to within 1 % with "
+    assert said.startswith(f"{begin}--max-size ")
+    assert (
+        said_of(record(path, parse_size(said.split()[-1])).fingerprint) == begin.partition(",")[0]
+    )
     said = said_of(record(path, 45_000).fingerprint)
     assert said.startswith("it decides gross changes and single elements; --max-size ")
     assert said_of(record(path, values="none").fingerprint).endswith("--values small keeps more")

@@ -18,7 +18,7 @@ from bisect import bisect_left
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -111,14 +111,15 @@ def test_what_is_written_is_read_back(tmp_path: Path, values: Any) -> None:
             np.testing.assert_array_equal(other.sketch.projections, tensor.sketch.projections)
 
 
-def test_residues_are_read_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_residues_are_read_back(tmp_path: Path, bits: Literal[4, 8]) -> None:
     with open_checkpoint(everything(tmp_path)) as checkpoint:
-        found = fingerprint(checkpoint, residues=(1e-4, 0))
+        found = fingerprint(checkpoint, tolerance=(1e-4, 0), bits=bits)
     golden = Golden(path=tmp_path / "g.safetensors", fingerprint=found, source="all.pt")
     write_golden(golden)
     read = read_golden(golden.path)
     assert same(read, golden)
-    assert read.fingerprint.tolerance == (1e-4, 0)
+    assert (read.fingerprint.tolerance, read.fingerprint.bits) == ((1e-4, 0), bits)
     kept = {key for key, tensor in found.tensors.items() if tensor.residues is not None}
     assert kept == {"large", "half", "float8", "tied"}
     for key in kept:
@@ -454,7 +455,7 @@ def test_a_bit_that_changed_is_an_error_or_changes_nothing(
 @pytest.mark.parametrize("column", [column.name for field in FIELDS for column in field.columns])
 def test_a_column_is_sealed(golden: Golden, data: Path, column: str) -> None:
     with open_checkpoint(data / "nest_tiny.nemo") as checkpoint:
-        found = fingerprint(checkpoint, residues=(1e-5, 1e-5), hashes=True)
+        found = fingerprint(checkpoint, bits=4, hashes=True)
     write_golden(replace(golden, fingerprint=found), overwrite=True)
     parts = Parts(golden.path)
     parts.columns[column] = parts.columns[column].copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from harness.comparison.measuring import BySketches
 from harness.comparison.policy import Policy
 from harness.errors import ModelError
 from harness.fingerprints.fingerprint import Fingerprint
+from harness.golden.file import read_golden, write_golden
 from harness.golden.golden import Golden
 from harness.model.activations import (
     OutputPolicy,
@@ -99,6 +101,7 @@ def test_what_is_undecided_is_not_said_to_agree() -> None:
     assert found.divergence.diverging_module == "2"
     assert (found.divergence.agreeing, found.divergence.undecided) == ((), ("x",))
     assert (found.divergence.num_before, found.divergence.num_undecided) == (6, 2)
+    assert "first diverges: 2, or 1 before it, which is undecided\n" in render(found)
     assert "of its 1 inputs x is undecided; 2 of the 6 activations computed before it are " in (
         render(found)
     )
@@ -302,3 +305,30 @@ def test_a_model_that_puts_out_nothing_to_compare_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match="holds no tensor to compare"):
         outputs_of(Puts(make), INPUTS)
+
+
+def test_outputs_keep_as_much_as_there_is_room_for(tmp_path: Path) -> None:
+    layers = nn.Linear(64, 64), nn.Tanh(), Puts(lambda x, _: x.bfloat16()), nn.ReLU()
+    model = nn.Sequential(nn.Sequential(*layers), nn.Identity())
+
+    def recorded(room: float) -> Golden:
+        found = outputs_of(model, INPUTS, room=room)
+        written = Golden(path=tmp_path / f"{room}.safetensors", fingerprint=found, source="")
+        write_golden(written)
+        return read_golden(written.path)
+
+    fine, coarse = (recorded(room).fingerprint.tensors for room in (math.inf, 0))
+    assert list(fine) == list(coarse)
+    nbytes = [Path(str(recorded(room).path)).stat().st_size for room in (math.inf, 0)]
+    for room in (nbytes[0] - nbytes[1], nbytes[0] - 3000, nbytes[0]):
+        golden = recorded(room)
+        assert golden.fingerprint.bits == (8 if room == nbytes[0] else 4)
+    for tensors, bits in ((fine, 8), (coarse, 4)):
+        residues = tensors["0.1:out"].residues
+        assert residues is not None
+        assert (residues.grid.bits, residues.packed.size) == (bits, 4096 * bits // 8)
+        assert tensors["0.1:out"].sketch is not None
+        # Of 16 bits, which torch rounds much, the values themselves; also those of aliases.
+        for key in ("0.2:out", "0.3:in.input"):
+            assert (tensors[key].values is None) is (bits == 4)
+            assert (tensors[key].residues is None) is (bits == 8)

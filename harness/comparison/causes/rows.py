@@ -2,7 +2,7 @@
 
 In: the expected fingerprint, with values, residues, a sketch or a reference to read, and the actual
 tensor. Out: a `Cause`. Each row has a 64-bit hash: of its bits where both sides' values are known,
-of its residues from the golden alone, four bits of each element, which leave open what is within
+of its residues from the golden alone, a few bits of each element, which leave open what is within
 the tolerance; an order of rows is proved by the digest. A sketch shows in which blocks something
 differs.
 """
@@ -87,7 +87,7 @@ def rows_changed(
     if not differing and not are_permutable(expected.stats, found.stats):
         axes = _axes_that_stay(ours, theirs)
     for axis in axes:
-        # A residue is four bits: so few would agree by chance.
+        # A residue may be four bits: so few would agree by chance.
         if set(differing) <= {axis} and (known or expected.numel >= 16 * shape[axis]):
             hashes = _hashes(evidence, ours, axis), _hashes(evidence, theirs, axis)
             if hashes[0] is None or hashes[1] is None:
