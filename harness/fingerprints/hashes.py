@@ -38,8 +38,6 @@ _FACTORS: dict[int, Any] = {
     4: np.uint32(0x9E3779B1),
     8: np.uint64(0x9E3779B185EBCA87),
 }
-# Elements at a time: what is made of them stays in the cache until it is hashed.
-_PASS_NUMEL = 1 << 17
 _WORDS = {2: "<u2", 4: "<u4", 8: "<u8"}
 
 
@@ -80,14 +78,9 @@ def hash_chunk(data: Array, dtype: DType, *, may_be_nan: bool = True) -> ChunkHa
     total = np.zeros(2, "<u8")
     for start in range(0, values.size, UNIT_NUMEL):
         unit = values[start : start + UNIT_NUMEL]
-        hashers = [xxhash.xxh3_128() for _ in narrower]
-        for place in range(0, unit.size, _PASS_NUMEL):
-            some = unit[place : place + _PASS_NUMEL]
-            for hasher, dtype_ in zip(hashers, narrower, strict=True):
-                hasher.update(_cast(some, dtype_, may_be_nan=may_be_nan).data)
-            total += _sums(some)
-        for found, hasher in zip(rounded, hashers, strict=True):
-            found.append(hasher.digest())
+        for found, to in zip(rounded, narrower, strict=True):
+            found.append(xxhash.xxh3_128_digest(_cast(unit, to, may_be_nan=may_be_nan).data))
+        total += _sums(unit)
     sums = (total & 0xFFFFFFFF).astype("<u4")
     return ChunkHashes(tuple(map(tuple, rounded)), sums)
 
@@ -120,7 +113,7 @@ def hash_unit(values: Array, dtype: DType) -> bytes | None:
             wide, values, equal_nan=True
         ):
             return None
-    return xxhash.xxh3_128(cast.data).digest()
+    return xxhash.xxh3_128_digest(cast.data)
 
 
 def _cast(values: Array, dtype: DType, *, may_be_nan: bool) -> Array:
@@ -148,15 +141,15 @@ def _cast(values: Array, dtype: DType, *, may_be_nan: bool) -> Array:
 
 def join_units(hashes: Sequence[bytes]) -> bytes:
     """The hash of all values from those of their units."""
-    return xxhash.xxh3_128(b"".join(hashes)).digest()
+    return xxhash.xxh3_128_digest(b"".join(hashes))
 
 
 def unordered_sums(data: Array, dtype: DType) -> Array:
     """The two sums of a chunk, uint32."""
     values = data.view(numpy_dtype(dtype))
     total = np.zeros(2, "<u8")
-    for start in range(0, values.size, _PASS_NUMEL):
-        total += _sums(values[start : start + _PASS_NUMEL])
+    for start in range(0, values.size, UNIT_NUMEL):
+        total += _sums(values[start : start + UNIT_NUMEL])
     return (total & 0xFFFFFFFF).astype("<u4")
 
 
