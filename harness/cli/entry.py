@@ -51,7 +51,7 @@ def _run(arguments: list[str]) -> int:
         if not _is_one_of_several():
             return command()
         import_numpy()
-        from harness.model.distributed.launched import run_on_ranks
+        from harness.model.distributed.group import run_on_ranks
 
         return run_on_ranks(command, arguments)
     except click.exceptions.Abort:

@@ -44,11 +44,10 @@ def call_with(live: Live, verb: Callable[[Checkpoint], _Result]) -> _Result:
             whole = replace(whole, buffers=as_checkpoint(own, name).tensors)
         return verb(whole)
 
-    if dist.is_available() and dist.is_initialized():
-        from harness.model.distributed.sharded import is_spread, together  # 1 s of imports
+    if dist.is_available() and dist.is_initialized() and any(map(is_cut, tensors.values())):
+        from harness.model.distributed.sharded import together  # 1 s of imports
 
-        if is_spread(tensors):
-            return together(tensors, name, call_whole)
+        return together(tensors, name, call_whole)
     return call_whole(as_checkpoint(tensors, name))
 
 

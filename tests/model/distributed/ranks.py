@@ -22,7 +22,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         *("harness.cli.entry", "harness.api", "harness.report.json", "harness.comparison.words"),
-        *("harness.model.distributed.launched", "harness.model.distributed.sharded"),
+        *("harness.model.distributed.group", "harness.model.distributed.sharded"),
         *("torch.distributed.fsdp", "torch._dynamo", "pytest", "hypothesis"),
         "pytorch_lightning",
     ]

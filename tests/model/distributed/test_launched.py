@@ -222,9 +222,9 @@ def test_a_rank_that_is_killed_ends_all_others_with_2(
 
 
 def come_early(*arguments: str) -> Run:
-    from harness.model.distributed import launched
+    from harness.model.distributed import group
 
-    launched.ARRIVAL = timedelta(seconds=1)
+    group.ARRIVAL = timedelta(seconds=1)
     return command(*arguments)
 
 
