@@ -235,7 +235,7 @@ def _fits(ours: Vector, theirs: Vector) -> Iterator[tuple[float, float]]:
     """The factor, the offset, then both, that by least squares explain `theirs`."""
     e, a, ones = ours.rows.ravel(), theirs.rows.ravel(), ours.ones.ravel()
     squares, sums = float(e @ e), float(ones @ ones)
-    if not squares or not sums:
+    if not squares or not sums or not np.isfinite(squares + float(a @ a)):
         return
     yield float(e @ a) / squares, 0.0
     yield 1.0, float(ones @ (a - e)) / sums
