@@ -70,7 +70,7 @@ def layout_of(folder: AnyPath) -> Layout:
     top = _weights_among(folder, names)
     parts, others, beside = dict(top.parts), list(top.others), _describing(names)
     is_of_parts = any(name in names for name in _OF_PARTS)
-    for name in _folders_among(folder, names):
+    for name in (n for n in names if not n.startswith(".") and (folder / n).is_dir()):
         inside = names_in(folder / name)
         below = _weights_among(folder / name, inside)
         if is_of_parts:
@@ -111,19 +111,11 @@ def inner_folder(folder: AnyPath) -> AnyPath:
 def names_in(folder: AnyPath) -> list[str]:
     """The names in a folder, sorted; none behind a URL that cannot list them."""
     if not (isinstance(folder, Path) or folder.is_listable):
-        return [name for name in _asked_for() if (folder / name).is_file()]
+        stems = ("model", "pytorch_model", "adapter_model")
+        asked = [f"{stem}{form}" for stem in stems for form in _FORMS]
+        return [name for name in asked if (folder / name).is_file()]
     children: Iterator[AnyPath] = folder.iterdir()
     return sorted(child.name for child in islice(children, _MAX_FILES))
-
-
-def _asked_for() -> Iterable[str]:
-    return (
-        f"{stem}{form}" for stem in ("model", "pytorch_model", "adapter_model") for form in _FORMS
-    )
-
-
-def _folders_among(folder: AnyPath, names: Iterable[str]) -> Iterator[str]:
-    return (name for name in names if not name.startswith(".") and (folder / name).is_dir())
 
 
 def _weights_among(folder: AnyPath, names: Iterable[str]) -> Layout:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, ValuesView
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,18 +166,15 @@ class _Finder:
     def _is_weights(self, value: Any) -> bool:
         known = self._weights.get(id(value))
         if known is None:
-            known = self._weights[id(value)] = self._holds_weights(value)
+            tree, held = self.tree, value
+            known = tree.is_tensor(value) or is_module(value) or tree.is_script(value)
+            if isinstance(held, Record):  # a dict of a class of its own
+                held = held.pairs
+            held = held.values() if isinstance(held, dict) else held
+            if not known and isinstance(held, (list, tuple, ValuesView)):
+                known = any(map(tree.is_tensor, held))
+            self._weights[id(value)] = known
         return known
-
-    def _holds_weights(self, value: Any) -> bool:
-        if self.tree.is_tensor(value) or is_module(value) or self.tree.is_script(value):
-            return True
-        if isinstance(value, Record):  # a dict of a class of its own
-            value = value.pairs
-        children = value.values() if isinstance(value, dict) else value
-        if isinstance(children, (list, tuple)) or isinstance(value, dict):
-            return any(map(self.tree.is_tensor, children))
-        return False
 
     def parts(self, name: str, steps: tuple[str, ...], target: Any) -> Parts:
         """List what is below `target`, to which `steps` lead from the root."""

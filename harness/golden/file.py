@@ -104,9 +104,14 @@ def _write(golden: Golden, path: AnyPath, data: bytes | bytearray, *, overwrite:
             raise _is_recorded(golden.path)
         check_is_golden(golden.path)
     try:
-        _put(path, data, overwrite=overwrite)
+        if isinstance(path, Path):
+            write_whole(path, data, overwrite=overwrite)
+        else:
+            path.write_bytes(bytes(data), overwrite=overwrite)
     except FileExistsError as error:  # written by somebody else in between
         raise _is_recorded(golden.path) from error
+    except CheckpointError as error:
+        raise GoldenError(str(error), hint=error.hint) from error
     return True
 
 
@@ -116,16 +121,6 @@ def _holds(path: AnyPath, data: bytes | bytearray) -> bool:
             read(source, part.start, part.nbytes) == data[part.start : part.start + part.nbytes]
             for part in chunks(len(data))
         )
-
-
-def _put(path: AnyPath, data: bytes | bytearray, *, overwrite: bool) -> None:
-    """Write a whole file; raises FileExistsError where another process has been faster."""
-    if isinstance(path, Path):
-        return write_whole(path, data, overwrite=overwrite)
-    try:
-        path.write_bytes(bytes(data), overwrite=overwrite)
-    except CheckpointError as error:
-        raise GoldenError(str(error), hint=error.hint) from error
 
 
 def _is_recorded(path: AnyPath) -> GoldenError:

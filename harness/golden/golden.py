@@ -124,15 +124,13 @@ class Golden:
         if is_url(self.source):
             return to_path(self.source)
         if self.source.startswith(_BELOW_ROOT):
-            return self._below_a_root(self.source.removeprefix(_BELOW_ROOT))
+            if not isinstance(self.path, Path):
+                return None
+            below = self.source.removeprefix(_BELOW_ROOT)
+            there = [root / below for root in roots_of(real_path(self.path).parent)]
+            return next((path for path in there if is_there(path)), there[0] if there else None)
         path = self.beside(self.source or None)
         return path if path is not None and ("/" in self.source or is_there(path)) else None
-
-    def _below_a_root(self, source: str) -> Path | None:
-        if not isinstance(self.path, Path):
-            return None
-        there = [root / source for root in roots_of(real_path(self.path).parent)]
-        return next((path for path in there if is_there(path)), there[0] if there else None)
 
 
 def source_of(checkpoint: AnyPath, golden: AnyPath) -> str:

@@ -15,7 +15,6 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from harness.comparison.comparison import Comparison, counts_of
 from harness.comparison.comparison import render as render_text
-from harness.errors import HarnessError
 from harness.report.outcome import Outcome, Result, worst_stage
 from harness.text.folding import error_lines, escaped, printable
 
@@ -40,7 +39,14 @@ def _add_suite(root: Element, result: Result, outcome: Outcome) -> None:
     for stage in outcome.stages:
         case = _add_case(suite, result, title, stage.stage)
         if not stage.ok and not outcome.accepts(stage):
-            problem = SubElement(case, "failure", type=stage.verdict, message=_message(stage))
+            diverged = stage.divergence
+            first = (
+                f"first: {printable(stage.findings[0].key)}"
+                if diverged is None
+                else f"first diverges: {printable(diverged.place)}"
+            )
+            message = f"{counts_of(stage)}; {first}"
+            problem = SubElement(case, "failure", type=stage.verdict, message=message)
             problem.text = _body(stage, outcome)
         elif stage.verdict != "identical":
             SubElement(case, "system-out").text = _body(stage, outcome)
@@ -48,7 +54,7 @@ def _add_suite(root: Element, result: Result, outcome: Outcome) -> None:
         case = _add_case(suite, result, title, _where_it_ended(result, outcome))
         message = escaped(str(outcome.error))
         error = SubElement(case, "error", type=outcome.error.kind, message=message)
-        error.text = _told(outcome.error)
+        error.text = "\n" + "".join(f"{line}\n" for line in error_lines(outcome.error))
     suite.attrib |= _counts(suite.findall("testcase"))
 
 
@@ -76,20 +82,10 @@ def _properties(outcome: Outcome) -> Iterator[tuple[str, str]]:
         yield "updated", str(outcome.updated).lower()
 
 
-def _message(stage: Comparison) -> str:
-    if stage.divergence is not None:
-        return f"{counts_of(stage)}; first diverges: {printable(stage.divergence.place)}"
-    return f"{counts_of(stage)}; first: {printable(stage.findings[0].key)}"
-
-
 def _body(stage: Comparison, outcome: Outcome) -> str:
     steps = outcome.next_steps if stage is worst_stage(outcome.stages) else ()
     parts = [render_text(stage), *(f"  {escaped(step)}" for step in steps)]
     return "\n" + "\n\n".join(parts) + "\n"
-
-
-def _told(error: HarnessError) -> str:
-    return "\n" + "".join(f"{line}\n" for line in error_lines(error))
 
 
 def _where_it_ended(result: Result, outcome: Outcome) -> str:

@@ -93,8 +93,11 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
             hint="give a file that torch.save, torch.jit.save or NeMo wrote",
         )
     prefix = pickles[0].removesuffix("data.pkl")
-    byteorder = entries.get(prefix + "byteorder")
-    big_endian = byteorder is not None and _byteorder(byteorder) == b"big"
+    order = b"little"
+    if (entry := entries.get(f"{prefix}byteorder")) is not None:
+        order = read(entry.source, 0, min(entry.nbytes, 16))
+        if order not in (b"little", b"big"):
+            raise damaged(entry.source.name, f"names an unknown byte order {order!r}")
     storages: dict[str, Storage] = {}
 
     def persistent(persistent_id: Any) -> StorageRef:
@@ -111,7 +114,7 @@ def read_torch_zip(source: Source, *, budget: Budget | None = None) -> TorchFile
         storage = storages.get(key)
         if storage is None:
             storage = storages[key] = Storage(
-                source=entry.source, nbytes=entry.nbytes, big_endian=big_endian
+                source=entry.source, nbytes=entry.nbytes, big_endian=order == b"big"
             )
         return StorageRef(storage=storage, dtype=dtype)
 
@@ -243,15 +246,6 @@ def _storage_id(
         case [] | [None] | [(str(), int(), int())]:
             return key, DTYPES[STORAGE_DTYPES[kind.name]], numel, rest[0] if rest else None
     raise damaged(name, f"has a storage view of an unknown form: {brief(rest[0])}")
-
-
-def _byteorder(entry: Entry) -> bytes:
-    if entry.nbytes > 16:
-        raise damaged(entry.source.name, f"has {entry.nbytes} bytes instead of little or big")
-    order = read(entry.source, 0, entry.nbytes)
-    if order not in (b"little", b"big"):
-        raise damaged(entry.source.name, f"names an unknown byte order {order!r}")
-    return order
 
 
 # Possessive: to go back over a million lines would take a gigabyte.
