@@ -101,12 +101,13 @@ def _check_all(golden: Golden, subject: Subject, section: str) -> None:
     if (section == ".") == (golden.section == "."):
         return
     part = f"section {golden.fingerprint.section}" if golden.fingerprint.section else "one part"
-    path = quoted(str(path_of(subject)))
+    all_of_it = f"harness record {quoted(str(path_of(subject)))} --all-sections"
+    is_all = golden.section == "."
     raise UsageError(
-        f"{golden.path}: was recorded from {'all sections' if golden.section == '.' else part}",
+        f"{golden.path}: was recorded from {'all sections' if is_all else part}",
         hint="leave out --section"
-        if golden.section == "."
-        else f"record all of it: harness record {path} --all-sections -g OTHER.safetensors",
+        if is_all
+        else f"record all of it: {all_of_it} -g OTHER.safetensors",
     )
 
 

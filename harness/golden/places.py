@@ -35,11 +35,9 @@ def golden_path(checkpoint: Location, folder: AnyPath = GOLDEN_FOLDER) -> AnyPat
 def own_golden(checkpoint: AnyPath, folder: AnyPath = GOLDEN_FOLDER) -> AnyPath | None:
     """The golden of a checkpoint's name that was recorded from it, or else from a file unknown."""
     there = [path for name in names_of(checkpoint) if (path := folder / name).exists()]
-    if len(there) < 2:
-        return there[0] if there else None
-    return next(
-        (path for path in there if recorded_from(path) == source_of(checkpoint, path)), there[0]
-    )
+    if len(there) > 1:
+        there = [p for p in there if recorded_from(p) == source_of(checkpoint, p)] or there
+    return there[0] if there else None
 
 
 def recorded_from(golden: AnyPath) -> str:
@@ -120,11 +118,13 @@ def new_golden(
         raise _unnamed()
     with _as_golden_error(target):
         is_named = golden is not None
-        if path is not None and (golden is None or (target.is_dir() and not _is(target, path))):
+        if path is not None and (
+            golden is None or (target.is_dir() and not (is_there(path) and is_same(target, path)))
+        ):
             target, is_named = _free_name(path, target), False
         if not target.exists():
             return target
-        if path is not None and _is(target, path):
+        if path is not None and is_there(path) and is_same(target, path):
             beside = target.with_name(f"{target.name.removesuffix(SUFFIX)}.golden{SUFFIX}")
             raise GoldenError(
                 f"{target}: is the checkpoint itself, which its golden must not replace",
@@ -226,10 +226,6 @@ def _held(
     return f", from {recorded.checkpoint or to_path(recorded.source)}", is_named
 
 
-def _is(target: AnyPath, checkpoint: AnyPath) -> bool:
-    return is_there(checkpoint) and is_same(target, checkpoint)
-
-
 def is_same(one: AnyPath, other: AnyPath) -> bool:
     """Whether two paths that are there lead to one file."""
     if isinstance(one, Path) and isinstance(other, Path):
@@ -272,11 +268,10 @@ def check_reference(path: AnyPath, golden: Golden, subject: object) -> None:
     """Refuse a golden in the place of the checkpoint that was recorded; raises UsageError."""
     if is_golden(path):
         there = other_reference(golden, subject)
+        instead = "give the checkpoint that was recorded, or leave it out"
         raise UsageError(
             f"--reference {path}: is a golden, not the checkpoint that was recorded",
-            hint=f"--reference {_typed(there)}"
-            if there is not None
-            else "give the checkpoint that was recorded, or leave it out",
+            hint=instead if there is None else f"--reference {_typed(there)}",
         )
 
 
@@ -307,15 +302,15 @@ def named_source(golden: Golden) -> AnyPath:
             hint=f"harness verify CKPT -g {_typed(golden.path)}",
         )
     source = golden.checkpoint
-    if source is None or not is_there(source):
-        moved = _moved(golden)
-        if moved is not None:
-            return moved
+    if source is not None and is_there(source):
+        return source
+    moved = _moved(golden)
+    if moved is None:
         raise CheckpointError(
-            f"{golden.path}: its checkpoint does not exist: {golden.checkpoint or golden.source}",
+            f"{golden.path}: its checkpoint does not exist: {source or golden.source}",
             hint=f"harness verify CKPT -g {_typed(golden.path)}",
         )
-    return source
+    return moved
 
 
 def source_after(subject: object, golden: Golden) -> str:

@@ -56,9 +56,8 @@ def _change(finding: Finding) -> Change | None:
     away = difference.rms * math.sqrt(difference.numel)
     before, after = (math.nan if stats is None else stats.l2 for stats in difference.stats)
     product = before * after
-    cosine = (
-        (before * before + after * after - away * away) / (2 * product) if product else math.nan
-    )
+    both = before * before + after * after - away * away
+    cosine = both / (2 * product) if product else math.nan
     share = math.nan
     if difference.num_differing is not None:
         share = 1 - difference.num_differing / difference.numel

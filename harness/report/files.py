@@ -37,9 +37,8 @@ def check_report(path: Path, option: str = "--report ") -> None:
     `option` is what stands before the path where it was given.
     """
     if path.is_dir():
-        raise UsageError(
-            f"{option}{path}: is a folder", hint=f"{option}{quoted(str(path / _NAME))}"
-        )
+        inside = quoted(str(path / _NAME))
+        raise UsageError(f"{option}{path}: is a folder", hint=f"{option}{inside}")
     if path.suffix.lower() not in _RENDERERS:
         is_stream = path.name == "-" or (path.exists() and not path.is_file())
         named = _NAME if is_stream else path.with_suffix(".html")

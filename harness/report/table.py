@@ -52,29 +52,27 @@ def _head(fingerprint: Fingerprint) -> Iterator[str]:
     )
     if num_values:
         yield f"values     {num_values:,} entries that are no tensors"
-    values = [name for name, count in fingerprint.others if count == 0]
     for name, count in fingerprint.others:
-        if count == 0:
-            continue
-        where = (
-            ""
-            if count is None
-            else f" ({count:,} tensor{'s' * (count != 1)}): --section {quoted(name)}"
-        )
-        yield f"not shown  {escaped(name)}{where}"
+        if count is None:
+            yield f"not shown  {escaped(name)}"
+        elif count:
+            held = f"{count:,} tensor{'s' * (count != 1)}"
+            yield f"not shown  {escaped(name)} ({held}): --section {quoted(name)}"
+    values = [name for name, count in fingerprint.others if count == 0]
     if values:
-        more = ", …" if len(values) > _MAX_SHOWN else ""
-        yield f"not shown  values: {escaped(', '.join(values[:_MAX_SHOWN]))}{more}: --all-sections"
+        yield f"not shown  values: {_first_of(values)}: --all-sections"
     yield from (f"not read   {escaped(entry)}" for entry in fingerprint.unread)
     config = fingerprint.config or {}
     if config:
-        keys = ", ".join(sorted(map(str, config))[:_MAX_SHOWN])
-        more = ", …" if len(config) > _MAX_SHOWN else ""
-        yield f"settings   {len(config):,}: {escaped(keys)}{more}"
+        yield f"settings   {len(config):,}: {_first_of(sorted(map(str, config)))}"
     members = sorted(fingerprint.members.items())
     yield from (f"beside     {escaped(name)}: {what}" for name, what in members[:_MAX_SHOWN])
     if len(members) > _MAX_SHOWN:
         yield f"beside     and {len(members) - _MAX_SHOWN:,} more files"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return escaped(", ".join(names[:_MAX_SHOWN])) + (", …" if len(names) > _MAX_SHOWN else "")
 
 
 def _about(golden: Golden) -> Iterator[str]:
