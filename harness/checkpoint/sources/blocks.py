@@ -63,7 +63,7 @@ class RemoteSource(StoredSource):
 
         For one thread. Memory: the ranges, and up to 64 KiB between two of them.
         """
-        runs = list(_runs(ranges, self.nbytes))
+        runs = _runs(ranges, self.nbytes)
         fetched = threads().map(lambda run: self._fetch(*run), runs)
         self._ahead = [(start, data) for (start, _), data in zip(runs, fetched, strict=True)]
         try:
@@ -139,21 +139,15 @@ class RemoteSource(StoredSource):
             raise changed(self.name, "is not there any more") from None
 
 
-def _runs(ranges: Iterable[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
+def _runs(ranges: Iterable[tuple[int, int]], nbytes: int) -> list[tuple[int, int]]:
     """Join ranges of a file that are near each other, as far as one request brings."""
-    run: tuple[int, int] | None = None
-    for start, end in ranges:
-        end = min(end, nbytes)
-        if start >= end:
-            continue
-        if run and start - run[1] <= _MAX_GAP and end - run[0] <= transport.BLOCK_NBYTES:
-            run = run[0], max(run[1], end)
-            continue
-        if run:
-            yield run
-        run = start, end
-    if run:
-        yield run
+    from fsspec.utils import merge_offset_ranges
+
+    inside = [(start, min(end, nbytes)) for start, end in ranges if start < min(end, nbytes)]
+    starts, ends = ([run[side] for run in inside] for side in (0, 1))
+    names, most = [""] * len(inside), transport.BLOCK_NBYTES
+    _, starts, ends = merge_offset_ranges(names, starts, ends, _MAX_GAP, most, sort=False)
+    return list(zip(starts, ends, strict=True))
 
 
 class _Span(NamedTuple):

@@ -150,11 +150,11 @@ def damaged(where: str, why: str, hint: str = COPY_AGAIN) -> CheckpointError:
     return CheckpointError(f"{where}: {why}", hint=hint)
 
 
-def too_many(where: str, limit: int, what: str, hint: str | None = None) -> CheckpointError:
+def too_many(where: str, limit: int, what: str) -> CheckpointError:
     """The error of a file that may be whole, but is beyond what is read."""
     return CheckpointError(
         f"{where}: more than {limit:,} {what}: not read",
-        hint=hint or "save the weights by themselves, or in more files",
+        hint="save the weights by themselves, or in more files",
     )
 
 
