@@ -124,7 +124,7 @@ def test_safetensors_cannot_say_what_is_tied(tmp_path: Path) -> None:
         ("embed.weight", "different", lambda t: t + 1e-3),
         ("encoder.1.weight", "close", lambda t: t * (1 + 1e-6)),
         ("encoder.1.large", "different", lambda t: t * 1.1),
-        ("encoder.1.large", "undecided", lambda t: t + 9.6e-6),
+        ("encoder.1.large", "undecided", lambda t: t + 9.96e-6),
         ("encoder.1.large", "close", lambda t: t + 1e-6),
         ("encoder.1.large", "close", lambda t: t + 1e-8),
         ("norm.half", "different", lambda t: t * 1.01),
