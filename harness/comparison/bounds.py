@@ -266,7 +266,10 @@ def by_residues(
     found = judge(blocks, grid, asked, expected.stats.absmax)
     low, high = difference.max_abs
     ends = max(low, found.max_abs[0]), min(high, found.max_abs[1])
-    needed = difference.min_atol[0], min(difference.min_atol[1], ends[1])
+    needed = (
+        max(difference.min_atol[0], found.min_atol[0]),
+        min(difference.min_atol[1], found.min_atol[1], ends[1]),
+    )
     if found.verdict == "different" and tolerance.rtol <= grid.rtol:
         needed = max(needed[0], min(grid.atol, tolerance.atol)), needed[1]
     told = replace(

@@ -384,7 +384,7 @@ class Judgement:
     """What residues prove of allclose.
 
     `max_abs` bounds the greatest |d|, which is `about` so much where all blocks are known; `share`
-    bounds the greatest |d| / t of the tolerance asked for.
+    bounds the greatest |d| / t of the tolerance asked for, `min_atol` the least atol that passes.
     `beyond` counts the blocks with an element that is surely beyond it, `elements` are (index,
     about the value it had) of some of these, worst first, where they are known. `is_measured`:
     unless of some blocks nothing is known but that they differ by more than was recorded.
@@ -394,6 +394,7 @@ class Judgement:
     max_abs: tuple[float, float]
     about: float
     share: tuple[float, float]
+    min_atol: tuple[float, float]
     beyond: int
     elements: tuple[tuple[int, float], ...]
     is_measured: bool
@@ -425,16 +426,21 @@ def judge(checked: Checked, grid: Grid, asked: Allowance, absmax: float) -> Judg
         is_beyond = (surely > 1) | (fits & np.isinf(checked.steps))
         lower, upper = least * (grid.A + grid.R * low), most * (grid.A + grid.R * top)
         upper[~fits] = np.inf
+        needed = np.minimum(*(least * (grid.A + grid.R * y) - asked.rtol * y for y in (low, high)))
+        enough = np.maximum(*(most * (grid.A + grid.R * y) - asked.rtol * y for y in (zero, top)))
+        enough[~fits] = np.inf
         likely = grid.most(checked.steps) * (grid.A + grid.R * low)
         known = np.flatnonzero(is_beyond & fits & np.isfinite(checked.steps))
         worst = known[np.argsort(-lower[known], kind="stable")[:_MAX_ELEMENTS]]
         values = grid.inverse(checked.integer[worst])
-    ends = [float(bound.max(initial=0.0)) for bound in (lower, upper, surely, perhaps)]
+    bounds = (lower, upper, surely, perhaps, needed, enough)
+    ends = [float(bound.max(initial=0.0)) for bound in bounds]
     return Judgement(
         verdict="different" if is_beyond.any() else "close" if ends[3] <= 1 else "undecided",
         max_abs=(ends[0], ends[1]),
         about=min(max(float(likely.max(initial=0.0)), ends[0]), ends[1]),
         share=(ends[2], ends[3]),
+        min_atol=(ends[4], ends[5]),
         beyond=int(np.count_nonzero(is_beyond)),
         elements=tuple(zip(checked.index[worst].tolist(), values.tolist(), strict=True)),
         is_measured=bool((fits | is_beyond).all()),

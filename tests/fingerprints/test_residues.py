@@ -166,11 +166,15 @@ def wrong(case: Case, count: Counter[tuple[str, bool]] | None = None) -> list[st
         if told.verdict == ("different" if truth else "close"):
             found.append(f"{case.kind} {case.y.dtype} {grid}: {told} at {atol}, {rtol}")
         with np.errstate(invalid="ignore"):
-            error = np.abs(floats(case.x).astype("<f8") - floats(case.y).astype("<f8"))
-        greatest = float(error[np.isfinite(error)].max(initial=0.0))
-        low, high = told.max_abs
-        if np.isfinite(error).all() and not low * (1 - 1e-9) <= greatest <= high * (1 + 1e-9):
-            found.append(f"{case.kind} {case.y.dtype} {grid}: {greatest} outside {told.max_abs}")
+            x, y = (floats(side).astype("<f8") for side in (case.x, case.y))
+            error = np.abs(x - y)
+        if not np.isfinite(error).all():
+            continue
+        needed = float((error - rtol * np.abs(y)).max(initial=0.0))
+        for truth_of, bounds in ((float(error.max()), told.max_abs), (needed, told.min_atol)):
+            slack = 1e-9 * float(error.max())
+            if not bounds[0] - slack <= truth_of <= bounds[1] + slack:
+                found.append(f"{case.kind} {case.y.dtype} {grid}: {truth_of} outside {bounds}")
     return found
 
 
