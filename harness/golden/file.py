@@ -323,21 +323,18 @@ def _check_schema(path: AnyPath, text: str) -> None:
         )
 
 
-def _damaged(path: AnyPath, error: Exception) -> GoldenError:
+def _damaged(path: AnyPath, error: Exception | str) -> GoldenError:
     return GoldenError(f"{path}: a damaged golden: {error}", hint=_RESTORE)
 
 
 def _parse(path: AnyPath, columns: dict[str, NDArray[Any]], text: str) -> Golden:
+    seal = columns.pop("seal", None)
+    if seal is None or seal_of(text, columns) != seal.tobytes():
+        raise _damaged(path, "its parts do not make its seal")
     try:
         header = from_json(text, Header)
         if header.made != Made():
-            raise GoldenError(
-                f"{path}: recorded with parameters unknown to this version: {header.made}",
-                hint=_RESTORE,
-            )
-        seal = columns.pop("seal", None)
-        if seal is None or seal_of(text, columns) != seal.tobytes():
-            raise ValueError("its parts do not make its seal")
+            raise ValueError(f"made with {header.made}")
         if "contents" not in columns:
             raise ValueError("it has no column contents")
         contents = from_json(columns["contents"].tobytes(), Contents)
@@ -351,7 +348,11 @@ def _parse(path: AnyPath, columns: dict[str, NDArray[Any]], text: str) -> Golden
             for name, part in header.parts.items()
         }
     except (ValueError, OverflowError, RecursionError) as error:
-        raise _damaged(path, error) from error
+        # It is what was written: until the first release the format may change.
+        raise GoldenError(
+            f"{path}: a golden of another version of the harness: {error}",
+            hint=f"record it again: harness record CKPT -g {quoted(str(path))} --overwrite",
+        ) from error
     weights, live = parts["weights"], header.live
     weights = replace(
         weights,
