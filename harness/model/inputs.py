@@ -20,7 +20,7 @@ from harness.checkpoint import open_checkpoint
 from harness.errors import ModelError, UsageError
 from harness.golden.atomic import write_whole
 from harness.model.loading import seeded
-from harness.model.state import tensors_of
+from harness.model.state import tensors_of, unwrapped
 from harness.model.targets import user_code
 
 SEED = 0
@@ -49,8 +49,7 @@ def inputs_of(module: nn.Module, file: Path | None) -> Arguments:
         found = None
         for name in _INPUTS:
             own: Any = getattr(module, name, None)
-            if own is None and isinstance(module, nn.DataParallel):
-                own = getattr(module.module, name, None)
+            own = getattr(unwrapped(module), name, None) if own is None else own
             found = copy.deepcopy(own() if callable(own) else own)
             if found is not None:
                 break

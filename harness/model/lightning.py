@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Set
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Set
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,20 @@ def training_of(path: Path) -> dict[str, list[Any]]:
             }
         except _NoDataError as error:
             raise _refused(path, [str(error)]) from None
+
+
+def values_in(path: Path, section: str, keys: Collection[str]) -> dict[str, Any]:
+    """Entries of a state dict that are no tensors, as plain data; without those that are none."""
+    found: dict[str, Any] = {}
+    with _entries(path) as entries:
+        held: Any = entries
+        for part in section.split(".") if section else ():
+            held = held.get(part) if isinstance(held, Mapping) else None
+        for key in keys:
+            if isinstance(held, Mapping) and key in held:
+                with suppress(_NoDataError):
+                    found[key] = _Reading().of(held[key])
+    return found
 
 
 @contextmanager
@@ -284,6 +299,8 @@ class _Reading:
         if str(callee) == "argparse.Namespace" and isinstance(record.state, dict):
             values = self.of(record.state)
             return argparse.Namespace(**{str(key): value for key, value in values.items()})
+        if str(callee) == "_io.BytesIO" and isinstance(record.state, tuple):
+            return io.BytesIO(record.state[0])
         if callee.name == "AttributeDict" and callee.module.endswith(".utilities.parsing"):
             return self.of(record.pairs)
         raise _NoDataError(str(callee))

@@ -43,10 +43,11 @@ from harness.model.lightning import (
     quiet,
     trainer_of,
     training_of,
+    values_in,
 )
 from harness.model.mismatch import brief_mismatch
 from harness.model.pretrained import folder_of, is_pretrained, load_pretrained, offline
-from harness.model.state import put_together, tensors_of
+from harness.model.state import put_together, tensors_of, unwrapped
 from harness.model.targets import check_named_classes, registered, resolve, user_code
 from harness.text.shell import quoted
 
@@ -211,9 +212,9 @@ class Loader:
             handed = {**data_of(path, type(module)), "state_dict": state}
             module.on_load_checkpoint(handed)  # type: ignore[operator]
             state = handed["state_dict"]
-        _check_extra_state(module, state, path, self.target)
-        inner = _unwrapped(module, state)
-        inner.load_state_dict(with_tied(inner, state), strict=True)
+        inner = unwrapped(module, state)
+        values = _with_values(inner, with_tied(inner, state), path, section)
+        inner.load_state_dict(values, strict=True)
         return module
 
     def save(self, module: nn.Module, folder: Path, stem: str, *, original: Path) -> Saved:
@@ -283,20 +284,6 @@ class Loader:
         return None, None
 
 
-def _unwrapped(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
-    """The module in torch's own wrappers, which a state dict without their prefix is of."""
-    for name in ("_orig_mod", "module"):
-        inner = getattr(module, name, None)
-        is_own = type(module).__module__.startswith("torch.")
-        if (
-            is_own
-            and isinstance(inner, nn.Module)
-            and not any(key.startswith(f"{name}.") for key in state)
-        ):
-            return _unwrapped(inner, state)
-    return module
-
-
 def _defines(kind: type, name: str) -> type | None:
     """The class that a method comes from."""
     return next((base for base in kind.__mro__ if name in vars(base)), None)
@@ -353,17 +340,26 @@ def with_tied(module: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str,
     return {**state, **filled}
 
 
-def _check_extra_state(
-    module: nn.Module, state: Mapping[str, Any], path: Path, target: str
-) -> None:
-    for key, value in module.state_dict().items():
-        if key.endswith("_extra_state") and key not in state and not torch.is_tensor(value):
+def _with_values(
+    module: nn.Module, state: Mapping[str, torch.Tensor], path: Path, section: str | None
+) -> dict[str, Any]:
+    """A state dict, and what of it is no tensor but plain data, for a module that asks for that."""
+    own = module.state_dict().items()
+    lacking = {k: v for k, v in own if k not in state and v is not None and not torch.is_tensor(v)}
+    if not lacking:
+        return dict(state)
+    with open_checkpoint(path, section=section or None) as checkpoint:
+        found = values_in(path, checkpoint.section or "", lacking)
+        there = [*checkpoint.tensors, *checkpoint.unread]
+    for key, value in lacking.items():
+        if key not in found and any(name.startswith(format_key((key,))) for name in there):
             raise ModelError(
-                f"{path}: {key} of {target} is a {type(value).__name__}, and only tensors "
-                "are read of a file",
+                f"{path}: {key} of {type(module).__name__} is a {type(value).__name__}, which is "
+                "made by what a file says, and only tensors and plain data are read of a file",
                 hint="give it as a tensor in get_extra_state(), or --model a function that "
                 "returns a model without it",
             )
+    return {**state, **found}
 
 
 def has_optimizers(path: Path) -> bool:

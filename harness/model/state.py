@@ -7,7 +7,7 @@ values, and layouts that have no single storage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -138,6 +138,16 @@ def _whole(
     make: Any = type(like).__tensor_unflatten__  # type: ignore[attr-defined]
     whole: torch.Tensor = make(parts, settings, like.size(), like.stride())
     return whole
+
+
+def unwrapped(module: nn.Module, state: Collection[str] = ()) -> nn.Module:
+    """The module in torch's own wrappers, but for those whose prefix keys of a `state` have."""
+    for name in ("_orig_mod", "module"):
+        inner, is_own = getattr(module, name, None), type(module).__module__.startswith("torch.")
+        is_bare = not any(key.startswith(f"{name}.") for key in state)
+        if is_own and is_bare and isinstance(inner, nn.Module):
+            return unwrapped(inner, state)
+    return module
 
 
 def is_cut(tensor: torch.Tensor) -> bool:

@@ -281,11 +281,17 @@ def test_a_compiled_model_computes_what_it_computes_as_it_is_written(plain: Path
     assert {stage.verdict for stage in found.values()} == {"identical"}
 
 
-def test_extra_state_that_is_no_tensor_is_told_from_a_missing_key(tmp_path: Path) -> None:
+def test_extra_state_that_is_plain_data_is_given_to_the_model_and_compared(tmp_path: Path) -> None:
     path = tmp_path / "extra.pt"
-    torch.save(variants.ExtraState().state_dict(), path)
-    with pytest.raises(ModelError, match=r"_extra_state of .*:ExtraState is a dict, and only tens"):
-        list(api.roundtrip(path, live=LiveOptions(target=f"{HERE}:ExtraState")))
+    state = variants.ExtraState().state_dict()
+    torch.save(state, path)
+    live = LiveOptions(target=f"{HERE}:ExtraState")
+    assert all(c.ok for c in api.roundtrip(path, live=live))
+    lost = api.roundtrip(path, live=LiveOptions(target=f"{HERE}:LosesExtraState"))
+    assert [(f.kind, f.key) for f in next(lost).findings] == [("value", "_extra_state")]
+    torch.save({**state, "_extra_state": ValueError}, path)
+    with pytest.raises(ModelError, match=r"_extra_state of ExtraState is a dict, which is made by"):
+        list(api.roundtrip(path, live=live))
 
 
 def test_sharded_safetensors_load_into_a_factorys_module(tmp_path: Path) -> None:

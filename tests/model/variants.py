@@ -148,11 +148,18 @@ class Prints(Plain):
 
 
 class ExtraState(Plain):
-    def get_extra_state(self) -> dict[str, int]:
-        return {"scale": 3}
+    factor = 3
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        pass
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"scale": self.factor, "of": [1.5, None]}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.factor = state["scale"]
+
+
+class LosesExtraState(ExtraState):
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.factor = 4
 
 
 class OtherScale(Plain):
