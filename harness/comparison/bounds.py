@@ -26,6 +26,7 @@ from harness.comparison.policy import Tolerance
 from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel, digest_of
 from harness.fingerprints.residues import (
+    BLOCK_NUMEL,
     Allowance,
     Checked,
     Residues,
@@ -35,6 +36,7 @@ from harness.fingerprints.residues import (
 )
 from harness.fingerprints.sketch import (
     CHANCE,
+    MAX_RECOVERED,
     NUM_PROJECTIONS,
     Gap,
     block_ranges,
@@ -343,6 +345,9 @@ def _recovered(
     float64 has more digits than the sketch, so that the digest is seldom met: then the verdict
     stays what the bounds prove, and the elements are named with about the value they had.
     """
+    block = BLOCK_NUMEL * (int(gap.changed[0]) * size // BLOCK_NUMEL) if len(gap.changed) else 0
+    if expected.residues is not None and _moved(expected.residues, actual, block) > MAX_RECOVERED:
+        return bounded
     changes = recover(gap, size, thorough=thorough)
     if changes is None or expected.digest is None:
         return bounded
@@ -372,6 +377,15 @@ def _recovered(
     count = f"{len(changes)} element{'s' if len(changes) > 1 else ''}"
     why = f"{bounded.why}; its sketch is that of {count} changed, expected as about the values here"
     return replace(bounded, why=why, elements=found.elements)
+
+
+def _moved(residues: Residues, actual: Values, first: int) -> int:
+    """How many elements of a block, from `first` on, are surely not what they were."""
+    itemsize = actual.dtype.itemsize
+    numel = min(BLOCK_NUMEL, actual.numel - first)
+    data = buffers.get("chunk", numel * itemsize)
+    actual.read_into(first * itemsize, data.data)
+    return int(check(as_floats(data, actual.dtype), residues.part(first, numel)).moved[0])
 
 
 class _Patched:

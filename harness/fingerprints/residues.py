@@ -316,7 +316,7 @@ class Checked:
 
     `fits`: the digest does. `steps`: the greatest distance of an F(x) from its integer c, that of
     the element `index` of the tensor, whose c is `integer`; infinite where a value is NaN. `reach`:
-    the greatest |F(x)| of finite values.
+    the greatest |F(x)| of finite values. `moved`: how many elements are surely not what they were.
     """
 
     fits: NDArray[np.bool_]
@@ -324,6 +324,7 @@ class Checked:
     index: NDArray[np.int64]
     integer: Doubles
     reach: Doubles
+    moved: NDArray[np.int64]
 
     @classmethod
     def joined(cls, parts: Sequence[Checked]) -> Checked:
@@ -366,13 +367,14 @@ def check(values: Floats, residues: Residues) -> Checked:
                 f[np.isnan(f)] = 0.0  # finite, but too great for F: its block does not fit
             index = _by_block(np.argmax, f) + np.arange(0, count, BLOCK_NUMEL)
             signed = np.where(signs[index] < 0, -c[index], c[index])
-            rows.append((f[index], index + residues.first + start, signed, reach))
-    steps, index, integer, reach = map(np.concatenate, zip(*rows, strict=True))
+            moved = _by_block(np.count_nonzero, f > 0.5 + 2 * _ERROR)
+            rows.append((f[index], index + residues.first + start, signed, reach, moved))
+    steps, index, integer, reach, moved = map(np.concatenate, zip(*rows, strict=True))
     fits = (residues.digests == _joined(digests)).all(axis=1)
-    return Checked(fits=fits, steps=steps, index=index, integer=integer, reach=reach)
+    return Checked(fits=fits, steps=steps, index=index, integer=integer, reach=reach, moved=moved)
 
 
-def _by_block(function: Callable[..., Any], values: Doubles) -> NDArray[Any]:
+def _by_block(function: Callable[..., Any], values: NDArray[Any]) -> NDArray[Any]:
     """Reduce each block of values (n,)."""
     whole = values.size // BLOCK_NUMEL * BLOCK_NUMEL
     found = function(values[:whole].reshape(-1, BLOCK_NUMEL), axis=1)

@@ -157,6 +157,7 @@ def compare_sketches(expected: Sketch, actual: Sketch, block_numel: int, numel: 
 
 _MAX_BLOCKS_TO_RECOVER = 64
 _MAX_GREEDY = 4
+MAX_RECOVERED = 6  # changed elements of a block that may be found
 
 
 def recover(gap: Gap, block_numel: int, *, thorough: bool = True) -> list[tuple[int, float]] | None:

@@ -153,6 +153,9 @@ def change(kind: str, wide: Array, grid: Grid, rng: np.random.Generator) -> Arra
 def wrong(case: Case, count: Counter[tuple[str, bool]] | None = None) -> list[str]:
     """Judge a case at the recorded tolerance, at looser ones and tighter ones."""
     grid, found = case.grid, []
+    moved = int(check(floats(case.x), case.kept).moved.sum())
+    if moved > np.count_nonzero(floats(case.x) != floats(case.y)):
+        found.append(f"{case.kind} {case.y.dtype} {grid}: {moved} are said to have changed")
     asked = [
         (grid.atol, grid.rtol),
         *((grid.atol * 3, grid.rtol * 3), (grid.atol / 4, grid.rtol / 4)),
