@@ -289,10 +289,15 @@ def _of_sketch(
     """Which blocks of the sketch differ, as rows: where something is, and where nothing."""
     count, more = expected.shape[0], actual.shape[0] - expected.shape[0]
     sketch, width = expected.sketch, expected.numel // expected.shape[0]
-    if more < 0 or sketch is None or expected.dtype.kind != "float":
+    if sketch is None or expected.dtype.kind != "float":
         return None
     block = block_numel(expected.dtype, evidence.block_nbytes)
-    places: Iterable[int] = range(len(sketch.norms))
+    known = expected.numel if more >= 0 else actual.numel // block * block
+    if more < 0:  # of what is left the last block has values that are gone
+        count = known // width
+        if not count or count < actual.shape[0] // 2:
+            return None
+    places: Iterable[int] = range(-(-known // block))
     if not more and found.sketch is not None and len(found.sketch.norms) == len(sketch.norms):
         with np.errstate(all="ignore"):
             away = np.linalg.norm(found.sketch.projections - sketch.projections, axis=1)
@@ -301,7 +306,7 @@ def _of_sketch(
     for place in places:
         evidence.check_time()
         first, last = place * block, min(expected.numel, (place + 1) * block)
-        if more and begins_as(wide_of(actual, first, last - first), sketch, block, place):
+        if more != 0 and begins_as(wide_of(actual, first, last - first), sketch, block, place):
             continue
         rows |= dict.fromkeys(range(first // width, (last - 1) // width + 1))
         if len(rows) > 3 * count // 4:
@@ -309,8 +314,18 @@ def _of_sketch(
     changed = sorted(rows)
     if len(changed) > count // 4 and len(_runs(changed)) > _MAX_RUNS:
         return None
-    if not changed or (len(changed) == 1 and not more):
+    if more >= 0 and (not changed or (len(changed) == 1 and not more)):
         return _changed_alone(np.array(changed, int), count, 0, added=more, proof="sketch")
+    if more < 0 and changed:
+        return None
+    if more < 0:
+        rest = actual.shape[0] - count
+        text = f"rows 0 to {count - 1} are the golden's, {-more:,} removed"
+        if rest:
+            text += f" (it keeps too little to tell of the last {rest:,}: --reference would)"
+        return Cause(
+            kind="rows", text=text, proof="sketch", axis=0, rows=((0, count),), num_added=more
+        )
     spans = _named(changed, "row").partition(" ")[2]
     added = f", {more:,} added" if more else ""
     return Cause(

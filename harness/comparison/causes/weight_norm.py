@@ -32,7 +32,7 @@ _FORMS = (
 _PLAIN = ".weight"
 _MAX_NUMEL = 1 << 24  # 128 MiB as float64
 _ROUNDINGS, _SUMMED, _MOST = 8.0, 1e-5, 0.05
-_MIN_NORMS, _MAX_NORMS = 4, 2048
+_MIN_DIGITS, _MAX_NORMS = 12.0, 2048
 
 
 def other_form(key: str, there: str) -> Cause | None:
@@ -146,13 +146,25 @@ def _norms(g: _Values, plain: _Values) -> tuple[Array, Array] | None:
 
 
 def _are_norms(g: _Values, plain: _Values) -> bool:
-    """Whether a weight's norms are g: to within what is little of how they differ."""
+    """Whether a weight's norms are g: so near, for how they differ, as chance hardly makes them.
+
+    Of n norms around their mean the share r**(n - 1) is as near to g's, at r of their distance.
+    """
     known = _norms(g, plain)
-    if known is None or g.tensor.numel < _MIN_NORMS:
+    if known is None:
         return False
     wanted, norms = known
-    spread = np.linalg.norm(wanted - wanted.mean())
-    return bool(np.linalg.norm(norms - wanted) <= 1e-3 * spread)
+    spread = float(np.linalg.norm(wanted - wanted.mean()))
+    share = float(np.linalg.norm(norms - wanted)) / spread if spread else 1.0
+    return share < 1 and (wanted.size - 1) * -math.log10(max(share, 1e-6)) >= _MIN_DIGITS
+
+
+def _may_be_norms(g: _Values, plain: _Values) -> bool:
+    """Whether a weight's norms are g to within rounding, of so few that it may be chance."""
+    known = _norms(g, plain)
+    return known is not None and bool(
+        np.all(np.abs(known[1] - known[0]) <= _allowed(plain.tensor.dtype) * known[0])
+    )
 
 
 @np.errstate(all="ignore")
@@ -165,11 +177,8 @@ def _is_direction(
     norm is of: least squares find the numbers, where the sketch has more of them than there are.
     """
     evidence.check_time()
-    known, vector = _norms(g, plain), vector_of(v, evidence.block_nbytes)
-    if known is None or vector is None or v.shape != plain.tensor.shape:
-        return None
-    wanted, norms = known
-    if not np.all(np.abs(norms - wanted) <= _allowed(g.tensor.dtype) * wanted):
+    vector = vector_of(v, evidence.block_nbytes)
+    if vector is None or v.shape != plain.tensor.shape or not _may_be_norms(g, plain):
         return None
     count = g.tensor.numel
     if vector.rows.size < 2 * count or count > _MAX_NORMS:

@@ -395,6 +395,45 @@ def test_rows_are_found_where_they_are_now(
     assert (cause.kind, of_side(text, how) in cause.text) == ("rows", True), cause.text
 
 
+def test_without_residues_rows_that_were_cut_off_are_named(tmp_path: Path) -> None:
+    before = {EMBED: shuffled(torch.empty(1000, 96))}
+    torch.save(before, tmp_path / "before.pt")
+    golden = api.record(tmp_path / "before.pt", tmp_path / "g.safetensors", max_size=20_000)
+    for start, said in ((0, True), (1, False)):
+        torch.save({EMBED: before[EMBED][start : start + 990]}, tmp_path / "after.pt")
+        [finding] = api.verify(tmp_path / "after.pt", golden).findings
+        texts = [cause.text for cause in finding.causes]
+        assert [text.split(" (")[0] for text in texts] == (
+            ["rows 0 to 937 are the golden's, 10 removed"] if said else []
+        )
+        assert "--reference" in texts[0] if said else True
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_a_narrow_weight_norm_that_was_folded_is_said_by_the_golden_alone(
+    tmp_path: Path, dtype: torch.dtype, dim: int | None
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    v = torch.randn(96, 48, 5, generator=g).to(dtype)
+    axes = [axis for axis in range(3) if axis != dim]
+    norms = v.norm(dim=axes, keepdim=True) if dim is not None else v.norm()
+    size = (1.5 * norms * (1 + 0.05 * torch.rand(norms.shape, generator=g))).to(dtype)
+    before = {"up.weight_g": size, "up.weight_v": v}
+    folded = (size.float() * v.float() / norms.float()).to(dtype)
+    texts = {
+        name: [
+            cause.text
+            for finding in compare(tmp_path, before, {"up.weight": there}, "golden alone").findings
+            for cause in finding.causes
+            if cause.kind == "weight_norm"
+        ]
+        for name, there in (("folded", folded), ("other", folded * 1.2))
+    }
+    assert len(texts["folded"]) == 3
+    assert not texts["other"]
+
+
 def test_without_residues_the_rows_of_blocks_that_differ_are_named(tmp_path: Path) -> None:
     before = {EMBED: shuffled(torch.empty(1000, 96))}
     torch.save(before, tmp_path / "before.pt")
