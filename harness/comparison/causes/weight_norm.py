@@ -146,7 +146,7 @@ def _norms(g: _Values, plain: _Values) -> tuple[Array, Array] | None:
 
 
 def _are_norms(g: _Values, plain: _Values) -> bool:
-    """Whether a weight's norms are g: so near, for how they differ, as chance hardly makes them.
+    """Whether a weight's norms are g to within rounding, as chance hardly makes them.
 
     Of n norms around their mean the share r**(n - 1) is as near to g's, at r of their distance.
     """
@@ -154,6 +154,9 @@ def _are_norms(g: _Values, plain: _Values) -> bool:
     if known is None:
         return False
     wanted, norms = known
+    allowed = max(2 * Roundoff.of(g.tensor.dtype, plain.tensor.dtype).relative, _SUMMED)
+    if not np.all(np.abs(norms - wanted) <= allowed * wanted):
+        return False
     spread = float(np.linalg.norm(wanted - wanted.mean()))
     share = float(np.linalg.norm(norms - wanted)) / spread if spread else 1.0
     return share < 1 and (wanted.size - 1) * -math.log10(max(share, 1e-6)) >= _MIN_DIGITS
