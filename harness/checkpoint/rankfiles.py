@@ -30,8 +30,6 @@ _ALL_RANKS = "copy the files of all ranks into one folder, and give that, or a g
 
 
 class RankFile(NamedTuple):
-    """One rank's file."""
-
     rank: int
     path: AnyPath
 

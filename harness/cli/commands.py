@@ -75,16 +75,12 @@ _JOBS = click.option(
 
 # What other tools call it.
 _MEANT = {
-    "update": "verify CKPT --update-golden --reason WHY",
-    "check": "verify CKPT",
-    "test": "verify CKPT",
+    **dict.fromkeys(("update", "accept"), "verify CKPT --update-golden --reason WHY"),
+    **dict.fromkeys(("check", "test"), "verify CKPT"),
+    **dict.fromkeys(("list", "info", "inspect"), "show FILE"),
     "create": "record CKPT",
     "compare": "diff EXPECTED ACTUAL",
-    "list": "show FILE",
-    "info": "show FILE",
-    "inspect": "show FILE",
     "log": "show GOLDEN",
-    "accept": "verify CKPT --update-golden --reason WHY",
     "help": "--help",
 }
 

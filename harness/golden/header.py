@@ -116,17 +116,13 @@ def to_json(value: msgspec.Struct) -> str:
 
 def schema_of(text: str) -> int:
     """The schema of a golden with this header; raises ValueError."""
-    return _convert(json.loads(text), _Versioned).schema
+    return from_json(text, _Versioned).schema
 
 
 def from_json(text: str | bytes, kind: type[_T]) -> _T:
     """Read a text by its type; raises ValueError that says what is wrong and where."""
-    return _convert(json.loads(text), kind)
-
-
-def _convert(value: Any, kind: type[_T]) -> _T:
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(json.loads(text), kind)
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$")
         name = where.rstrip("`").removeprefix(".") or kind.__name__.strip("_").lower()

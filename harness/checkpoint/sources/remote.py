@@ -121,15 +121,17 @@ class RemotePath:
             from fsspec.core import filesystem, url_to_fs
 
             return filesystem(self.scheme) if self.is_web else url_to_fs(self.url)[0]
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("fsspec"):
+        except ImportError as error:
+            is_missing = isinstance(error, ModuleNotFoundError)
+            if is_missing and (error.name or "").startswith("fsspec"):
                 raise UsageError(
                     f"{self}: URLs need fsspec, which is not installed",
                     hint="pip install 'checkpoint-harness[remote]'",
                 ) from error
-            raise self._no_package(package, error) from error
-        except ImportError as error:
-            raise self._no_package(package, error) from error
+            raise UsageError(
+                f"{self}: {self.scheme}:// needs {package or 'a package'}, which is not installed",
+                hint=f"pip install {package}" if package else redacted(str(error)),
+            ) from error
         except Exception as error:  # whatever the protocol's package raises
             if "Protocol not known" in str(error):
                 raise UsageError(
@@ -137,12 +139,6 @@ class RemotePath:
                     hint="give a local path, or an https://, s3://, gs:// or hf:// URL",
                 ) from error
             raise self._failed("reaching it", error, 1) from self._cause(error)
-
-    def _no_package(self, package: str | None, error: ImportError) -> UsageError:
-        return UsageError(
-            f"{self}: {self.scheme}:// needs {package or 'a package'}, which is not installed",
-            hint=f"pip install {package}" if package else redacted(str(error)),
-        )
 
     def ask(self, what: str, question: Callable[[], _T]) -> _T:
         """Ask, and ask again after a while where the connection or the server fails.

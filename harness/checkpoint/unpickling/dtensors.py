@@ -97,11 +97,10 @@ def _mesh_axes(mesh: Record, placements: Sequence[Any]) -> list[_MeshAxis]:
     sizes, place = _mesh_shape(state), state.get("_coordinate_on_dim")
     if not isinstance(place, (list, tuple)) or not len(place) == len(sizes) == len(placements):
         raise ValueError("a DTensor of a rank that is not in its mesh")
-    axes = [_MeshAxis(*axis) for axis in zip(sizes, place, placements, strict=True)]
-    for axis in axes:
-        if not (type(axis.rank) is int and 0 <= axis.rank < axis.num_ranks):
-            raise ValueError(f"a DTensor of rank {axis.rank} of {axis.num_ranks}")
-    return axes
+    for size, rank in zip(sizes, place, strict=True):
+        if not (type(rank) is int and 0 <= rank < size):
+            raise ValueError(f"a DTensor of rank {rank} of {size}")
+    return [_MeshAxis(*axis) for axis in zip(sizes, place, placements, strict=True)]
 
 
 def _mesh_shape(state: dict[Any, Any]) -> Index:
