@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from harness import api
 from harness.api import KeptValues
@@ -27,10 +27,16 @@ if TYPE_CHECKING:
     from harness.model.options import LiveOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """What a test asks for: a subject, and how it is compared and recorded."""
+@dataclass(kw_only=True)
+class Attempt:
+    """One call of the fixture: a subject, how it is compared and recorded, and what it comes to.
 
+    `run` fills in the latter, from `verb` on.
+    """
+
+    settings: Settings
+    node: str
+    golden: str
     subject: Subject
     policy: Policy
     reference: str | Path | None
@@ -38,51 +44,6 @@ class Case:
     values: KeptValues
     stage: Stage = "file"
     live: LiveOptions | None = None
-
-    def compare(self, golden: Golden) -> Iterator[Comparison]:
-        if self.section not in (None, golden.section):
-            raise UsageError(
-                f"{golden.fingerprint.name}: holds "
-                f"{'the state dict' if golden.section is None else f'section {golden.section!r}'}, "
-                f"not section {self.section!r}",
-                hint="give this one another name",
-            )
-        if self.stage == "file":
-            yield api.verify(self.subject, golden, policy=self.policy, reference=self.reference)
-            return
-        only_of_files(self.subject, stage=self.stage)
-        yield from api.verify_stages(
-            cast("str | Path", self.subject),
-            golden,
-            policy=self.policy,
-            stage=self.stage,
-            live=self.live,
-            reference=self.reference,
-        )
-
-    def record(self, path: Path) -> None:
-        api.record(
-            self.subject,
-            path,
-            section=self.section,
-            values=self.values,
-            stage=self.stage,
-            live=self.live,
-        )
-
-    def update(self, golden: Golden, reason: str) -> None:
-        stage = None if self.stage == "file" else self.stage
-        api.update(self.subject, golden, reason=reason, stage=stage, live=self.live)
-
-
-@dataclass(kw_only=True)
-class Attempt:
-    """What one call comes to: `run` fills it in."""
-
-    settings: Settings
-    node: str
-    case: Case
-    golden: str
     verb: Verb = "verified"
     recorded: Golden | None = None
     stages: list[Comparison] = field(default_factory=list)
@@ -110,7 +71,9 @@ class Attempt:
             first = self.golden not in self.settings.written
             if self.settings.mode == "update" and not self.passes and first and self.recorded:
                 self.error = None
-                self.case.update(self.recorded, self.settings.reason)
+                stage = None if self.stage == "file" else self.stage
+                reason = self.settings.reason
+                api.update(self.subject, self.recorded, reason=reason, stage=stage, live=self.live)
                 self._wrote("updated")
                 self._compare()  # what is accepted has to pass from now on
         except HarnessError as error:
@@ -138,7 +101,14 @@ class Attempt:
                 hint=self.settings.command(self.node, "create"),
             )
         try:
-            self.case.record(path)
+            api.record(
+                self.subject,
+                path,
+                section=self.section,
+                values=self.values,
+                stage=self.stage,
+                live=self.live,
+            )
         except GoldenError:
             if not is_there(path):
                 raise
@@ -155,7 +125,19 @@ class Attempt:
         shown = replace(golden.fingerprint, name=self.settings.folder.shown(self.golden))
         self.recorded = golden = replace(golden, fingerprint=shown)
         self.stages.clear()
-        for stage in self.case.compare(golden):
+        if self.section not in (None, golden.section):
+            held = "the state dict" if golden.section is None else f"section {golden.section!r}"
+            raise UsageError(
+                f"{golden.fingerprint.name}: holds {held}, not section {self.section!r}",
+                hint="give this one another name",
+            )
+        how: dict[str, Any] = {"policy": self.policy, "reference": self.reference}
+        if self.stage == "file":
+            self.stages.append(api.verify(self.subject, golden, **how))
+            return
+        only_of_files(self.subject, stage=self.stage)
+        path = cast("str | Path", self.subject)
+        for stage in api.verify_stages(path, golden, stage=self.stage, live=self.live, **how):
             self.stages.append(stage)
 
     def report(self) -> Iterator[str]:
@@ -192,7 +174,7 @@ class Attempt:
 
     def _reference(self) -> str:
         """The recorded checkpoint as a test would name it, where it is not what is verified."""
-        there = other_reference(self.recorded, self.case.subject) if self.recorded else None
+        there = other_reference(self.recorded, self.subject) if self.recorded else None
         if not isinstance(there, Path):
             return "RECORDED_CKPT" if there is None else str(there)
         return os.path.relpath(there, self.settings.folder.invoked)

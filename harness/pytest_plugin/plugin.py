@@ -187,19 +187,21 @@ class CheckpointGolden:
         """Do what the mode asks for, keep account of it, and fail the test unless it passes."""
         __tracebackhide__ = True
         from harness.comparison.policy import Policy
-        from harness.pytest_plugin.attempt import Attempt, Case
+        from harness.pytest_plugin.attempt import Attempt
         from harness.text.folding import error_lines
 
         failed: Iterator[str]
         try:
             if policy is not None and keywords:
                 raise UsageError("give policy=… or its fields as keywords, not both")
-            case = Case(policy=policy or Policy(**keywords), **given)
+            policy = policy or Policy(**keywords)
             own = golden_name(self._node, next(self._numbers)) if name is None else _named(name)
         except UsageError as error:
             failed = error_lines(error)
         else:
-            attempt = Attempt(settings=self._settings, node=self._node, case=case, golden=own)
+            attempt = Attempt(
+                settings=self._settings, node=self._node, golden=own, policy=policy, **given
+            )
             attempt.run()
             self._events.append(attempt.event)
             if attempt.passes:
