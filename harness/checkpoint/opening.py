@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.config import config_of_yaml, hyperparameters_of, settings_of
-from harness.checkpoint.formats.nemo import Nemo, is_tar, read_nemo
+from harness.checkpoint.formats.nemo import is_tar, read_nemo
 from harness.checkpoint.formats.safetensors import is_safetensors, read_safetensors
 from harness.checkpoint.formats.torchfile import TorchFile, read_torch_legacy, read_torch_zip
 from harness.checkpoint.formats.zero import read_zero, zero_files
@@ -177,7 +177,14 @@ def _open(path: AnyPath, source: Source, section: str | None) -> Checkpoint:
     if is_tar(head):
         nemo = read_nemo(source)
         file = _torch_file(nemo.weights)
-        return _torch_checkpoint(path, (source,), file, section, container="nemo", nemo=nemo)
+        found = replace(
+            _torch_checkpoint(path, (source,), file, section),
+            container="nemo",
+            members=nemo.members,
+        )
+        if nemo.config is None:
+            return found
+        return replace(found, read_config=partial(config_of_yaml, path, nemo.config))
     if head.startswith(b"PK") or head[:1] == b"\x80":
         return _torch_checkpoint(path, (source,), _torch_file(source), section)
     raise not_a_checkpoint(path, head)
@@ -196,14 +203,7 @@ def _torch_file(source: Source) -> TorchFile:
 
 
 def _torch_checkpoint(
-    path: AnyPath,
-    sources: tuple[Source, ...],
-    file: TorchFile,
-    section: str | None,
-    *,
-    container: str | None = None,
-    nemo: Nemo | None = None,
-    keeps_aliases: bool = True,
+    path: AnyPath, sources: tuple[Source, ...], file: TorchFile, section: str | None
 ) -> Checkpoint:
     found = find_section(file, str(path), section)
     lightning = isinstance(file.root, dict) and "pytorch-lightning_version" in file.root
@@ -218,17 +218,13 @@ def _torch_checkpoint(
     frozen = "TorchScript that is frozen keeps its weights as constants: give the file of before"
     return Checkpoint(
         name=str(path),
-        container=container or ("Lightning checkpoint" if lightning else file.container),
+        container="Lightning checkpoint" if lightning else file.container,
         section=found.path,
         tensors=_table(path, tensors, frozen if file.container == "TorchScript" else None),
         unread=found.unread,
         others=found.others,
         sources=sources,
-        members={} if nemo is None else nemo.members,
-        keeps_aliases=keeps_aliases,
-        read_config=partial(config_of_yaml, path, nemo.config)
-        if nemo is not None and nemo.config is not None
-        else partial(hyperparameters_of, file.root),
+        read_config=partial(hyperparameters_of, file.root),
         checksums=file.checksums,
     )
 
@@ -255,10 +251,9 @@ def _distributed(folder: AnyPath, section: str | None) -> Checkpoint:
     from harness.checkpoint.formats.dcp import read_dcp
 
     file, sources = read_dcp(folder)
+    found = _torch_checkpoint(folder, sources, file, section)
     # Tied tensors are saved one by one.
-    return _torch_checkpoint(
-        folder, sources, file, section, container=file.container, keeps_aliases=False
-    )
+    return replace(found, container=file.container, keeps_aliases=False)
 
 
 def _rank_files(
