@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
+from harness.checkpoint.sources.blocks import RemoteSource
 from harness.checkpoint.sources.files import FileSource
 from harness.checkpoint.sources.paths import AnyPath
 from harness.checkpoint.sources.source import read
-
-if TYPE_CHECKING:
-    from harness.checkpoint.sources.blocks import RemoteSource
+from harness.checkpoint.sources.transport import THREADS
 
 _Item = TypeVar("_Item")
 _T = TypeVar("_T")
@@ -24,11 +23,7 @@ class _Closable(Protocol):
 
 def open_source(path: AnyPath) -> FileSource | RemoteSource:
     """Open a file as a source; raises CheckpointError."""
-    if isinstance(path, Path):
-        return FileSource(path)
-    from harness.checkpoint.sources.blocks import RemoteSource
-
-    return RemoteSource(path)
+    return FileSource(path) if isinstance(path, Path) else RemoteSource(path)
 
 
 @contextmanager
@@ -59,8 +54,6 @@ def at_once(
         yield from map(function, items)
         return
     from concurrent.futures import ThreadPoolExecutor
-
-    from harness.checkpoint.sources.transport import THREADS
 
     _ = folder.transport  # found here, and passed on to what is in the folder
     # Threads of its own: those that fetch are waited for.

@@ -13,15 +13,14 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
+from urllib.parse import unquote
 
+from harness.checkpoint.sources.remote import RemotePath
 from harness.errors import UsageError
 
-if TYPE_CHECKING:
-    from harness.checkpoint.sources.remote import RemotePath
-
-AnyPath: TypeAlias = "Path | RemotePath"
-Location: TypeAlias = "str | os.PathLike[str] | RemotePath"
+AnyPath: TypeAlias = Path | RemotePath
+Location: TypeAlias = str | os.PathLike[str] | RemotePath
 
 # In a folder of torch.distributed.checkpoint: its index, and the suffix of what that places.
 METADATA = ".metadata"
@@ -39,11 +38,7 @@ def to_path(location: Location) -> AnyPath:
     if found is None or not isinstance(location, str):
         return _no_url(location)
     if found[1].lower() not in ("file", "local"):
-        from harness.checkpoint.sources.remote import RemotePath
-
         return RemotePath(found[1].lower() + location[found.end(1) :])
-    from urllib.parse import unquote
-
     host, slash, path = location[found.end() :].partition("/")
     if host not in ("", "localhost"):
         raise UsageError(
@@ -62,8 +57,6 @@ def _no_url(location: Location) -> AnyPath:
         if not possible:
             raise UsageError(f"{location}: not a valid file name", hint="check the path")
         return Path(os.fsdecode(location))
-    from harness.checkpoint.sources.remote import RemotePath
-
     if not isinstance(location, RemotePath):
         raise UsageError(
             f"a {type(location).__name__} is not a path or URL",
@@ -112,6 +105,4 @@ def path_of(subject: object) -> AnyPath | None:
     """The path or URL that a subject is, None for what is open or in memory."""
     if isinstance(subject, (str, os.PathLike)):
         return to_path(subject)
-    from harness.checkpoint.sources.remote import RemotePath
-
     return subject if isinstance(subject, RemotePath) else None
