@@ -24,7 +24,7 @@ from harness.checkpoint.layouts import inner_folder, layout_of, names_in
 from harness.checkpoint.limits import MAX_HEADER_NBYTES
 from harness.checkpoint.mistakes import no_checkpoint_in, not_a_checkpoint, similar_path
 from harness.checkpoint.parts import open_parts
-from harness.checkpoint.rankfiles import RankFile, rank_sets
+from harness.checkpoint.rankfiles import RankFile, check_ranks, choose_set, join_ranks, rank_sets
 from harness.checkpoint.sections import Parts, find_section
 from harness.checkpoint.sources.access import closed_on_error, open_source
 from harness.checkpoint.sources.inflated import InflatedSource
@@ -259,8 +259,6 @@ def _distributed(folder: AnyPath, section: str | None) -> Checkpoint:
 def _rank_files(
     path: AnyPath, sets: Mapping[str, list[RankFile]], section: str | None
 ) -> Checkpoint:
-    from harness.checkpoint.rankfiles import check_ranks, choose_set, join_ranks
-
     chosen = choose_set(path, sets)
     files = sets[chosen]
     check_ranks(str(path), files)
