@@ -381,6 +381,34 @@ def test_a_wrong_weight_behind_indices_that_are_shifted_is_named(
     assert "blocks.1.mlp.fc1.weight  float32 [16, 8]" in run.out
 
 
+def parallel() -> nn.Module:
+    return nn.DataParallel(Old())
+
+
+def compiled() -> Any:
+    return torch.compile(Old())
+
+
+def averaged() -> nn.Module:
+    return torch.optim.swa_utils.AveragedModel(Old())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize(
+    ("model", "prefix"),
+    [("parallel", "module."), ("compiled", "_orig_mod."), ("averaged", "module.")],
+)
+def test_what_torch_wraps_loads_and_passes_with_the_prefix_that_is_printed(
+    harness: Harness, recorded: Path, model: str, prefix: str
+) -> None:
+    run = harness(*command(model))
+    assert run.code == 1
+    assert f"--strip-prefix {prefix}" in run.out
+    run = harness(*command(model, "--strip-prefix", prefix))
+    assert run.code == 0, run
+    assert run.out.count("ok identical") == 4
+
+
 class Experts(nn.Module):
     """Experts that are modules of their own, behind a q, a k and a v."""
 
