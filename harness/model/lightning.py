@@ -181,9 +181,17 @@ def plain_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lost_hyperparameters(
-    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, kind: type
 ) -> list[Finding]:
-    """What the original's configuration says and the saved one does not say, or says otherwise."""
+    """What the original's configuration says and the saved one does not say, or says otherwise.
+
+    A subclass, of the `kind` that was saved, may go by another name.
+    """
+    named = {base.__name__ for base in kind.__mro__}
+
+    def is_name(value: Any) -> bool:
+        return {str(one) for one in (value if isinstance(value, list) else [value])} <= named
+
     ours, theirs = (
         dict(_leaves(disclosed(plain_hyperparameters(side or {})))) for side in (before, after)
     )
@@ -196,7 +204,11 @@ def lost_hyperparameters(
         )
         for key, value in ours.items()
         # NaN is no other than itself
-        if key not in theirs or (theirs[key] != value and repr(theirs[key]) != repr(value))
+        if key not in theirs
+        or (
+            (theirs[key] != value and repr(theirs[key]) != repr(value))
+            and not (is_name(value) and is_name(theirs[key]))
+        )
     ]
 
 
@@ -204,7 +216,7 @@ def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(config, Mapping) and config:
         for key, child in config.items():
             yield from _leaves(child, f"{path}.{key}" if path else str(key))
-    elif config is not None or path:
+    elif path:
         yield path, config
 
 

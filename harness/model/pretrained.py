@@ -32,12 +32,11 @@ def folder_of(path: Path) -> Path | None:
 
 
 def is_pretrained(make: object) -> bool:
-    """Whether a class loads folders and saves them."""
-    return (
-        isinstance(make, type)
-        and hasattr(make, "save_pretrained")
-        and (hasattr(make, "from_pretrained") or _is_sentence_transformer(make))
-    )
+    """Whether a class loads folders and saves them, or makes one that does (`AutoModel`)."""
+    if not isinstance(make, type):
+        return False
+    loads = hasattr(make, "from_pretrained") or _is_sentence_transformer(make)
+    return loads and (hasattr(make, "save_pretrained") or not issubclass(make, nn.Module))
 
 
 def _is_sentence_transformer(make: type) -> bool:

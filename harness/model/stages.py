@@ -242,7 +242,7 @@ class _Live:
         lost: list[Finding] = []
         if saved.keeps_training:
             with open_checkpoint(saved.path) as written:
-                lost = lost_hyperparameters(self.checkpoint.config, written.config)
+                lost = lost_hyperparameters(self.checkpoint.config, written.config, type(module))
         elif self.checkpoint.config is not None or training:
             training = None
             notes = (

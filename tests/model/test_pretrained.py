@@ -134,6 +134,37 @@ def test_a_folder_goes_through_its_own_class(model: type[Tied], tmp_path: Path) 
     ]
 
 
+class Auto:
+    """Makes the model that a folder names, and is none."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **options: Any) -> nn.Module:
+        return Tied.from_pretrained(folder, **options)
+
+
+class Named(Tied):
+    """Is written under a name of its own."""
+
+
+class Renames(Tied):
+    def save_pretrained(self, folder: str) -> None:
+        super().save_pretrained(folder)
+        (Path(folder) / "config.json").write_text(json.dumps({"architectures": ["Other"]}))
+
+
+@pytest.mark.parametrize(
+    ("model", "reload"), [("Auto", "identical"), ("Named", "identical"), ("Renames", "different")]
+)
+def test_a_subclass_may_go_by_its_own_name_and_a_class_may_make_another(
+    model: str, reload: str, tmp_path: Path
+) -> None:
+    Tied().save_pretrained(str(tmp_path / "folder"))
+    assert verdicts(tmp_path / "folder", model)[1] == f"reload {reload}"
+    # The file alone has no settings to lose.
+    file = tmp_path / "folder" / "model.safetensors"
+    assert verdicts(file, "Named") == [f"{s} identical" for s in ("load", "reload", "outputs")]
+
+
 @pytest.mark.parametrize(
     ("model", "found"),
     [
