@@ -365,9 +365,12 @@ def check(values: Floats, residues: Residues) -> Checked:
             if not math.isfinite(top):
                 f[np.isinf(part)], f[np.isnan(part)] = 0.0, np.inf
                 f[np.isnan(f)] = 0.0  # finite, but too great for F: its block does not fit
-            index = _by_block(np.argmax, f) + np.arange(0, count, BLOCK_NUMEL)
+            starts = np.arange(0, count, BLOCK_NUMEL)
+            index = _by_block(np.argmax, f) + starts
             signed = np.where(signs[index] < 0, -c[index], c[index])
-            moved = _by_block(np.count_nonzero, f > 0.5 + 2 * _ERROR)
+            is_moved = f > 0.5 + 2 * _ERROR
+            counts = (np.count_nonzero(is_moved[i : i + BLOCK_NUMEL]) for i in starts)
+            moved = np.fromiter(counts, "<i8")
             rows.append((f[index], index + residues.first + start, signed, reach, moved))
     steps, index, integer, reach, moved = map(np.concatenate, zip(*rows, strict=True))
     fits = (residues.digests == _joined(digests)).all(axis=1)
