@@ -1,6 +1,6 @@
 """What a pickle is read into: a stack, a memo, and a count of what the objects cost in memory.
 
-In: the bytes of a pickle, which `harness.checkpoint.pickles` takes opcode by opcode. Out: the
+In: the bytes of a pickle, which `opcodes` takes one by one. Out: the
 values on the stack. Refused: reading beyond the end or below a mark, and more objects or text than
 the limit allows.
 """
@@ -8,11 +8,12 @@ the limit allows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, NoReturn
 
 from harness.checkpoint.unpickling.inert import Global, Record, Table, plain_key
+from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS
 from harness.errors import CheckpointError
 
 _MAX_LINE_NBYTES = 4 << 20
@@ -26,8 +27,6 @@ _PAIR_NBYTES = 120
 _ITEM_NBYTES = 16
 _UNSET = object()
 
-Constructors = Mapping[tuple[str, str], Callable[..., Any]]
-
 
 class Machine:
     """The state of one pickle that is being read."""
@@ -36,14 +35,12 @@ class Machine:
         self,
         data: memoryview,
         name: str,
-        constructors: Constructors,
         persistent: Callable[[Any], Any] | None,
         max_nbytes: int,
     ) -> None:
         self.data = data
         self.name = name
         self.position = 0
-        self.constructors = constructors
         self.persistent = persistent
         self.stack: list[Any] = []  # what stands above the last mark
         self.below: list[list[Any]] = []  # what stands below each mark
@@ -167,7 +164,7 @@ class Machine:
         if not isinstance(args, tuple):
             self.fail(f"calls something with {type(args).__name__} instead of a tuple")
         if isinstance(callee, Global) and not kwargs:
-            constructor = self.constructors.get((callee.module, callee.name))
+            constructor = CONSTRUCTORS.get((callee.module, callee.name))
             if constructor is not None:
                 return self.construct(callee, constructor, args)
         self.spend(_RECORD_NBYTES)

@@ -1,10 +1,10 @@
 """The inert unpickler: reads the structure of a pickle and executes nothing.
 
-In: the bytes of a pickle (protocols 0 to 5), a closed table of constructors of our own, and what
-to make of persistent ids. Out: dicts, lists, tuples, strings, numbers, and for everything else
-`Global` (a name, never imported) and `Record` (what would have been called with what, as data).
-Refused: malformed opcodes, extension registry codes, out-of-band buffers, and more objects or text
-than a checkpoint's structure needs.
+In: the bytes of a pickle (protocols 0 to 5), and what to make of persistent ids; what functions of
+torch mean is in the closed table of `rebuild`. Out: dicts, lists, tuples, strings, numbers, and for
+everything else `Global` (a name, never imported) and `Record` (what would have been called with
+what, as data). Refused: malformed opcodes, extension registry codes, out-of-band buffers, and more
+objects or text than a checkpoint's structure needs.
 
 This is a machine of its own, not a subclass of `pickle.Unpickler`, because the standard ones give
 the file more than a checkpoint needs: `PUT` with a large index allocates gigabytes, `BUILD` sets
@@ -22,8 +22,7 @@ from typing import Any
 from harness.checkpoint.sources.scratch import copied
 from harness.checkpoint.sources.source import Source, damaged
 from harness.checkpoint.unpickling.inert import Items
-from harness.checkpoint.unpickling.machine import Constructors, Machine
-from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS
+from harness.checkpoint.unpickling.machine import Machine
 from harness.errors import CheckpointError
 
 # What the objects of a pickle may cost in memory: a tensor's structure costs about 2.5 KB, so this
@@ -54,21 +53,18 @@ def unpickle(
     data: memoryview,
     *,
     name: str,
-    constructors: Constructors = CONSTRUCTORS,
     persistent: Callable[[Any], Any] | None = None,
     max_nbytes: int | None = None,
     budget: Budget | None = None,
 ) -> tuple[Any, int]:
     """Read one pickle from the start of `data`; returns the object and where the pickle ends.
 
-    `constructors` maps (module, name) to functions that take the pickled arguments and return
-    plain values; they must check their arguments and may raise CheckpointError, TypeError or
-    ValueError. What is read costs at most `max_nbytes`, by default those of `budget`, together with
-    what it counts already, and those as large as the pickle warrants. Raises CheckpointError, with
-    the offset, for everything malformed.
+    What is read costs at most `max_nbytes`, by default those of `budget`, together with what it
+    counts already, and those as large as the pickle warrants. Raises CheckpointError, with the
+    offset, for everything malformed.
     """
     budget = budget or Budget(max_nbytes=structure_limit(len(data)))
-    machine = Machine(data, name, constructors, persistent, max_nbytes or budget.max_nbytes)
+    machine = Machine(data, name, persistent, max_nbytes or budget.max_nbytes)
     machine.left -= budget.nbytes
     value = _run(machine)
     budget.nbytes = machine.max_nbytes - machine.left

@@ -18,7 +18,6 @@ from harness.checkpoint.dtypes import DTYPES, DType
 from harness.checkpoint.sources.source import Source
 from harness.checkpoint.tensors import Storage, Tensor
 from harness.checkpoint.unpickling.inert import Global, Items, Record, Table, plain_key
-from harness.checkpoint.unpickling.machine import Constructors
 
 # torch.storage._dtype_to_storage_type_map, turned around
 STORAGE_DTYPES = {
@@ -375,7 +374,8 @@ _BUILTINS: Mapping[str, Callable[..., Any]] = {
     "bytearray": _byte_array,
 }
 
-CONSTRUCTORS: Constructors = {
+# They take the pickled arguments, which they check, and may raise TypeError or ValueError.
+CONSTRUCTORS: Mapping[tuple[str, str], Callable[..., Any]] = {
     **dict.fromkeys(
         (("collections", n) for n in ("OrderedDict", "defaultdict", "Counter")), _mapping
     ),

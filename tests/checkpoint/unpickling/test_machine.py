@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from harness.checkpoint.dtypes import DTYPES
 from harness.checkpoint.tensors import Storage
 from harness.checkpoint.unpickling.opcodes import unpickle
-from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS, StorageRef
+from harness.checkpoint.unpickling.rebuild import StorageRef
 from harness.errors import CheckpointError
 from tests.checkpoint.builders import get, integer, integers, put, reference, sequence, string
 
@@ -103,7 +103,6 @@ def peak_nbytes(data: bytes) -> int:
             unpickle(
                 memoryview(data),
                 name="test",
-                constructors=CONSTRUCTORS,
                 persistent=lambda dtype: StorageRef(storage=STORAGE, dtype=DTYPES[dtype]),
                 max_nbytes=LIMIT,
             )

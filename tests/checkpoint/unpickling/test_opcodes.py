@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from harness.checkpoint.unpickling.inert import Global, Record
 from harness.checkpoint.unpickling.opcodes import unpickle
-from harness.checkpoint.unpickling.rebuild import CONSTRUCTORS
 from harness.errors import CheckpointError
 from tests.checkpoint.builders import (
     call,
@@ -28,7 +27,7 @@ from tests.checkpoint.builders import (
 
 
 def load(data: bytes) -> Any:
-    value, end = unpickle(memoryview(data), name="test", constructors=CONSTRUCTORS)
+    value, end = unpickle(memoryview(data), name="test")
     assert end == len(data)
     return value
 
