@@ -34,36 +34,32 @@ _URL = re.compile(r"((?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*)://")
 
 def to_path(location: Location) -> AnyPath:
     """Take a URL for what it is, and `file://` for the path that it names; raises UsageError."""
-    found = _URL.match(location) if isinstance(location, str) else None
-    if found is None or not isinstance(location, str):
-        return _no_url(location)
-    if found[1].lower() not in ("file", "local"):
-        return RemotePath(found[1].lower() + location[found.end(1) :])
-    host, slash, path = location[found.end() :].partition("/")
-    if host not in ("", "localhost"):
-        raise UsageError(
-            f"{location}: file:// cannot reach another machine ({host!r})",
-            hint=f"for a path on this machine: {found[0]}/{host}{slash}{path}",
-        )
-    return _no_url(unquote(slash + path))
-
-
-def _no_url(location: Location) -> AnyPath:
-    if isinstance(location, (str, os.PathLike)):
-        try:
-            possible = b"\0" not in os.fsencode(location)
-        except UnicodeEncodeError:
-            possible = False
-        if not possible:
-            raise UsageError(f"{location}: not a valid file name", hint="check the path")
-        return Path(os.fsdecode(location))
-    if not isinstance(location, RemotePath):
+    if isinstance(location, RemotePath):
+        return location
+    if not isinstance(location, (str, os.PathLike)):
         raise UsageError(
             f"a {type(location).__name__} is not a path or URL",
             hint="give the path of a file; verify, record, update and fingerprint take as their "
             "first argument also what is in memory",
         )
-    return location
+    url = location if isinstance(location, str) else ""
+    if found := _URL.match(url):
+        if found[1].lower() not in ("file", "local"):
+            return RemotePath(found[1].lower() + url[found.end(1) :])
+        host, slash, path = url[found.end() :].partition("/")
+        if host not in ("", "localhost"):
+            raise UsageError(
+                f"{location}: file:// cannot reach another machine ({host!r})",
+                hint=f"for a path on this machine: {found[0]}/{host}{slash}{path}",
+            )
+        location = unquote(slash + path)
+    try:
+        possible = b"\0" not in os.fsencode(location)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise UsageError(f"{location}: not a valid file name", hint="check the path")
+    return Path(os.fsdecode(location))
 
 
 def is_file(path: AnyPath) -> bool:
