@@ -32,11 +32,7 @@ class Machine:
     """The state of one pickle that is being read."""
 
     def __init__(
-        self,
-        data: memoryview,
-        name: str,
-        persistent: Callable[[Any], Any] | None,
-        max_nbytes: int,
+        self, data: memoryview, name: str, persistent: Callable[[Any], Any] | None, max_nbytes: int
     ) -> None:
         self.data = data
         self.name = name
