@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from harness.streaming.threads import parallel, together
+from harness.streaming.threads import parallel
 
 JOBS = 3
 
@@ -93,40 +93,33 @@ def _interrupts() -> Iterator[None]:
 @pytest.mark.parametrize("waits", [False, True])
 def test_an_interrupt_ends_all_threads(waits: bool) -> None:
     """Whether it comes while this thread works, or while it waits for the others."""
-    stopped = threading.Event()
+    begun = threading.Barrier(2)
 
-    def here() -> None:
-        if not waits:
-            interrupt()
-            stopped.wait(10)
-
-    def there() -> None:
-        if waits:
+    def work(task: int) -> None:
+        begun.wait(10)
+        if (threading.current_thread() is threading.main_thread()) is not waits:
             time.sleep(0.2)
             interrupt()
-        assert stopped.wait(10)
+            time.sleep(0.2)
 
     before = alive()
     with pytest.raises(KeyboardInterrupt):
-        together([here, there], stop=stopped.set)
-    assert stopped.is_set()
+        parallel(work, range(2), jobs=2)
     assert alive() <= before
 
 
 def test_without_another_thread_to_be_had_none_is_left_at_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    start, stopped, before = threading.Thread.start, threading.Event(), alive()
+    start, before, done = threading.Thread.start, alive(), list[int]()
 
     def refuse_the_second(thread: threading.Thread) -> None:
         if alive() > before:
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    def there() -> None:
-        assert stopped.wait(10)
-
     monkeypatch.setattr(threading.Thread, "start", refuse_the_second)
     with pytest.raises(RuntimeError, match="new thread"):
-        together([there] * 3, stop=stopped.set)
+        parallel(in_turn_until(-1, done), range(2000), jobs=JOBS)
+    assert len(done) < 50
     assert alive() <= before
