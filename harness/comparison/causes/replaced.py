@@ -102,14 +102,15 @@ def _stands(
         name = NUMBER.sub("#", whole.key)
         # Of a series the first one shows which layouts there are.
         ways = [way for way in ways if way.layout in layouts.get(name, [way.layout])]
-        best: _Stand | None = None
+        tried = []
         for way in ways:
             one = _correlation(evidence, whole, way, missing, is_split=is_split)
-            if one is not None and (best is None or abs(one.value) > abs(best.found.value)):
-                best = _Stand(whole=whole, way=way, found=one, is_split=is_split)
-        if best is not None:
+            if one is not None:
+                tried.append(_Stand(whole=whole, way=way, found=one, is_split=is_split))
+        if tried:
+            best = max(tried, key=lambda stand: abs(stand.found.value))
             if not best.found.is_related:
-                best = replace(best, way=ways[0])  # in the golden's order
+                best = tried[0]  # in the golden's order; the best of many is so by chance
             simple = [way.layout for way in ways if way.layout.groups == 1]
             layouts.setdefault(
                 name, [best.way.layout] if best.found.is_related else [best.way.layout, *simple]

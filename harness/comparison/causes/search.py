@@ -28,6 +28,13 @@ from harness.comparison.causes.evidence import (
     are_permutable,
     is_constant,
 )
+from harness.comparison.causes.in_place import (
+    are_of_one_size,
+    in_place,
+    of_one_norm,
+    other_bytes,
+    zeros,
+)
 from harness.comparison.causes.ledger import Ledger
 from harness.comparison.causes.linear import constant, linear, linear_in_values
 from harness.comparison.causes.nearby import nearby, renamed_alike
@@ -308,6 +315,12 @@ class Search:
         if not any(found) and tensor is not None and expected.shape == actual.shape:
             match = nearly(evidence, tensor, expected)
             found += () if match is None else match.causes
+            if match is None and known is not None and expected.dtype == actual.dtype:
+                found.append(in_place(evidence, known, expected, tensor))
+            if not any(found):
+                found.append(other_bytes(evidence, expected, tensor))
+            if not any(found):
+                found.append(zeros(expected.stats, actual.stats, expected.numel))
         return found
 
     def together(self) -> str | None:
@@ -324,11 +337,14 @@ class Search:
             if finding.kind not in ("different", "undecided"):
                 continue
             correlated = self._correlation(finding)
-            if correlated is None:
+            expected, actual, _ = self._sides(finding)
+            if correlated is None or expected is None or actual is None:
                 continue
             if correlated.is_related:
                 related += [correlated.value] if _differs_throughout(finding) else []
-            else:
+            elif (cause := of_one_norm(expected.stats, actual.stats)) is not None:
+                self.findings.explain(finding, cause)
+            elif not are_of_one_size(expected.stats, actual.stats, actual.dtype.itemsize):
                 found[finding.key] = finding, correlated
                 name = "".join(c for c in finding.key if not c.isdigit())
                 groups.setdefault(name, []).append(finding.key)

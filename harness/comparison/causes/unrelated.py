@@ -27,11 +27,11 @@ from harness.fingerprints.sketch import NUM_PROJECTIONS, projection
 from harness.fingerprints.stats import Stats
 
 _MIN_NUMEL = 16
-# What is printed as ± is two standard errors. Four are how far chance takes a group, of which a
-# model has some; four and a half how far it takes one tensor. What may be correlated by 0.8, three
-# errors on, is not unrelated.
-_SHOWN, _MARGIN, _CHANCE, _ALONE = 2.0, 3.0, 4.0, 4.5
-_RELATED = math.atanh(0.8)
+# What is printed as ± is two standard errors. Three are how far chance takes a group, of which a
+# model has some; four and a half how far it takes one tensor. What may be correlated by 0.6, by
+# what is printed, is not unrelated.
+_SHOWN, _CHANCE, _ALONE = 2.0, 3.0, 4.5
+_RELATED = math.atanh(0.6)
 # Of a sketch: the greatest square of an element, in mean squares, and as a share of all.
 _MAX_PEAK, _MAX_SHARE = 64.0, 0.5
 _SAMPLES, _SAMPLE_NUMEL, _BLOCKS = 16, 1024, 8
@@ -157,7 +157,7 @@ def unrelated(found: Sequence[Correlation]) -> Cause | None:
         return None
     value, error = of_all.value, of_all.error
     distance = _distance(value)
-    if distance > _CHANCE * error or distance + _MARGIN * error > _RELATED:
+    if distance > _CHANCE * error or distance + _SHOWN * error > _RELATED:
         return None
     said = f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
     text = (

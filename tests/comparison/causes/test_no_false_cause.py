@@ -64,6 +64,18 @@ def made(rows: list[tuple[str, tuple[int, int], int]], dtype: torch.dtype, name:
     }
 
 
+def in_place(old: torch.Tensor, there: torch.Tensor, cause: Cause) -> bool:
+    if "negated" in cause.text:
+        return bool(torch.equal(old.abs(), there.abs()))
+    if "set to zero" in cause.text:
+        return bool(((old == there) | (there == 0)).all())
+    if "factor of its own" not in cause.text:
+        return False
+    factors = (old.double() * there.double()).sum(1 - (cause.axis or 0), keepdim=True)
+    factors /= old.double().square().sum(1 - (cause.axis or 0), keepdim=True).clamp_min(1e-30)
+    return bool(torch.allclose(there.double(), old.double() * factors, rtol=0.02, atol=1e-6))
+
+
 def holds(before: State, after: State, key: str, cause: Cause) -> bool:
     """Whether what a cause says is so, as far as a test can tell."""
     sources = [before[k] for k in cause.of if k in before] or [before[key]]
@@ -71,6 +83,8 @@ def holds(before: State, after: State, key: str, cause: Cause) -> bool:
     if there is None:
         return True  # under another key, whose bytes its own findings are of
     old = sources[0]
+    if cause.kind == "constant" and "values are zero" in cause.text:
+        return cause.text.startswith(f"{int((there == 0).sum()):,} of ")
     if cause.kind == "constant":
         of = old if cause.text.startswith("was") else there
         return bool((of == of.flatten()[0]).all())
@@ -89,6 +103,8 @@ def holds(before: State, after: State, key: str, cause: Cause) -> bool:
         terms = (f * t.double() for f, t in zip(factors, sources, strict=True))
         away = float((there.double() - sum(terms)).norm() / there.double().norm())
         return away <= (cause.bound or 0.0) + 1e-6
+    if cause.kind == "scaled" and cause.factor is None:
+        return in_place(old, there, cause)
     if cause.kind in ("scaled", "shifted"):
         factor = 1.0 if cause.factor is None else cause.factor
         wanted = old.double() * factor + (cause.offset or 0.0)
