@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import pty
@@ -10,7 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +29,18 @@ pytest_plugins = ["pytester"]
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ[f"{library}_NUM_THREADS"] = "1"
 
+os.fsync = lambda fd: None  # what a test writes need not outlive the machine
+
+# By what is started once for them, which costs seconds: the files that use it.
+BESIDE = {
+    "browser": ("tests/report_html/test_html_",),
+    "ranks": (
+        "tests/model/distributed/test_launched.py",
+        "tests/model/distributed/test_sharded.py",
+        "tests/checkpoint/formats/test_dcp.py",
+        "tests/callbacks/test_lightning.py",
+    ),
+}
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -36,9 +49,35 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # where the pages are tested alone
     from hypothesis import settings
 
-    # A machine that many share may stop a test for longer than any deadline.
-    settings.register_profile("patient", deadline=None)
-    settings.load_profile("patient")
+    # A machine that many share may stop a test for longer than any deadline. The same examples in
+    # every run; others, and more of them, by hand: --hypothesis-profile search.
+    settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
+    settings.register_profile("search", deadline=None, max_examples=1000)
+    settings.load_profile("suite")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """A file at a time, as loadfile does; what shares a process beside the tests is one file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return next((name for name, files in BESIDE.items() if file.startswith(files)), file)
+
+    return Scheduling(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported for the tests lives as long as they do: nobody looks for garbage in it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class Run(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Literal
 
 GOLDEN = "the golden"  # what texts call the expected side
 # The best explanation first: what keeps every value, what keeps most, what keeps none.
@@ -27,7 +27,6 @@ CauseKind = Literal[
     "sum",
     "unrelated",
 ]
-CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
 
 Proof = Literal["digest", "hash", "values", "stats", "sketch", "names"]
 """What proves it: equal BLAKE3 digests, equal 128-bit hashes, all values, exact statistics, or the

@@ -220,7 +220,9 @@ class Policy:
             must_change=tuple(glob for glob in self.must_change if is_here(glob)),
         )
 
-    def fitting(self, expected: Prints, actual: Prints) -> Policy:
+    def fitting(
+        self, expected: Mapping[str, TensorFingerprint], actual: Mapping[str, TensorFingerprint]
+    ) -> Policy:
         """Leave out the maps, the prefix and the globs that fit nothing of a stage's two sides."""
         prefix = self.strip_prefix
         strips = any(key.startswith(prefix) for key in actual)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from junitparser import JUnitXml
 
+from harness import api
 from harness.errors import UsageError
 from harness.report.files import append_step_summary, write_report
 from harness.report.outcome import Outcome, Result
@@ -21,14 +22,21 @@ from tests.conftest import Harness, Run
 PLAIN = ("md", "xml", "json")
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    shutil.copy(data / "nest_tiny.nemo", folder / "nest.nemo")
+    shutil.copy(data / "nest_tiny_perturbed_1e-3.nemo", folder / "changed.nemo")
+    api.record(folder / "nest.nemo", folder / "golden" / "nest.safetensors")
+    return folder
+
+
 @pytest.fixture
-def project(tmp_path: Path, harness: Harness, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A golden, the checkpoint that it was recorded from, and one of which a weight differs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    shutil.copy(data / "nest_tiny.nemo", "nest.nemo")
-    shutil.copy(data / "nest_tiny_perturbed_1e-3.nemo", "changed.nemo")
-    assert harness("record", "nest.nemo").code == 0
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 

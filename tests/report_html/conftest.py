@@ -27,7 +27,7 @@ QUIET = [
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     executable = next((found for found in map(shutil.which, BROWSERS) if found), None)
     if executable is None:
@@ -43,10 +43,11 @@ def browser() -> Iterator[Browser]:
 Open = Callable[..., Page]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def desk(browser: Browser) -> Page:
     """The page that most tests open their report in: another one is another process."""
-    return browser.new_context().new_page()
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    return context.new_page()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 from safetensors.numpy import save_file
 
 from harness import api
@@ -51,13 +51,11 @@ def test_the_page_opens_without_requests_or_complaints(
 
 
 def test_the_page_forbids_requests_and_other_scripts(
-    browser: Browser, passing: Result, tmp_path: Path
+    desk: Page, passing: Result, tmp_path: Path
 ) -> None:
     path = tmp_path / "page.html"
     path.write_text(render(passing))
-    context = browser.new_context()
-    page = context.new_page()
-    page.goto(path.as_uri())
+    desk.goto(path.as_uri())
     refused = """async () => {
         const refused = [];
         document.addEventListener("securitypolicyviolation", (violation) => {
@@ -72,8 +70,7 @@ def test_the_page_forbids_requests_and_other_scripts(
         await new Promise((resolve) => setTimeout(resolve, 50));
         return [window.ran ?? false, refused.sort()];
     }"""
-    ran, directives = page.evaluate(refused)
-    context.close()
+    ran, directives = desk.evaluate(refused)
     assert not ran
     assert set(directives) == {"connect-src", "script-src-elem", "script-src-attr"}
 
@@ -90,7 +87,7 @@ def test_the_head_says_what_came_out(opened: Open, small: Result) -> None:
 
 
 def test_the_next_step_can_be_copied(opened: Open, small: Result) -> None:
-    page = opened(small, permissions=["clipboard-read", "clipboard-write"])
+    page = opened(small)
     page.get_by_role("button", name="Copy this command").click()
     page.get_by_role("button", name="Copied").wait_for()
     command = 'harness verify x.nemo --update-golden --reason "why"'
