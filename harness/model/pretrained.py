@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ from harness.errors import ModelError
 
 _CONFIGS = ("config.json", "adapter_config.json", "modules.json")
 _MAX_CONFIG_NBYTES = 16 << 20
+# Settings that say where a model is from, what wrote it, and what an adapter was made for.
+_OF_ELSEWHERE = {
+    *("_name_or_path", "name_or_path", "transformers_version", "_diffusers_version"),
+    *("base_model_name_or_path", "auto_mapping", "revision", "peft_version"),
+}
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -63,6 +68,26 @@ def load_pretrained(make: Any, folder: Path, *, base: Path | None = None) -> Any
         if _is_of(make, "diffusers"):  # which keeps what it does not know
             del options["trust_remote_code"]
         return make.from_pretrained(str(folder), **options)
+
+
+def settings_of(module: nn.Module) -> dict[str, Any] | None:
+    """The settings that a loaded model has, as its class reads them; None where it keeps none.
+
+    A file of another version has them under other names.
+    """
+    found = getattr(module, "peft_config", None) or getattr(module, "config", None)
+    if not isinstance(found, Mapping) and not hasattr(found, "to_dict"):
+        return None
+    settings: dict[str, Any] = _plain(found)
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    if callable(to_dict := getattr(value, "to_dict", None)):
+        value = to_dict()
+    if not isinstance(value, Mapping):
+        return value
+    return {k: _plain(v) for k, v in value.items() if k not in _OF_ELSEWHERE}
 
 
 def _is_of(make: type, library: str) -> bool:

@@ -47,6 +47,7 @@ from harness.model.options import (
     selection_of,
 )
 from harness.model.outputs import outputs_of
+from harness.model.pretrained import settings_of
 from harness.model.state import as_checkpoint, on_meta, state_of, transient_buffers
 
 _FIRST_SEED, _SECOND_SEED = 1, 2
@@ -240,9 +241,12 @@ class _Live:
         if saved.unbuilt is not None:
             notes = (*notes, f"the optimizers' state was not compared: {saved.unbuilt}")
         lost: list[Finding] = []
-        if saved.keeps_training:
+        own, kind = self.loader.has_own_folder(self.path), type(module)
+        if own and (settings := settings_of(module)) is not None:
+            lost = lost_hyperparameters(settings, settings_of(again), kind)
+        elif saved.keeps_training:
             with open_checkpoint(saved.path) as written:
-                lost = lost_hyperparameters(self.checkpoint.config, written.config, type(module))
+                lost = lost_hyperparameters(self.checkpoint.config, written.config, kind)
         elif self.checkpoint.config is not None or training:
             training = None
             notes = (

@@ -165,6 +165,51 @@ def test_a_subclass_may_go_by_its_own_name_and_a_class_may_make_another(
     assert verdicts(file, "Named") == [f"{s} identical" for s in ("load", "reload", "outputs")]
 
 
+class Config:
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.settings, "transformers_version": "5.0"}
+
+
+class Configured(Tied):
+    """Writes its settings under other names than older versions did."""
+
+    loses = False
+
+    def save_pretrained(self, folder: str) -> None:
+        super().save_pretrained(folder)
+        kept = {} if self.loses else self.config.to_dict()
+        (Path(folder) / "config.json").write_text(json.dumps(kept))
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **options: Any) -> Self:
+        model = super().from_pretrained(folder, **options)
+        read = json.loads((Path(folder) / "config.json").read_text())
+        model.config = Config(
+            theta=read.get("theta", read.get("old_theta", 1)), _name_or_path=folder
+        )
+        return model
+
+
+class LosesSettings(Configured):
+    loses = True
+
+
+@pytest.mark.parametrize(("model", "lost"), [("Configured", []), ("LosesSettings", ["theta"])])
+def test_settings_are_compared_as_the_class_reads_them(
+    model: str, lost: list[str], tmp_path: Path
+) -> None:
+    """A file of another version names them otherwise, and says where the model was from."""
+    Tied().save_pretrained(str(tmp_path / "folder"))
+    old = {"old_theta": 7, "transformers_version": "4.1", "_name_or_path": "there"}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(old))
+    live = LiveOptions(target=f"{HERE}:{model}")
+    _, reload, *_ = api.roundtrip(tmp_path / "folder", live=live)
+    assert [finding.key for finding in reload.findings] == lost
+
+
 @pytest.mark.parametrize(
     ("model", "found"),
     [
