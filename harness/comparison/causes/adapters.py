@@ -35,8 +35,8 @@ from harness.comparison.causes.linear import (
     simple_numbers,
     vector_of,
 )
+from harness.comparison.causes.views import wide_of
 from harness.errors import CheckpointError
-from harness.fingerprints.arithmetic import as_floats
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import Sketch, sketch_values
 
@@ -141,9 +141,7 @@ def _scale(alpha: Tensor | None, config: Mapping[str, Any], rank: int) -> float 
 
 
 def _floats(tensor: Tensor) -> Array:
-    data = np.empty(tensor.nbytes, "|u1")
-    tensor.read_into(0, data.data)
-    return as_floats(data, tensor.dtype).astype("<f8").reshape(tensor.shape or (1,))
+    return wide_of(tensor, 0, tensor.numel).reshape(tensor.shape or (1,))
 
 
 @np.errstate(all="ignore")

@@ -7,9 +7,10 @@ is there. Out: answers to "are these the bytes of that tensor?", the cheap ones 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,8 +20,10 @@ from harness.comparison.causes.views import Memory, View, are_same, digest_as, w
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import Sketch, projection
 from harness.fingerprints.stats import Stats
+from harness.streaming.threads import parallel
 from harness.streaming.workers import ALL_CORES, Workers
 
+_Result = TypeVar("_Result")
 _HEAD_NBYTES = 256
 _ROUNDOFF = {
     "float64": (2.0**-53, 0.0),
@@ -34,6 +37,10 @@ _ROUNDOFF = {
 
 class OutOfTime(Exception):  # noqa: N818 - it ends a search, and is no error
     """The search for causes has taken as long as it may."""
+
+
+class _Refuted(Exception):  # noqa: N818 - it ends a pass, and is no error
+    """Some values do not fit a hypothesis."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,23 @@ class Evidence:
         self.check_time()
         keys = self._heads[name].get(_head_of(view), [])
         return [key for key in keys if are_same(tensors[key], view)]
+
+    def passes(
+        self, function: Callable[[int], _Result | None], places: Sequence[int]
+    ) -> list[_Result] | None:
+        """Map over places of tensors, on all threads; None, and no more is read, where one is."""
+
+        def run(place: int) -> _Result:
+            self.check_time()
+            found = function(place)
+            if found is None:
+                raise _Refuted
+            return found
+
+        try:
+            return parallel(run, places, jobs=self.workers.jobs)
+        except _Refuted:
+            return None
 
     def values_of(self, expected: TensorFingerprint) -> View | None:
         """What reads an expected tensor's values: kept ones, or the reference; None: a sketch."""

@@ -20,18 +20,13 @@ from harness.comparison.causes.evidence import Evidence, Roundoff, begins_as
 from harness.comparison.causes.views import View, are_same, narrowed, reshaped, sample, wide_of
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.stats import Stats
-from harness.streaming.threads import parallel
 
 _SAMPLED, _RUNS = 512, 4
-_PASS_NUMEL, _MIN_WIDTH, _FIRST_ROWS = 1 << 17, 8, 64
+_PASS_NUMEL, _MIN_WIDTH, _FIRST_ROWS = 1 << 17, 8, 16
 _PROBE_NUMEL, _MAX_SHIFT = 16, 1 << 18
 
 # How many values a hypothesis says to be changed; None: it does not hold.
 _Test = Callable[[Array, Array], int | None]
-
-
-class _Beyond(Exception):  # noqa: N818 - it ends a pass, and is no error
-    """A value that a hypothesis does not explain."""
 
 
 @np.errstate(all="ignore")
@@ -85,18 +80,12 @@ def _zeros(e: Array, a: Array) -> int | None:
 def _throughout(evidence: Evidence, known: View, actual: View, test: _Test) -> int | None:
     """How many of all values are changed as a hypothesis says; None where it does not hold."""
 
-    def of_chunk(first: int) -> int:
-        evidence.check_time()
-        found = test(*(wide_of(view, first, _PASS_NUMEL) for view in (known, actual)))
-        if found is None:
-            raise _Beyond
-        return found
+    def of_chunk(first: int) -> int | None:
+        return test(*(wide_of(view, first, _PASS_NUMEL) for view in (known, actual)))
 
     numel = known.nbytes // known.dtype.itemsize
-    try:
-        return sum(parallel(of_chunk, [*range(0, numel, _PASS_NUMEL)], jobs=evidence.workers.jobs))
-    except _Beyond:
-        return None
+    found = evidence.passes(of_chunk, range(0, numel, _PASS_NUMEL))
+    return None if found is None else sum(found)
 
 
 def _factors(

@@ -24,7 +24,6 @@ from harness.comparison.causes.views import View, floats_of, sample
 from harness.fingerprints.arithmetic import as_floats, sums_of_squares
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import NUM_PROJECTIONS, Sketch, projection
-from harness.streaming.threads import parallel
 
 # Fewer elements fit too many hypotheses; so do, for a factor or an offset alone, those that have
 # fewer bits than these beyond their first.
@@ -86,13 +85,13 @@ def vector_of(tensor: TensorFingerprint, block_nbytes: int) -> Vector | None:
     if tensor.values is not None:
         data = np.frombuffer(tensor.values, "|u1")
         values = as_floats(data, tensor.dtype).astype("<f8")
-        return _of_values(values) if np.isfinite(values).all() else None
+        return of_values(values) if np.isfinite(values).all() else None
     if tensor.sketch is None:
         return None
     return of_sketch(tensor.sketch, tensor.numel, block_numel(tensor.dtype, block_nbytes))
 
 
-def _of_values(values: Array) -> Vector:
+def of_values(values: Array) -> Vector:
     rows = values.reshape(-1, 1)
     return Vector(rows=rows, norms=np.abs(values), is_exact=True, numel=values.size)
 
@@ -156,7 +155,7 @@ def linear_in_values(evidence: Evidence, expected: View, actual: View) -> Cause 
     roundoff = Roundoff.of(expected.dtype, actual.dtype)
     if {expected.dtype.kind, actual.dtype.kind} != {"float"} or roundoff.is_coarse:
         return None
-    ours, theirs = (_of_values(sample(view, _SAMPLED, runs=_RUNS)) for view in (expected, actual))
+    ours, theirs = (of_values(sample(view, _SAMPLED, runs=_RUNS)) for view in (expected, actual))
     if not (np.ptp(ours.rows) > 0 and np.ptp(theirs.rows) > 0):  # or not finite
         return None
     for factor, offset, _ in _holding(ours, theirs, roundoff, actual.dtype):
@@ -164,10 +163,6 @@ def linear_in_values(evidence: Evidence, expected: View, actual: View) -> Cause 
         if bound is not None:
             return _linear_cause(factor, offset, bound, is_exact=True)
     return None
-
-
-class _Beyond(Exception):  # noqa: N818 - it ends a pass, and is no error
-    """A value that a hypothesis does not explain."""
 
 
 def _throughout(
@@ -185,8 +180,7 @@ def _throughout(
     least = (2.0**-23 + roundoff.relative) * abs(offset) + num_steps * roundoff.absolute
 
     @np.errstate(all="ignore")
-    def of_chunk(first: int) -> tuple[float, float]:
-        evidence.check_time()
+    def of_chunk(first: int) -> tuple[float, float] | None:
         e, a = (floats_of(view, first, _PASS_NUMEL, name) for name, view in sides)
         # What was computed in the same way is the same, and known in a fraction of the time.
         product = e * e.dtype.type(factor)
@@ -196,13 +190,12 @@ def _throughout(
         e, a = e.astype("<f8"), a.astype("<f8")
         away = np.abs(a - (factor * e + offset))
         if not np.all(away <= 1.5 * roundoff.relative * np.abs(a) + own * np.abs(e) + least):
-            raise _Beyond
+            return None
         return float(sums_of_squares(away[None])[0]), float(sums_of_squares(a[None])[0])
 
     numel = expected.nbytes // expected.dtype.itemsize
-    try:
-        found = parallel(of_chunk, [*range(0, numel, _PASS_NUMEL)], jobs=evidence.workers.jobs)
-    except _Beyond:
+    found = evidence.passes(of_chunk, range(0, numel, _PASS_NUMEL))
+    if found is None:
         return None
     away, total = (sum(column) for column in zip(*found, strict=True))
     return math.sqrt(away / total) if total else 0.0

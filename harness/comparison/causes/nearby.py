@@ -19,9 +19,9 @@ from harness.checkpoint.dtypes import Array
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence, is_constant
-from harness.comparison.causes.linear import UPPER, Vector, are_comparable, vector_of
+from harness.comparison.causes.linear import UPPER, Vector, are_comparable, of_values, vector_of
 from harness.comparison.causes.regrouped import NUMBER
-from harness.fingerprints.arithmetic import as_floats
+from harness.comparison.causes.views import wide_of
 from harness.fingerprints.fingerprint import TensorFingerprint
 
 _MIN_NUMEL, _MAX_ROWS = 16, 4096
@@ -103,11 +103,7 @@ def _sampled(tensors: Mapping[str, Tensor], known: Iterable[str]) -> dict[str, V
     for key in known:
         if (tensor := tensors.get(key)) is None:
             return {}
-        numel = min(tensor.numel, _MAX_ROWS)
-        data = np.empty(numel * tensor.dtype.itemsize, "|u1")
-        tensor.read_into(0, data.data)
-        rows = as_floats(data, tensor.dtype).astype("<f8").reshape(-1, 1)
-        found[key] = Vector(rows=rows, norms=np.abs(rows[:, 0]), is_exact=True, numel=numel)
+        found[key] = of_values(wide_of(tensor, 0, _MAX_ROWS))
     return found
 
 

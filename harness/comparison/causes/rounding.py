@@ -21,14 +21,9 @@ from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.hashes import UNIT_NUMEL, hash_unit, join_units
 from harness.fingerprints.sketch import sketch_values
 from harness.streaming.chunks import buffers
-from harness.streaming.threads import parallel
 
 _CASTS = tuple(DTYPES[name] for name in CASTS)
 _READ_NUMEL, _HEAD_NUMEL = 1 << 20, 1 << 10
-
-
-class _OtherValues(Exception):  # noqa: N818 - it ends a pass, and is no error
-    """Some of a tensor's values are not of the dtype that they may have been rounded to."""
 
 
 @dataclass(frozen=True)
@@ -163,21 +158,15 @@ def _hash_as(evidence: Evidence, view: View, dtype: DType) -> bytes | None:
     """The hash of a view's values as those of a dtype that is no wider; None: some are not."""
     step = UNIT_NUMEL * view.dtype.itemsize
 
-    def of_unit(start: int, most: int = step) -> bytes:
-        evidence.check_time()
+    def of_unit(start: int, most: int = step) -> bytes | None:
         data = buffers.get("chunk", min(most, view.nbytes - start))
         view.read_into(start, data.data)
-        found = hash_unit(data.view(numpy_dtype(view.dtype)), dtype)
-        if found is None:
-            raise _OtherValues
-        return found
+        return hash_unit(data.view(numpy_dtype(view.dtype)), dtype)
 
-    try:
-        of_unit(0, _HEAD_NUMEL * view.dtype.itemsize)  # most are no such values from the start
-        units = parallel(of_unit, [*range(0, view.nbytes, step)], jobs=evidence.workers.jobs)
-    except _OtherValues:
+    if of_unit(0, _HEAD_NUMEL * view.dtype.itemsize) is None:  # as most, from the start
         return None
-    return join_units(units)
+    units = evidence.passes(of_unit, range(0, view.nbytes, step))
+    return None if units is None else join_units(units)
 
 
 @np.errstate(all="ignore")  # what is not finite is near nothing

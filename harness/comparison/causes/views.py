@@ -224,19 +224,11 @@ class Chained:
 
 
 @dataclass(frozen=True)
-class Joined:
+class Joined(Chained):
     """Tensors joined along another dim than the first: their rows stand side by side."""
 
     parts: Sequence[Tensor]
     axis: int
-
-    @property
-    def dtype(self) -> DType:
-        return self.parts[0].dtype
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         num_rows = math.prod(self.parts[0].shape[: self.axis])

@@ -19,8 +19,7 @@ from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence, Roundoff
 from harness.comparison.causes.linear import UPPER, vector_of
-from harness.comparison.causes.views import View
-from harness.fingerprints.arithmetic import as_floats
+from harness.comparison.causes.views import View, wide_of
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.sketch import projection, sketch_values
 
@@ -114,17 +113,12 @@ class _Values:
         self.tensor, self._view = tensor, view or tensor
 
     def array(self) -> Array:
-        data = np.empty(self.tensor.nbytes, "|u1")
-        self._view.read_into(0, data.data)
-        wide = as_floats(data, self.tensor.dtype).astype("<f8")
-        return np.asarray(wide.reshape(self.tensor.shape))
+        return wide_of(self._view, 0, self.tensor.numel).reshape(self.tensor.shape)
 
 
 def _expected_values(evidence: Evidence, expected: TensorFingerprint) -> _Values | None:
-    if expected.values is not None:
-        return _Values(expected)
-    reference = evidence.references.get(expected.key)
-    return None if reference is None else _Values(expected, reference)
+    known = evidence.values_of(expected)
+    return None if known is None else _Values(expected, known)
 
 
 def _axes(g: Tensor | TensorFingerprint, ndim: int) -> tuple[int, ...] | None:
