@@ -213,34 +213,30 @@ def threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="harness-remote")
 
 
-class _Copy(Source):
+class _Copy(Scratch):
     """What was read of a remote source, in blocks in a temporary file."""
 
     def __init__(self, source: RemoteSource) -> None:
-        self.name = source.name
+        super().__init__(source.name)
         self.nbytes = source.nbytes
         self._source = ref(source)
-        self._scratch = Scratch(source.name)
         self._filled: set[int] = set()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         check_range(self, offset, len(buffer))
         size = transport.BLOCK_NBYTES
         blocks = range(offset // size, -(-(offset + len(buffer)) // size))
-        with self._scratch.lock:
+        with self.lock:
             for start in range(0, len(blocks), THREADS):
                 missing = [i for i in blocks[start : start + THREADS] if i not in self._filled]
                 if missing:
                     self._fill(missing[0] * size, (missing[-1] + 1) * size)
                     self._filled.update(missing)
-        self._scratch.read_into(offset, buffer)
+        super().read_into(offset, buffer)
 
     def _fill(self, start: int, end: int) -> None:
         data = memoryview(bytearray(min(end, self.nbytes) - start))
         source = self._source()
         assert source is not None
         source.read_into(start, data)
-        self._scratch.write(start, data)
-
-    def close(self) -> None:
-        self._scratch.close()
+        self.write(start, data)

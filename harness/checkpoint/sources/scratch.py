@@ -8,7 +8,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterator
 
 from harness.checkpoint.sources.source import Source, check_range, is_closed
 from harness.errors import CheckpointError
@@ -81,15 +80,10 @@ def copied(source: Source, offset: int, nbytes: int) -> memoryview:
         return memoryview(data).toreadonly()
     scratch = Scratch(source.name)
     try:
-        for start, step in _steps(nbytes):
-            part = memoryview(bytearray(step))
+        for start in range(0, nbytes, _STEP):
+            part = memoryview(bytearray(min(_STEP, nbytes - start)))
             source.read_into(offset + start, part)
             scratch.write(start, part)
         return scratch.map()
     finally:
         scratch.close()
-
-
-def _steps(nbytes: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, nbytes, _STEP):
-        yield start, min(_STEP, nbytes - start)
