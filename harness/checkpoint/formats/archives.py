@@ -7,6 +7,7 @@ tenth of the cost where an archive of the same dtype and shape was read before. 
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass, replace
 
@@ -92,42 +93,31 @@ def _template(archive: Source, head: bytes, file: TorchFile) -> _Template | None
     """Remember an archive as torch writes it today; None for any other."""
     entries = {name.partition("/")[2]: entry for name, entry in read_zip(archive).items()}
     data, serial = entries.get("data/0"), entries.get(".data/serialization_id")
-    if (
-        not isinstance(file.root, Tensor)
-        or data is None
-        or serial is None
-        or not isinstance(data.source, RangeSource)
-        or not isinstance(serial.source, RangeSource)
-        or sum(name.startswith("data/") for name in entries) != 1
-    ):
+    if data is None or serial is None or sum(name.startswith("data/") for name in entries) != 1:
         return None
-    start, number = data.source.locate(), serial.source.locate()
-    end = start + data.nbytes
-    if start > len(head) or archive.nbytes - end > _TAIL_NBYTES or number < end:
+    match file.root, data.source, serial.source:
+        case Tensor() as tensor, RangeSource() as values, RangeSource() as number:
+            start, end = values.locate(), values.locate() + data.nbytes
+            place = number.locate() - end
+        case _:
+            return None
+    if start > len(head) or archive.nbytes - end > _TAIL_NBYTES or place < 0:
         return None
     tail = read(archive, end, archive.nbytes - end)
-    crc32s = [_places(tail, struct.pack("<L", entry.crc32)) for entry in (data, serial)]
-    if [len(places) for places in crc32s] != [2, 2]:
+    crc32s = (re.escape(struct.pack("<L", entry.crc32)) for entry in (data, serial))
+    found = [[slice(*match.span()) for match in re.finditer(crc32, tail)] for crc32 in crc32s]
+    if [len(places) for places in found] != [2, 2]:
         return None
-    first, second = crc32s[0]
-    serial_at = (*crc32s[1], slice(number - end, number - end + serial.nbytes))
+    (first, second), of_serial = found
+    serial_at = (*of_serial, slice(place, place + serial.nbytes))
     return _Template(
         file=file,
-        tensor=file.root,
+        tensor=tensor,
         head=head[:start],
         tail=_without(tail, (first, second, *serial_at)),
         crc32_at=(first, second),
         serial_at=serial_at,
     )
-
-
-def _places(data: bytes, what: bytes) -> list[slice]:
-    found = []
-    at = data.find(what)
-    while at >= 0:
-        found.append(slice(at, at + len(what)))
-        at = data.find(what, at + len(what))
-    return found
 
 
 def _without(data: bytes, places: tuple[slice, ...]) -> bytes:
