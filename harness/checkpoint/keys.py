@@ -26,7 +26,7 @@ def format_key(path: Sequence[object]) -> str:
     The result is always valid text: what UTF-8 cannot encode is escaped.
     """
     first, *rest = path
-    plain = isinstance(first, str) and "[" not in first and first != "" and _encodes(first)
+    plain = isinstance(first, str) and "[" not in first and first != "" and encodes(first)
     head = str(first) if plain else _bracketed(first)
     return head + format_steps(rest)
 
@@ -40,15 +40,10 @@ def _bracketed(step: object) -> str:
     if isinstance(step, Component):
         return f"[{step.name}]"
     if isinstance(step, str):
-        return f"[{_quoted(step) if _encodes(step) else ascii(step)}]"
+        return f"[{_quoted(step) if encodes(step) else ascii(step)}]"
     return f"[{step!r}]"
 
 
-def _encodes(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def encodes(text: str) -> bool:
+    """Whether UTF-8 can say it: it has no half of a surrogate pair."""
+    return text.isascii() or text.encode("utf-8", "ignore").decode() == text

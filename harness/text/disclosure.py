@@ -91,10 +91,7 @@ def _text(value: str) -> str:
         _names(_SECRET, name) or _names(_MAYBE_SECRET, name) for name in _ASSIGNED.findall(value)
     ):
         return _hidden(value)
-    if (
-        value.startswith("~")
-        or PurePosixPath(value).is_absolute()
-        or PureWindowsPath(value).is_absolute()
-    ):
+    kinds = (PurePosixPath, PureWindowsPath)
+    if value.startswith("~") or any(kind(value).is_absolute() for kind in kinds):
         return f"…/{PureWindowsPath(value).name}"
     return value

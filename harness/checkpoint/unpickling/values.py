@@ -16,6 +16,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from harness.checkpoint.keys import encodes
 from harness.checkpoint.unpickling.inert import Global, Items, OpaqueKey, Record, Table
 
 _MAX_DEPTH = 64
@@ -51,7 +52,7 @@ class ValueText:
         if value is None or isinstance(value, (bool, int, float)):
             return repr(value)
         if isinstance(value, str):
-            return _quoted(value)
+            return json.dumps(value, ensure_ascii=not encodes(value))
         if isinstance(value, (bytes, memoryview)):
             return _bytes(value)
         if isinstance(value, Global):
@@ -91,14 +92,6 @@ class ValueText:
             if what:
                 text += f" + {self._write(what, depth + 1)}"
         return text
-
-
-def _quoted(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(text)
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _bytes(data: bytes | memoryview) -> str:
