@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from harness.checkpoint.sources.paths import AnyPath, is_url
+from harness.checkpoint.sources.paths import AnyPath
 from harness.golden.golden import SUFFIX
 
 _SUFFIXES = (".index.json", ".safetensors", ".nemo", ".ckpt", ".pth", ".pt", ".bin", ".gz")
@@ -49,7 +49,14 @@ def names_of(checkpoint: AnyPath) -> list[str]:
     A name that says nothing, such as `model.safetensors` or `checkpoint-500`, begins with that of
     its folder.
     """
-    folders = _folders_of(checkpoint)
+    if isinstance(checkpoint, Path):
+        parent = checkpoint.absolute().parent
+        # As it was typed where it is not below the current folder.
+        below = parent.relative_to(Path.cwd()) if parent.is_relative_to(Path.cwd()) else parent
+        folders = [part for part in below.parts if part not in ("..", parent.anchor)]
+    else:
+        path = str(checkpoint).partition("://")[2]
+        folders = [part for part in path.split("/")[:-1] if part]
     name = checkpoint.name
     if isinstance(checkpoint, Path) and name in ("", ".."):
         name = checkpoint.resolve().name
@@ -64,13 +71,3 @@ def names_of(checkpoint: AnyPath) -> list[str]:
         parts.insert(0, folder)
         names.append("-".join(parts))
     return [f"{name}{SUFFIX}" for name in names]
-
-
-def _folders_of(checkpoint: AnyPath) -> list[str]:
-    """The folders of a path below the current one, as it was typed where it is not below that."""
-    if not isinstance(checkpoint, Path):
-        path = str(checkpoint).partition("://")[2] if is_url(str(checkpoint)) else str(checkpoint)
-        return [part for part in path.split("?")[0].split("/")[:-1] if part]
-    parent = checkpoint.absolute().parent
-    below = parent.relative_to(Path.cwd()) if parent.is_relative_to(Path.cwd()) else parent
-    return [part for part in below.parts if part not in ("..", parent.anchor)]

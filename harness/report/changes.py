@@ -42,11 +42,7 @@ class Change:
 def changes_of(comparison: Comparison) -> list[Change]:
     """The tensors that differ in value, the most changed first."""
     found = [change for f in comparison.findings if (change := _change(f)) is not None]
-    return sorted(found, key=lambda change: -_sortable(change.relative))
-
-
-def _sortable(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+    return sorted(found, key=lambda c: -math.inf if math.isnan(c.relative) else -c.relative)
 
 
 def _change(finding: Finding) -> Change | None:

@@ -146,9 +146,6 @@ def _numbers(stats: Stats | None) -> tuple[str, ...]:
     )
 
 
-def _size(nbytes: float) -> str:
-    for unit in _UNITS:
-        if nbytes < 1024 or unit == _UNITS[-1]:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    raise AssertionError
+def _size(nbytes: int) -> str:
+    power = min(max(nbytes, 1).bit_length() - 1, 40) // 10
+    return f"{nbytes / 1024**power:.{min(power, 1)}f} {_UNITS[power]}"
