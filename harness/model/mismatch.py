@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.cause import Cause
 from harness.comparison.causes import regrouped, weight_norm
+from harness.comparison.causes.elsewhere import moved_from
 from harness.comparison.causes.ledger import Ledger
 from harness.comparison.compare import compare
 from harness.comparison.comparison import Comparison
@@ -110,6 +111,11 @@ def _explained(compared: Comparison) -> Iterator[Finding]:
     )
     for group in regrouped.by_names(missing, unexpected):
         ledger.rename(group.expected, group.actual, group.causes)
+    for finding in alone:
+        form = weight_norm.other_form(finding.key, finding.actual_key or "")
+        if form is not None:
+            moved = moved_from(finding.key)
+            ledger.explain(finding, *(replace(one, proof="names") for one in (moved, form)))
     return iter(ledger)
 
 

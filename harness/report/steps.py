@@ -42,9 +42,16 @@ def converted(comparison: Comparison) -> Mapping[str, Any] | None:
     """The policy under which a converted checkpoint verifies, where the old one does not load."""
     if not comparison.is_unloaded:
         return None
-    new_names, words = renaming(comparison), words_to_accept(comparison)
+    new_names = renaming(comparison)
     fields = dict(new_names[1]) if new_names is not None else {}
+    words = _words_beside(new_names, comparison)
     return fields | {"accept": (*comparison.policy.accept, *words)} if words else fields or None
+
+
+def _words_beside(new_names: object, comparison: Comparison) -> tuple[str, ...]:
+    """The words that accept what was found; of names, maps say which."""
+    words = words_to_accept(comparison)
+    return tuple(w for w in words if new_names is None or w not in ("renamed", "moved"))
 
 
 def ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -83,9 +90,7 @@ def _ways_past(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Any]]
     if new_names is not None and kinds == {"renamed"}:
         return
     # The new names are there already, in a form that says which.
-    words = words_to_accept(comparison)
-    if new_names is not None:
-        words = tuple(word for word in words if word not in ("renamed", "moved"))
+    words = _words_beside(new_names, comparison)
     if words and all(f.kind != "prefix" for f in failing):
         yield f"accept {', '.join(words)}", {"accept": (*policy.accept, *words)}
     if kinds == {"missing", "unexpected"}:

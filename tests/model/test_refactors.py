@@ -305,6 +305,16 @@ def test_a_load_that_fails_for_weight_norm_says_what_became_of_it(
     assert "renamed" not in run.out
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_load_that_fails_for_the_other_form_of_weight_norm_says_so(
+    tmp_path: Path, harness: Harness
+) -> None:
+    torch.save(Conv("new").state_dict(), tmp_path / "conv.pt")
+    run = harness("roundtrip", tmp_path / "conv.pt", "--model", f"{HERE}:old_conv", "--load")
+    assert run.code == 1
+    assert "weight_norm in its other form: parametrizations.weight.original0 is weight_g" in run.out
+
+
 class Shifted(Old):
     """What was block N is block N + 1 here, behind a new first one."""
 
