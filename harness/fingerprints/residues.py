@@ -152,24 +152,18 @@ class Grid(Allowance):
             np.multiply(out, 1 / (self.R * self.step), out=out)
         return out
 
-    def inverse(self, steps: Doubles) -> Doubles:
-        """The value at so many steps."""
-        if self.R == 0:
-            return np.asarray(steps * (self.A * self.step))
-        grown = np.expm1(np.abs(steps) * (self.R * self.step)) * (self.A / self.R)
-        return np.asarray(np.copysign(grown, steps))
+    def growth(self, steps: Doubles) -> Doubles:
+        """(T(x) / T(y) - 1) / R of x and y of one sign, x so many steps farther out.
 
-    def most(self, steps: Doubles) -> Doubles:
-        """What |d| / T(y) is at most where x and y are at most so many steps apart."""
+        Up to that distance |d| / T(y) is at most so much; from there on at least -growth(-steps).
+        """
         if self.R == 0:
             return np.asarray(steps * self.step)
         return np.asarray(np.expm1(steps * (self.R * self.step)) / self.R)
 
-    def least(self, steps: Doubles) -> Doubles:
-        """What |d| / T(y) is at least where they are at least so many apart."""
-        if self.R == 0:
-            return np.asarray(steps * self.step)
-        return np.asarray(-np.expm1(steps * (-self.R * self.step)) / self.R)
+    def inverse(self, steps: Doubles) -> Doubles:
+        """The value at so many steps."""
+        return np.asarray(np.copysign(self.A * self.growth(np.abs(steps)), steps))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -236,15 +230,9 @@ def encode(values: Floats, grid: Grid) -> Residues | None:
             if not top < _REACH and not (f[np.isfinite(part)] < _REACH).all():
                 return None
             np.rint(f, out=f)
-            signs = _signs(part)
-            if top + 1 < _NARROW:
-                low = _narrow(f, signs)
-                digests += _digests(low)
-            else:
-                digests += _wide_digests(f, signs, part)
-                low = np.where(np.isfinite(f), np.mod(f, grid.modulus), 0.0).astype("<i4")
-                low = (low ^ signs) - signs
-            _pack(low, packed[start * grid.bits // 8 :], grid.bits)
+            integers = _integers(f, _signs(part), part, top + 1)
+            digests += _digests(integers)
+            _pack(integers, packed[start * grid.bits // 8 :], grid.bits)
     return Residues(grid=grid, packed=packed, digests=_joined(digests))
 
 
@@ -259,16 +247,23 @@ def _signs(values: Floats) -> NDArray[np.int32]:
     return signs
 
 
-def _narrow(sizes: Doubles, signs: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Integers of less than 32 bits, with their signs."""
-    narrow = buffers.get("narrow integers", sizes.size, "<i4")
-    np.copyto(narrow, sizes, casting="unsafe")
-    np.bitwise_xor(narrow, signs, out=narrow)
-    np.subtract(narrow, signs, out=narrow)
-    return narrow
+def _integers(
+    sizes: Doubles, signs: NDArray[np.int32], values: Floats, top: float
+) -> NDArray[np.signedinteger]:
+    """Whole numbers up to `top` with their signs, as int32 or int64; NaN and infinities by name."""
+    if top < _NARROW:
+        narrow = buffers.get("narrow integers", sizes.size, "<i4")
+        np.copyto(narrow, sizes, casting="unsafe")
+        np.bitwise_xor(narrow, signs, out=narrow)
+        np.subtract(narrow, signs, out=narrow)
+        return narrow
+    wide = np.where(signs < 0, -1.0, 1.0) * np.minimum(sizes, 2 * _REACH)
+    wide[np.isnan(values)] = _NAN
+    wide[values == np.inf], wide[values == -np.inf] = _POSINF, -_POSINF
+    return wide.astype("<i8")
 
 
-def _pack(integers: NDArray[np.int32], packed: NDArray[np.uint8], bits: Bits) -> None:
+def _pack(integers: NDArray[np.signedinteger], packed: NDArray[np.uint8], bits: Bits) -> None:
     """Keep the lowest bits of each, in the first bytes of `packed`."""
     low = integers.astype("|u1")
     if bits == 8:
@@ -285,29 +280,15 @@ def _joined(digests: list[bytes]) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(digests), "|u1").reshape(-1, DIGEST_NBYTES)
 
 
-def _digests(narrow: NDArray[np.int32]) -> list[bytes]:
-    """The digest of each block of integers."""
-    return [_digest(narrow[i : i + BLOCK_NUMEL]) for i in range(0, narrow.size, BLOCK_NUMEL)]
-
-
-def _wide_digests(sizes: Doubles, signs: NDArray[np.int32], values: Floats) -> list[bytes]:
-    """The same of integers, without their signs, of which some need 64 bits, or are none."""
+def _digests(integers: NDArray[np.signedinteger]) -> list[bytes]:
+    """The digest of each block: as int32 where all of it is."""
     found = []
-    for start in range(0, sizes.size, BLOCK_NUMEL):
-        block = slice(start, start + BLOCK_NUMEL)
-        signed = np.where(signs[block] < 0, -sizes[block], sizes[block])
-        if np.abs(signed).max() < _NARROW:
-            found.append(_digest(signed.astype("<i4")))
-            continue
-        of, signed = values[block], np.clip(signed, -2 * _REACH, 2 * _REACH)
-        signed[np.isnan(of)] = _NAN
-        signed[of == np.inf], signed[of == -np.inf] = _POSINF, -_POSINF
-        found.append(_digest(signed.astype("<i8")))
+    for start in range(0, integers.size, BLOCK_NUMEL):
+        block = integers[start : start + BLOCK_NUMEL]
+        if block.itemsize > 4 and np.abs(block).max() < _NARROW:
+            block = block.astype("<i4")
+        found.append(blake3(block.view("|u1").data).digest(length=DIGEST_NBYTES))
     return found
-
-
-def _digest(integers: NDArray[np.signedinteger]) -> bytes:
-    return blake3(integers.view("|u1").data).digest(length=DIGEST_NBYTES)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -359,8 +340,7 @@ def check(values: Floats, residues: Residues) -> Checked:
             np.rint(c, out=c)
             np.multiply(c, grid.modulus, out=c)
             np.add(c, r, out=c)
-            is_narrow = top + grid.modulus < _NARROW
-            digests += _digests(_narrow(c, signs)) if is_narrow else _wide_digests(c, signs, part)
+            digests += _digests(_integers(c, signs, part, top + grid.modulus))
             np.abs(np.subtract(f, c, out=f), out=f)
             if not math.isfinite(top):
                 f[np.isinf(part)], f[np.isnan(part)] = 0.0, np.inf
@@ -417,7 +397,7 @@ def judge(checked: Checked, grid: Grid, asked: Allowance, absmax: float) -> Judg
     fits, slack = checked.fits, 0.5 + 2 * _ERROR
     with np.errstate(all="ignore"):
         apart = np.where(fits, np.maximum(checked.steps - slack, 0.0), grid.apart)
-        most, least = grid.most(checked.steps + slack), grid.least(apart)
+        most, least = grid.growth(checked.steps + slack), -grid.growth(-apart)
         # Of the element that is farthest off, or, where the digest does not fit, of any.
         near = np.abs(checked.integer)
         low = np.where(fits, grid.inverse(np.maximum(near - slack, 0.0)), 0.0) * (1 - _MARGIN)
@@ -434,7 +414,7 @@ def judge(checked: Checked, grid: Grid, asked: Allowance, absmax: float) -> Judg
         needed = np.minimum(*(least * (grid.A + grid.R * y) - asked.rtol * y for y in (low, high)))
         enough = np.maximum(*(most * (grid.A + grid.R * y) - asked.rtol * y for y in (zero, top)))
         enough[~fits] = np.inf
-        likely = grid.most(checked.steps) * (grid.A + grid.R * low)
+        likely = grid.growth(checked.steps) * (grid.A + grid.R * low)
         known = np.flatnonzero(is_beyond & fits & np.isfinite(checked.steps))
         worst = known[np.argsort(-lower[known], kind="stable")[:_MAX_ELEMENTS]]
         values = grid.inverse(checked.integer[worst])
