@@ -171,11 +171,17 @@ def _hash_as(evidence: Evidence, view: View, dtype: DType) -> bytes | None:
 
 @np.errstate(all="ignore")  # what is not finite is near nothing
 def nearly(evidence: Evidence, view: View, expected: TensorFingerprint) -> Match | None:
-    """Find, by the sketch, that values are the golden's to within the rounding of both dtypes."""
+    """Find, by the sketch, that values are the golden's to within the rounding of both dtypes.
+
+    Of one dtype they may all be such of a narrower one, as of a model that was quantised.
+    """
     stored, own, sketch = view.dtype, expected.dtype, expected.sketch
-    if stored == own or {stored.kind, own.kind} != {"float"} or sketch is None:
+    if {stored.kind, own.kind} != {"float"} or sketch is None:
         return None
-    roundoff = Roundoff.of(stored, own)
+    held = stored if stored != own else _held_in(view)
+    if held is None:
+        return None
+    roundoff = Roundoff.of(held, own)
     if not evidence.begins_as(view, expected, roundoff):
         return None
     block = block_numel(own, evidence.block_nbytes)
@@ -183,15 +189,30 @@ def nearly(evidence: Evidence, view: View, expected: TensorFingerprint) -> Match
     away = 0.0
     for start in range(0, expected.numel, step):
         evidence.check_time()
-        found = sketch_values(wide_of(view, start, step), block).projections
+        values = wide_of(view, start, step)
+        if held != stored and not _are_of(values, held):
+            return None
+        found = sketch_values(values, block).projections
         first = start // block
         away += float(np.square(found - sketch.projections[first : first + len(found)]).sum())
     bound = UPPER * away**0.5 / float(np.linalg.norm(sketch.norms))
     if not bound <= 8 * roundoff.relative:
         return None
     digit = 10.0 ** math.floor(math.log10(bound)) if bound else 1.0
-    how = f"in {stored}, to within {math.ceil(bound / digit) * digit:.0e} of their norm"
-    return Match(proof="sketch", how=how, dtype=stored.name, bound=bound)
+    how = f"in {held}{'' if held == stored else f' (and stored as {stored})'}"
+    how += f", to within {math.ceil(bound / digit) * digit:.0e} of their norm"
+    return Match(proof="sketch", how=how, dtype=held.name, bound=bound)
+
+
+def _held_in(view: View) -> DType | None:
+    """The narrowest dtype that has a view's first values; None: no narrower one."""
+    first = wide_of(view, 0, _HEAD_NUMEL)
+    narrower = [dtype for dtype in _CASTS if dtype.itemsize < view.dtype.itemsize]
+    return next((dtype for dtype in narrower[::-1] if _are_of(first, dtype)), None)
+
+
+def _are_of(values: Array, dtype: DType) -> bool:
+    return np.array_equal(values.astype("<f4").astype(numpy_dtype(dtype)).astype("<f8"), values)
 
 
 def may_be_cast(expected: TensorFingerprint, actual: TensorFingerprint) -> bool:

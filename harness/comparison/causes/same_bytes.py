@@ -17,7 +17,7 @@ from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence
 from harness.comparison.causes.rounding import matched
-from harness.comparison.causes.views import narrowed, permuted, reshaped, split
+from harness.comparison.causes.views import are_same, narrowed, permuted, reshaped, split
 from harness.fingerprints.fingerprint import TensorFingerprint
 
 # What was done, of tensors of any size, and what makes the view and the cause of one.
@@ -136,7 +136,9 @@ def rows_kept(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -
     if len(expected.shape) != len(actual.shape):
         return None
     axes = [a for a, (n, m) in enumerate(zip(expected.shape, actual.shape, strict=True)) if n != m]
-    if len(axes) != 1 or expected.numel == 0 or expected.shape[axes[0]] > actual.shape[axes[0]]:
+    if len(axes) > 1:
+        return _corner(evidence, expected, actual)
+    if not axes or expected.numel == 0 or expected.shape[axes[0]] > actual.shape[axes[0]]:
         return None
     axis = axes[0]
     size, now = expected.shape[axis], actual.shape[axis]
@@ -150,6 +152,29 @@ def rows_kept(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -
             cause = replace(_KEPT, text=text, axis=axis, rows=((start, start + size),))
             return match.of(replace(cause, num_added=now - size))[0]
     return None
+
+
+def _corner(evidence: Evidence, expected: TensorFingerprint, actual: Tensor) -> Cause | None:
+    """Find whether one side is the first indices of several dims of the other."""
+    if all(n <= m for n, m in zip(expected.shape, actual.shape, strict=True)):
+        match = matched(evidence, _first_of(actual, expected.shape), expected)
+        text = f"the first {list(expected.shape)} of {list(actual.shape)} are the golden's"
+        return None if match is None else match.of(replace(_KEPT, text=text))[0]
+    whole = evidence.references.get(expected.key)
+    if whole is None or whole.dtype != actual.dtype:
+        return None
+    if any(n < m for n, m in zip(expected.shape, actual.shape, strict=True)):
+        return None
+    if not actual.numel or not are_same(_first_of(whole, actual.shape), actual):
+        return None
+    text = f"the first {list(actual.shape)} of the golden's {list(expected.shape)}"
+    return replace(_KEPT, text=text, proof="values", accept=())
+
+
+def _first_of(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    for axis, size in enumerate(shape):
+        tensor = narrowed(tensor, axis, 0, size)
+    return tensor
 
 
 def range_name(axis: int) -> str:

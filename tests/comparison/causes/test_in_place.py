@@ -107,3 +107,37 @@ def test_of_unrelated_values_nothing_of_this_is_said(
     folder = tmp_path_factory.mktemp("unrelated")
     found = causes(folder, weight(dtype, seed, 24), weight(dtype, seed + 100, 24), how)
     assert {cause.kind for cause in found} <= {"unrelated"}
+
+
+@pytest.mark.parametrize("narrow", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_were_quantised_and_stored_wide_are_said_by_the_golden_alone(
+    tmp_path: Path, dtype: torch.dtype, narrow: torch.dtype
+) -> None:
+    before = weight(dtype)
+    after = before.to(narrow).to(dtype)
+    [cause, *_] = causes(tmp_path, before, after, "golden alone")
+    name = str(narrow).removeprefix("torch.")
+    assert cause.text.startswith(f"the golden's values, in {name} (and stored as ")
+    assert (cause.kind, cause.proof, cause.accept) == ("rounded", "sketch", ())
+    assert (after.double() - before.double()).norm() <= (cause.bound or 0) * before.double().norm()
+    other = weight(dtype, 1).to(narrow).to(dtype)
+    assert not any(c.kind == "rounded" for c in causes(tmp_path, before, other, "golden alone"))
+    after[350, 48] = 1.001 if dtype == torch.float32 else 1.0078125  # of no such dtype
+    assert not any(c.kind == "rounded" for c in causes(tmp_path, before, after, "golden alone"))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("width", [8, 96])
+def test_a_corner_of_a_tensor_is_said(tmp_path: Path, width: int, how: str) -> None:
+    large = torch.randn(2 * width, 3 * width, generator=torch.Generator().manual_seed(0))
+    small = large[:width, :width].contiguous()
+    [grown] = causes(tmp_path, small, large, how)
+    said = f"the first [{width}, {width}] of [{2 * width}, {3 * width}] are the "
+    assert (grown.text.startswith(said), grown.accept) == (True, ("rows",))
+    cut = [cause.text for cause in causes(tmp_path, large, small, how)]
+    if how == "both files":
+        assert cut == [f"the first [{width}, {width}] of the first file's {list(large.shape)}"]
+    other = large + 1
+    assert not causes(tmp_path, small, other, how)
+    assert not causes(tmp_path, other, small, how)
