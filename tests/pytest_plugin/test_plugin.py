@@ -587,9 +587,11 @@ def test_workers_create_verify_and_update_goldens_of_their_own_and_one_that_they
             checkpoint_golden.verify("net.safetensors")
         """
     )
+    project.record("test_it/test_gone")
     run = project.run("-n", "2", "--golden-mode=create")
     run.assert_outcomes(passed=6)
-    assert summary(run) == "7 created"
+    assert summary(run) == "7 created, 1 unused"
+    (project.path / "golden/test_it/test_gone.safetensors").unlink()
     project.save(2.0)
     run = project.run("-n", "2", "--golden-mode=update", "--golden-reason=why")
     run.assert_outcomes(passed=6)
@@ -632,7 +634,6 @@ def with_leftovers(project: Project) -> Project:
     "arguments",
     [
         [],
-        ["-n", "2"],
         ["."],
         ["-p", "no:cacheprovider"],
         ["--import-mode=importlib"],

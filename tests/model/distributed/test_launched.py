@@ -28,20 +28,20 @@ SOON = 10.0  # within which all end; they would wait a day
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints with a tensor of six chunks and many small ones: two alike, two changed."""
+    """Checkpoints with a tensor of four chunks and many small ones: one, and two changed."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "pyproject.toml").touch()
     random = np.random.default_rng(0)
-    state = {"large": random.standard_normal((1536, 4096)).astype("<f4")}
-    for index in range(300):
+    state = {"large": random.standard_normal((1024, 3300)).astype("<f4")}
+    for index in range(100):
         state[f"layers.{index}.weight"] = random.standard_normal((50, 101)).astype("<f2")
         state[f"layers.{index}.bias"] = random.standard_normal(50).astype("<f4")
-    state["tokens"] = random.integers(0, 9, 1_500_000)
+    state["tokens"] = random.integers(0, 9, 600_000)
     write(state, folder / "model.pt")
     state["large"][3, 7] += 1
     state["tokens"][-1] = 11
     write(state, folder / "changed.pt")
-    state["large"] += random.standard_normal((1536, 4096)).astype("<f4") * np.float32(1e-5)
+    state["large"] += random.standard_normal((1024, 3300)).astype("<f4") * np.float32(1e-5)
     write(state, folder / "noisy.pt")
     return folder
 
