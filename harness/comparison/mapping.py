@@ -104,7 +104,8 @@ def in_braces(numbers: Sequence[int]) -> str:
     """Numbers in their order, as a map takes them: `{0..3,7}`; a single one as it is."""
     runs: list[list[int]] = []
     for number in numbers:
-        if runs and number - runs[-1][-1] == 1:
+        step = number - runs[-1][-1] if runs else 0
+        if abs(step) == 1 and (len(runs[-1]) == 1 or step == runs[-1][1] - runs[-1][0]):
             runs[-1].append(number)
         else:
             runs.append([number])

@@ -126,6 +126,7 @@ def _candidates(pairs: Mapping[str, str], renamed: Mapping[str, str]) -> Iterato
     most = {old: new for (old, new), _ in reversed(prefixes.most_common())}
     forms = [map(_as_glob, most.items()), most.items()]
     forms += [_braced(most, *places) for places in ((-1, -1), (0, 0), (0, -1), (-1, 0))]
+    forms += [map(_as_glob, _braced(most, place, place)) for place in (-1, 0)]
     if len(pairs) == len(renamed):
         yield tuple(pairs.items())
     for maps in map(_ordered, forms):

@@ -148,3 +148,11 @@ def test_equal_scales_go_where_the_weights_beside_them_went() -> None:
     assert pairs == {
         f"blocks.{n}.{name}": f"other.{order[n]}.sub.{name}" for n in range(3) for name in LEAVES
     }
+
+
+def test_parts_of_each_layer_that_are_shifted_are_one_map_of_all() -> None:
+    starts = [f"blocks.{n}.experts.{m}." for n in range(6) for m in range(3)]
+    expected = layers(*starts)
+    now = {start: f"{start[:-2]}{2 - int(start[-2])}." for start in starts}
+    policy = check(expected, moved(expected, now))
+    assert policy.key_map == (("blocks.*.experts.{0,2}.", "blocks.*.experts.{2,0}."),)
