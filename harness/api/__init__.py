@@ -6,29 +6,17 @@ and `Comparison` values; nothing is printed, and a mismatch is not an exception
 read or written. `jobs`, `progress` and `group` say who reads: see `Workers`.
 """
 
-from __future__ import annotations
-
 from harness.api.recording import KeptValues as KeptValues
-from harness.api.recording import fingerprint, record, update
-from harness.api.verifying import diff, roundtrip, verify, verify_stages, write_inputs
-from harness.checkpoint import open_checkpoint
-from harness.golden.file import read_golden
-from harness.golden.places import GOLDEN_FOLDER, choose_golden, golden_path
-from harness.subjects import Subject
-
-__all__ = [
-    "GOLDEN_FOLDER",
-    "Subject",
-    "choose_golden",
-    "diff",
-    "fingerprint",
-    "golden_path",
-    "open_checkpoint",
-    "read_golden",
-    "record",
-    "roundtrip",
-    "update",
-    "verify",
-    "verify_stages",
-    "write_inputs",
-]
+from harness.api.recording import fingerprint as fingerprint
+from harness.api.recording import record as record
+from harness.api.recording import update as update
+from harness.api.verifying import diff as diff
+from harness.api.verifying import roundtrip as roundtrip
+from harness.api.verifying import verify as verify
+from harness.api.verifying import verify_stages as verify_stages
+from harness.api.verifying import write_inputs as write_inputs
+from harness.checkpoint import open_checkpoint as open_checkpoint
+from harness.golden.file import read_golden as read_golden
+from harness.golden.places import choose_golden as choose_golden
+from harness.golden.places import golden_path as golden_path
+from harness.subjects import Subject as Subject

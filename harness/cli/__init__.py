@@ -1,5 +1,3 @@
 """The command line: `harness.cli:main` is its entry point."""
 
-from harness.cli.entry import main
-
-__all__ = ["main"]
+from harness.cli.entry import main as main

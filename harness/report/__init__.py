@@ -1,3 +1,1 @@
 """What a comparison says, as text for people and as JSON for programs. No I/O."""
-
-from __future__ import annotations
