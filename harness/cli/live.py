@@ -31,10 +31,6 @@ stage_options = together(*_stages)
 live_stage_options = together(*_stages[1:])  # where no file is compared alone
 
 
-def _remember_traceback(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
-    ctx.meta[TRACEBACK] = wanted
-
-
 # Which class or factory is loaded.
 code_options = together(
     _of_model(
@@ -61,7 +57,7 @@ code_options = together(
         "--traceback",
         is_flag=True,
         expose_value=False,
-        callback=_remember_traceback,
+        callback=lambda ctx, param, wanted: ctx.meta.update({TRACEBACK: wanted}),
         help="Show the traceback where the model's code fails.",
     ),
 )

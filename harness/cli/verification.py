@@ -46,14 +46,8 @@ from harness.errors import GoldenError, HarnessError, ModelError, NotRecorded, U
 from harness.golden.budget import size_that_decides
 from harness.golden.file import is_golden, read_golden
 from harness.golden.folder import goldens_below
-from harness.golden.golden import SUFFIX, Golden
-from harness.golden.places import (
-    GOLDEN_FOLDER,
-    choose_golden,
-    is_of_another,
-    is_same,
-    other_reference,
-)
+from harness.golden.golden import SUFFIX, Golden, source_of
+from harness.golden.places import GOLDEN_FOLDER, choose_golden, is_same, other_reference
 from harness.golden.project import project_of
 from harness.report.outcome import Outcome, Result, worst_stage
 from harness.text.folding import escaped
@@ -369,8 +363,11 @@ class Verification:
 
 
 def _is_of_another(golden: Golden, target: Target) -> bool:
+    """Whether a golden that was chosen by its name says that it is of another file."""
     checkpoint = target.checkpoint
-    return checkpoint is not None and not target.is_named and is_of_another(golden, checkpoint)
+    if checkpoint is None or target.is_named:
+        return False
+    return golden.source not in ("", source_of(checkpoint, golden.path))
 
 
 def _last_stage(golden: Golden) -> str:

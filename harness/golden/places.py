@@ -286,11 +286,6 @@ def other_reference(golden: Golden, subject: object) -> AnyPath | None:
     return None if path is not None and is_same(there, path) else there
 
 
-def is_of_another(golden: Golden, checkpoint: AnyPath) -> bool:
-    """Whether a golden says that it was recorded from another file than this one."""
-    return golden.source not in ("", source_of(checkpoint, golden.path))
-
-
 def named_source(golden: Golden) -> AnyPath:
     """The checkpoint that a golden names, or where it was moved to below a root of the project.
 
