@@ -56,6 +56,7 @@ def in_place(
 def _tests(e: Array, a: Array) -> Iterator[tuple[_Test, str]]:
     yield _signs, "the golden with {} negated"
     yield _zeros, "the golden with {} set to zero"
+    yield _cut, "the golden with {} cut to bfloat16, toward zero"
     low, high = float(a.min()), float(a.max())
     if low > e.min() or high < e.max():
         # What a sample has at its ends most often bounds all.
@@ -75,6 +76,11 @@ def _signs(e: Array, a: Array) -> int | None:
 
 def _zeros(e: Array, a: Array) -> int | None:
     return _count(bool(((a == e) | (a == 0)).all()), e != a)
+
+
+def _cut(e: Array, a: Array) -> int | None:
+    bits = e.astype("<f4").view("<u4") & np.uint32(0xFFFF0000)
+    return _count(np.array_equal(bits.view("<f4"), a.astype("<f4")), e != a)
 
 
 def _throughout(evidence: Evidence, known: View, actual: View, test: _Test) -> int | None:

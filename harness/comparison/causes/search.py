@@ -365,7 +365,8 @@ class Search:
         ends = dict.fromkeys(f"{end:.2f}" for end in (min(related), max(related)))
         return (
             f"{len(related):,} tensors that differ correlate with what they were "
-            f"({' to '.join(ends)}): trained on, or another version; diff --table shows how far"
+            f"({' to '.join(ends)}): trained on, merged, quantised, or another version; "
+            "diff --table shows how far"
         )
 
     def _correlation(self, finding: Finding) -> Correlation | None:

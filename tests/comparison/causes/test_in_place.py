@@ -141,3 +141,12 @@ def test_a_corner_of_a_tensor_is_said(tmp_path: Path, width: int, how: str) -> N
     other = large + 1
     assert not causes(tmp_path, small, other, how)
     assert not causes(tmp_path, other, small, how)
+
+
+def test_bits_that_were_cut_off_are_said(tmp_path: Path) -> None:
+    before = weight(torch.float32)
+    after = (before.view(torch.int32) & -65536).view(torch.float32)
+    [cause, *_] = causes(tmp_path, before, after, "both files")
+    assert cause.text.endswith("of 67,200 values cut to bfloat16, toward zero")
+    after[350, 48] *= 2
+    assert not causes(tmp_path, before, after, "both files")
