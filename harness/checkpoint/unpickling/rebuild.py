@@ -261,9 +261,8 @@ def _rebuild_wrapper(*args: Any) -> Composite:
 
 def _rebuild_subclass(function: Any, kind: Any, args: Any, state: Any) -> Any:
     """A tensor subclass: made by `function(*args)`, then given `state` (attributes by name)."""
-    constructor = (
-        CONSTRUCTORS.get((function.module, function.name)) if isinstance(function, Global) else None
-    )
+    known = isinstance(function, Global)
+    constructor = CONSTRUCTORS.get((function.module, function.name)) if known else None
     if constructor in (None, _rebuild_subclass) or not isinstance(args, tuple):
         raise ValueError(f"a tensor subclass made by an unknown {brief(function)}")
     made = constructor(*args)
@@ -344,15 +343,6 @@ def _mapping(*args: Any) -> dict[Any, Any]:
     return Table((plain_key(key), value) for key, value in pairs)
 
 
-def _passed_through(value: Any, *rest: Any) -> Any:
-    return value
-
-
-def _graph_module(body: Any, *rest: Any) -> Record:
-    """A module of torch.fx: its attributes, and code that is made again from text."""
-    return Record(Global("torch.fx.graph_module", "GraphModule"), state=body)
-
-
 def is_unknown_tensor(callee: Any) -> TypeGuard[Global]:
     """Whether a record would be a tensor that no constructor here knows (of XLA, of a new torch).
 
@@ -400,11 +390,14 @@ CONSTRUCTORS: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("torch.nested._internal.nested_tensor", "_rebuild_njt"): _rebuild_njt,
     ("torch.nn.parameter", "Parameter"): _rebuild_parameter,
     ("torch.nn.parameter", "Buffer"): _rebuild_parameter,
-    ("torch.fx.graph_module", "reduce_graph_module"): _graph_module,
-    ("torch.serialization", "_get_layout"): _passed_through,
+    # A module of torch.fx: its attributes, and code that is made again from text.
+    ("torch.fx.graph_module", "reduce_graph_module"): lambda body, *rest: Record(
+        Global("torch.fx.graph_module", "GraphModule"), state=body
+    ),
+    ("torch.serialization", "_get_layout"): lambda layout, *rest: layout,
     **{
         ("torch.jit._pickle", f"build_{kind}list"): _collection
         for kind in ("int", "double", "bool", "tensor")
     },
-    ("torch.jit._pickle", "restore_type_tag"): _passed_through,
+    ("torch.jit._pickle", "restore_type_tag"): lambda value, *rest: value,
 }
