@@ -110,7 +110,7 @@ def inner_folder(folder: AnyPath) -> AnyPath:
 
 def names_in(folder: AnyPath) -> list[str]:
     """The names in a folder, sorted; none behind a URL that cannot list them."""
-    if not (isinstance(folder, Path) or folder.is_listable):
+    if not isinstance(folder, Path) and folder.is_web:
         stems = ("model", "pytorch_model", "adapter_model")
         asked = [f"{stem}{form}" for stem in stems for form in _FORMS]
         return [name for name in asked if (folder / name).is_file()]

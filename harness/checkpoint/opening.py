@@ -81,8 +81,8 @@ def _open_folder(folder: AnyPath, section: str | None) -> Checkpoint:
         return _distributed(folder, section)
     if any(zero_files(names)):
         return _zero(folder, names, section)
-    can_list = isinstance(folder, Path) or folder.is_listable
-    shards = rank_shards(folder, names) if can_list else []
+    is_web = not isinstance(folder, Path) and folder.is_web  # where nothing else can be seen
+    shards = [] if is_web else rank_shards(folder, names)
     # An index beside nothing but shards is that of another save: it cannot name them.
     if not (shards and all(shard.name.startswith("shard-") for shard in shards)):
         layout = layout_of(folder)

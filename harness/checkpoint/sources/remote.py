@@ -83,11 +83,6 @@ class RemotePath:
         found = self.stat()
         return found is not None and found.is_dir
 
-    @property
-    def is_listable(self) -> bool:
-        """Whether a folder here can tell what is in it: web servers cannot."""
-        return not self.is_web
-
     def iterdir(self) -> Iterator[RemotePath]:
         for name in self.ask("listing it", lambda: self.transport.names(self.url)):
             yield self / name
@@ -177,7 +172,7 @@ class RemotePath:
 
     @property
     def is_web(self) -> bool:
-        """Whether a server answers that knows files alone."""
+        """Whether a server answers that knows files alone, and lists no folder."""
         return self.scheme in ("http", "https")
 
     @property
