@@ -41,8 +41,8 @@ from harness.golden.header import (
     Made,
     Origin,
     Part,
+    Versioned,
     from_json,
-    schema_of,
     to_json,
 )
 from harness.streaming.chunks import chunks
@@ -267,7 +267,6 @@ def read_golden(path: Location) -> Golden:
                 raise GoldenError(
                     f"{path}: a safetensors file, but not a golden", hint=_NOT_A_GOLDEN
                 )
-            _check_schema(path, metadata["harness"])
             # Copies: the file may be overwritten in place while the golden is in use.
             columns = {tensor.key: tensor.array() for tensor in tensors}
             return _parse(path, columns, metadata["harness"])
@@ -311,18 +310,6 @@ def similar_golden(path: AnyPath) -> Path | None:
     return next((beside[name] for name in close if is_golden(beside[name])), None)
 
 
-def _check_schema(path: AnyPath, text: str) -> None:
-    try:
-        schema = schema_of(text)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, error) from error
-    if schema != SCHEMA:
-        raise GoldenError(
-            f"{path}: a golden of schema {schema}, but this version reads schema {SCHEMA}",
-            hint="upgrade: pip install --upgrade checkpoint-harness, or record it again",
-        )
-
-
 def _damaged(path: AnyPath, error: Exception | str) -> GoldenError:
     return GoldenError(f"{path}: a damaged golden: {error}", hint=_RESTORE)
 
@@ -332,6 +319,12 @@ def _parse(path: AnyPath, columns: dict[str, NDArray[Any]], text: str) -> Golden
     if seal is None or seal_of(text, columns) != seal.tobytes():
         raise _damaged(path, "its parts do not make its seal")
     try:
+        schema = from_json(text, Versioned).schema
+        if schema != SCHEMA:
+            raise GoldenError(
+                f"{path}: a golden of schema {schema}, but this version reads schema {SCHEMA}",
+                hint="upgrade: pip install --upgrade checkpoint-harness, or record it again",
+            )
         header = from_json(text, Header)
         if header.made != Made():
             raise ValueError(f"made with {header.made}")

@@ -104,7 +104,9 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     members: dict[str, str] = {}
 
 
-class _Versioned(msgspec.Struct):
+class Versioned(msgspec.Struct):
+    """A header of any schema."""
+
     schema: int
 
 
@@ -112,11 +114,6 @@ def to_json(value: msgspec.Struct) -> str:
     """Canonical JSON: the same text for the same value; keys sorted, no spaces, ASCII alone."""
     # Not by msgspec, whose strings are UTF-8: a key may have half of a surrogate pair.
     return json.dumps(msgspec.to_builtins(value), sort_keys=True, separators=(",", ":"))
-
-
-def schema_of(text: str) -> int:
-    """The schema of a golden with this header; raises ValueError."""
-    return from_json(text, _Versioned).schema
 
 
 def from_json(text: str | bytes, kind: type[_T]) -> _T:
