@@ -52,6 +52,7 @@ from harness.fingerprints.fingerprint import MAX_KEPT_NUMEL, TensorFingerprint
 from harness.streaming.workers import Workers
 
 _T = TypeVar("_T")
+_MAX_NEARBY = 1000
 VALUED = ("different", "undecided", "close")
 _MANY, _RELATED = 4, 0.3  # tensors, and their least correlation, that are said to be trained on
 EXPLAINED = ("missing", "unexpected", "renamed", "prefix", "shape", "dtype", *VALUED)
@@ -188,6 +189,8 @@ class Search:
                     self.findings.explain(finding, cause)
             self._detail(("missing", "unexpected"), sketches=True)
             missing, unexpected = self._alone()
+            if min(len(missing), len(unexpected)) > _MAX_NEARBY:  # of each series one
+                missing, unexpected = _one_of_each(missing), _one_of_each(unexpected)
             for key, there, cause in nearby(evidence, missing, unexpected):
                 self._renamed(key, there, cause)
             missing, unexpected = self._alone()

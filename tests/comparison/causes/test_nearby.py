@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.comparison.causes import search
 from harness.comparison.policy import Policy
 from harness.report.steps import ways_past
 from tests.comparison.causes.test_explain import FORMS, State, compare
@@ -89,3 +90,15 @@ def test_no_pair_is_made_of_what_is_unrelated_or_of_which_there_are_two(
     }
     found = compare(tmp_path, before, after, how)
     assert {f.kind for f in found.findings} == {"missing", "unexpected"}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_of_very_many_one_of_each_series_leads_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(search, "_MAX_NEARBY", 2)
+    before = layers(torch.float32, 16, 1)
+    after = under_new_names({key: t * 1.001 for key, t in before.items()})
+    found = compare(tmp_path, before, after, how)
+    assert {f.kind for f in found.findings} == {"renamed"}
+    assert {f.causes[0].kind for f in found.findings} == {"scaled"}
