@@ -11,7 +11,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -144,11 +144,10 @@ def live_stages(
             return
         load = stages.compare_load(module)
         if expected.is_file and expected.section is not None:
-            note = f"section {expected.section} is taken, which fits the model"
-            load = replace(load, notes=(*load.notes, note))
+            load = _noted(load, f"section {expected.section} is taken, which fits the model")
         if on_meta(module):
             note = "the next stages did not run: what has no values is neither saved nor run"
-            yield replace(load, notes=(*load.notes, note))
+            yield _noted(load, note)
             return
         yield load
         if last == "load":
@@ -170,7 +169,7 @@ def live_stages(
                 inputs_of(module, options.inputs)
             except NoInputs as error:
                 note = f"outputs were not compared: {error}; {error.hint}"
-                reload, last = replace(reload, notes=(*reload.notes, note)), "reload"
+                reload, last = _noted(reload, note), "reload"
         yield reload
         if last != "reload":
             yield _compare_outputs(module, again, expected, policy, options, is_same=reload.ok)
@@ -186,41 +185,29 @@ def _of_section(
     note = f"section {section} is taken, which fits the model: {first} does not"
     expected = Expected(weights=weights, section=section)
     for comparison in live_stages(path, expected, policy, options, last):
-        yield replace(comparison, notes=(*comparison.notes, note))
+        yield _noted(comparison, note)
 
 
+@dataclass(frozen=True)
 class _Live:
-    def __init__(
-        self,
-        path: Path,
-        checkpoint: Checkpoint,
-        loader: Loader,
-        expected: Expected,
-        policy: PolicyOfStages,
-        stack: contextlib.ExitStack,
-    ) -> None:
-        self.path, self.checkpoint, self.loader = path, checkpoint, loader
-        self.expected, self.policy, self._stack = expected, policy, stack
+    path: Path
+    checkpoint: Checkpoint
+    loader: Loader
+    expected: Expected
+    policy: PolicyOfStages
+    stack: contextlib.ExitStack
 
     def compare_load(self, module: nn.Module) -> Comparison:
         """The state after loading; what two loads leave different was never written."""
         found = self._compare_state(module, "load")
-        if any(f.kind in ("different", "unexpected") for f in found.findings):
+        suspects = [f for f in found.findings if f.kind in ("different", "unexpected")]
+        if suspects:
             section, now = self.checkpoint.section, found.actual.tensors
             other = self._print(self.loader.load(self.path, seed=_SECOND_SEED, section=section))
-            unwritten = {
-                k for k, t in other.tensors.items() if k in now and t.digest != now[k].digest
-            }
-            found = replace(
-                found,
-                findings=tuple(
-                    replace(f, kind="unwritten")
-                    if f.kind in ("different", "unexpected")
-                    and (f.actual_key or f.key) in unwritten
-                    else f
-                    for f in found.findings
-                ),
-            )
+            drawn = {k for k, t in other.tensors.items() if k in now and t.digest != now[k].digest}
+            left = [f for f in suspects if (f.actual_key or f.key) in drawn]
+            findings = [replace(f, kind="unwritten") if f in left else f for f in found.findings]
+            found = replace(found, findings=tuple(findings))
         if self.loader.is_strict(module):
             found = _restored(found)
         empty = [
@@ -237,9 +224,8 @@ class _Live:
             found = _restored(found)
         training = compare_training_state(self.path, saved)
         order = self._changed_order(module) if training is not None else []
-        notes = found.notes
         if saved.unbuilt is not None:
-            notes = (*notes, f"the optimizers' state was not compared: {saved.unbuilt}")
+            found = _noted(found, f"the optimizers' state was not compared: {saved.unbuilt}")
         lost: list[Finding] = []
         own, kind = self.loader.has_own_folder(self.path), type(module)
         if own and (settings := settings_of(module)) is not None:
@@ -249,11 +235,8 @@ class _Live:
                 lost = lost_hyperparameters(self.checkpoint.config, written.config, kind)
         elif self.checkpoint.config is not None or training:
             training = None
-            notes = (
-                *notes,
-                f"a {type(module).__name__} keeps no hyperparameters or optimizers: not compared",
-            )
-        found = replace(found, notes=notes)
+            note = f"a {kind.__name__} keeps no hyperparameters or optimizers: not compared"
+            found = _noted(found, note)
         # What the load did to them is reported there.
         gradients = _changed_gradients(_parameters(module), again)
         return _with(found, [*gradients, *(training or []), *order, *lost])
@@ -285,9 +268,9 @@ class _Live:
         held, wanted = state.tensors.keys(), self.expected.weights.tensors.keys()
         if held >= wanted or not self.loader.has_own_folder(self.path):
             return state
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         saved = self.loader.save(module, folder, "held", original=self.path)
-        written = self._stack.enter_context(open_checkpoint(saved.path))
+        written = self.stack.enter_context(open_checkpoint(saved.path))
         if len(written.tensors.keys() & wanted) <= len(held & wanted):
             return state
         return replace(written, name=f"{state.name}, saved")
@@ -300,7 +283,7 @@ class _Live:
         measure = AgainstGolden(golden=expected, actual=state, partial_reference=self.checkpoint)
         policy = self.policy.at(expected.tensors, found.tensors)
         compared = compare(expected, found, policy, measure, stage=stage)
-        compared = replace(compared, notes=(*compared.notes, *self.policy.note(policy)))
+        compared = _noted(compared, *self.policy.note(policy))
         compared = with_causes(compared, state, started=started)
         live = self.expected.live
         if live is None or live.buffers is None:
@@ -338,34 +321,30 @@ class _Live:
         ]
 
 
+def _noted(
+    compared: Comparison, *notes: str, without: Sequence[Finding] = (), **changes: Any
+) -> Comparison:
+    """Add notes, which may stand in place of findings."""
+    left = tuple(finding for finding in compared.findings if finding not in without)
+    return replace(compared, findings=left, notes=(*compared.notes, *notes), **changes)
+
+
 def _restored(compared: Comparison) -> Comparison:
     """Take what a module itself puts into the state dict that it loads as it says: a note.
 
     Only where torch has checked that every key was given: else it may have been left as it was.
     """
-    own = [finding.key for finding in compared.findings if finding.kind == "unexpected"]
-    if not own:
-        return compared
-    note = f"in no file, put there by the module when it loads: {brief_keys(own)}"
-    return replace(
-        compared,
-        findings=tuple(f for f in compared.findings if f.kind != "unexpected"),
-        notes=(*compared.notes, note),
-    )
+    own = [finding for finding in compared.findings if finding.kind == "unexpected"]
+    note = f"in no file, put there by the module when it loads: {brief_keys([f.key for f in own])}"
+    return _noted(compared, note, without=own) if own else compared
 
 
 def _without_alone(compared: Comparison, buffers: Fingerprint) -> Comparison:
     """Take what another implementation built beside its weights, and this one does not: a note."""
     alone = [f for f in compared.findings if f.kind == "missing" and f.key in buffers.tensors]
-    if not alone:
-        return compared
     names = brief_keys([finding.key for finding in alone])
     note = f"structure, in no file: non-persistent buffers only in the golden: {names}"
-    return replace(
-        compared,
-        findings=tuple(finding for finding in compared.findings if finding not in alone),
-        notes=(*compared.notes, note),
-    )
+    return _noted(compared, note, without=alone) if alone else compared
 
 
 def _parameters(module: nn.Module, *, every_name: bool = False) -> tuple[tuple[str, bool], ...]:
@@ -447,7 +426,8 @@ def _compare_outputs(
 
     if expected.live is None:
         compared = beside(computed(module), again)
-        return _of_reload(compared, _NO_OUTPUTS, *([_DRAWN] if is_same and not compared.ok else []))
+        drawn = (_DRAWN,) if is_same and not compared.ok else ()
+        return _noted(compared, _NO_OUTPUTS, *drawn, is_of_reload=True)
     if recorded is None:
         raise NotRecorded(
             f"{expected.weights.name}: was recorded without outputs",
@@ -462,8 +442,4 @@ def _compare_outputs(
         return compared
     # Of two that part from the golden, what they agree on can be recorded.
     other = beside(recorded, again, former) if compared.ok else beside(compared.actual, again)
-    return compared if other.ok else _of_reload(other, _DRAWN)
-
-
-def _of_reload(compared: Comparison, *notes: str) -> Comparison:
-    return replace(compared, is_of_reload=True, notes=(*compared.notes, *notes))
+    return compared if other.ok else _noted(other, _DRAWN, is_of_reload=True)
