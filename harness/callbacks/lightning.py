@@ -34,20 +34,18 @@ from harness.api import roundtrip
 from harness.callbacks.saves import (
     OnMismatch,
     VerifiedSave,
-    but_trained,
-    check_choice,
-    check_every,
+    as_golden,
+    as_held,
+    check_asked,
     copied,
+    frozen_of,
+    verified,
 )
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.keys import format_key
 from harness.checkpoint.tensors import Checkpoint
-from harness.comparison.compare import compare
-from harness.comparison.comparison import Comparison, headline, render
-from harness.comparison.measuring import AgainstCheckpoint
+from harness.comparison.comparison import Comparison
 from harness.comparison.policy import Policy, Stage
 from harness.errors import CheckpointError, GoldenMismatch, UsageError
-from harness.fingerprints.fingerprint import structure
 from harness.golden.file import read_golden
 from harness.model.lightning import PACKAGES
 from harness.model.options import LiveOptions
@@ -146,9 +144,8 @@ class GoldenCheckpoint(_Callback):
         section: str | None = None,
         live: LiveOptions | None = None,
     ) -> None:
-        check_choice("GoldenCheckpoint", "stages", stages, Stage)
-        check_choice("GoldenCheckpoint", "on_mismatch", on_mismatch, OnMismatch)
-        check_every("GoldenCheckpoint", every)
+        choices = {"stages": (stages, Stage), "on_mismatch": (on_mismatch, OnMismatch)}
+        check_asked("GoldenCheckpoint", every, **choices)
         self.saves: list[VerifiedSave] = []
         self._golden = None if golden is None else read_golden(Path(golden))
         self._stages = stages
@@ -234,15 +231,15 @@ class GoldenCheckpoint(_Callback):
             self._conclude(trainer, [] if held is None else [self._verified(held, filepath)])
             return
         if held is not None:
-            verified = writer._executor.submit(self._verified, held, filepath, writer)
-            self._pending.append((str(filepath), verified))
+            told = writer._executor.submit(self._verified, held, filepath, writer)
+            self._pending.append((str(filepath), told))
         self._collect(trainer, wait=trainer.state.status != "running")
 
     def _remove(self, remove: Callable[..., None], filepath: str | Path) -> None:
         """In place of the strategy's `remove_checkpoint`: not before it was verified."""
-        for path, verified in self._pending:
+        for path, told in self._pending:
             if path == str(filepath):
-                verified.result()
+                told.result()
         remove(filepath)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
@@ -260,7 +257,7 @@ class GoldenCheckpoint(_Callback):
             return
         ended = [(path, one) for path, one in self._pending if wait or one.done()]
         self._pending = [pair for pair in self._pending if pair not in ended]
-        self._conclude(trainer, [verified.result() for _, verified in ended], raised)
+        self._conclude(trainer, [told.result() for _, told in ended], raised)
 
     def _conclude(
         self,
@@ -290,22 +287,12 @@ class GoldenCheckpoint(_Callback):
         self, held: _Held, filepath: str | Path, writer: Any | None = None
     ) -> VerifiedSave:
         """Compare a file that is there with what was held. Never raises: other ranks wait."""
-        headlines: list[str] = []
-        error: BaseException | None = None if writer is None else writer._error
-        try:
-            for comparison in () if error else self._comparisons(held, filepath):
-                headlines.append(headline(comparison))
-                if not comparison.ok:
-                    next_step = self._next(filepath)
-                    raise GoldenMismatch(render(comparison), hint=next_step, comparison=comparison)
-        except Exception as problem:
-            error = problem
-        return VerifiedSave(
-            path=str(filepath),
-            global_step=held.global_step,
-            headlines=tuple(headlines),
-            error=error,
-        )
+        if writer is not None and writer._error:
+            return VerifiedSave(
+                path=str(filepath), global_step=held.global_step, error=writer._error
+            )
+        comparisons = self._comparisons(held, filepath)
+        return verified(filepath, held.global_step, comparisons, partial(self._next, filepath))
 
     def _next(self, path: str | Path) -> str:
         """What to do about a bad save; averages of the weights have a section of their own."""
@@ -318,19 +305,14 @@ class GoldenCheckpoint(_Callback):
         return _NEXT
 
     def _comparisons(self, held: _Held, path: str | Path) -> Iterator[Comparison]:
-        weights = held.weights
         with open_checkpoint(path, section=self._section) as written:
             written = replace(written, keeps_aliases=held.keeps_ties)
-            measure = AgainstCheckpoint(expected=weights, actual=written)
-            yield compare(
-                structure(weights), structure(written), self._policy, measure, stage="save"
-            )
+            yield as_held(held.weights, written, self._policy)
         if self._golden is not None:
             with open_checkpoint(path, section=self._golden.section) as written:
                 written = replace(written, keeps_aliases=held.keeps_ties)
-                here = {*self._golden.fingerprint.tensors, *written.tensors}
-                policy = self._policy.at_stage(here, weights.tensors)
-                yield but_trained(self._golden.fingerprint, written, policy, held.frozen)
+                golden = self._golden.fingerprint
+                yield as_golden(golden, written, held.weights, self._policy, held.frozen)
         if self._stages != "file":
             live = self._live or LiveOptions(target=held.target)
             for comparison in roundtrip(path, policy=self._policy, live=live):
@@ -353,11 +335,7 @@ def _held(trainer: pl.Trainer) -> _Held:
     name = f"{type(module).__name__} in memory at step {step}"
     return _Held(
         weights=with_values(as_checkpoint(copied(state), name), state),
-        frozen=frozenset(
-            format_key((key,))
-            for key, parameter in module.named_parameters(remove_duplicate=False)
-            if not parameter.requires_grad
-        ),
+        frozen=frozen_of(module),
         target=_target(module),
         global_step=step,
         # AsyncCheckpointIO clones each tensor for itself.

@@ -7,19 +7,28 @@ comparisons of what was written. Imports no trainer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 
+from harness.checkpoint.keys import format_key
 from harness.checkpoint.tensors import Checkpoint
 from harness.comparison.compare import compare
-from harness.comparison.comparison import Comparison
+from harness.comparison.comparison import Comparison, headline, render
 from harness.comparison.difference import Difference
-from harness.comparison.measuring import AgainstGolden, Triple, nothing, part
+from harness.comparison.measuring import (
+    AgainstCheckpoint,
+    AgainstGolden,
+    Triple,
+    nothing,
+    part,
+)
 from harness.comparison.policy import Policy, Tolerance
-from harness.errors import UsageError
+from harness.errors import GoldenMismatch, UsageError
 from harness.fingerprints.fingerprint import Fingerprint, TensorFingerprint, structure
 from harness.fingerprints.scan import fingerprint
 
@@ -36,22 +45,47 @@ class VerifiedSave:
     error: BaseException | None = None
 
 
-def check_choice(callback: str, name: str, value: object, choices: object) -> None:
-    """Raise UsageError for a value that is none of a Literal's."""
-    if value not in get_args(choices):
-        raise UsageError(
-            f"{callback}({name}={value!r}): must be one of {', '.join(get_args(choices))}",
-            hint=f"leave it out for {get_args(choices)[0]!r}",
-        )
-
-
-def check_every(callback: str, every: int) -> None:
-    """Raise UsageError for what counts no saves."""
+def check_asked(callback: str, every: int, **choices: tuple[object, object]) -> None:
+    """Raise UsageError for what counts no saves, and for a value that is none of a Literal's."""
     if every < 1:
         raise UsageError(
             f"{callback}(every={every}): must be at least 1",
             hint="leave it out to verify every save",
         )
+    for name, (value, literal) in choices.items():
+        if value not in get_args(literal):
+            raise UsageError(
+                f"{callback}({name}={value!r}): must be one of {', '.join(get_args(literal))}",
+                hint=f"leave it out for {get_args(literal)[0]!r}",
+            )
+
+
+def verified(
+    path: str | Path, step: int, comparisons: Iterable[Comparison], hint: Callable[[], str]
+) -> VerifiedSave:
+    """What comparisons of a save come to, up to the first that fails; never raises."""
+    headlines: list[str] = []
+    error: BaseException | None = None
+    try:
+        for comparison in comparisons:
+            headlines.append(headline(comparison))
+            if not comparison.ok:
+                raise GoldenMismatch(render(comparison), hint=hint(), comparison=comparison)
+    except Exception as problem:
+        error = problem
+    return VerifiedSave(path=str(path), global_step=step, headlines=tuple(headlines), error=error)
+
+
+def as_held(held: Checkpoint, written: Checkpoint, policy: Policy) -> Comparison:
+    """Compare what was written with what was in memory."""
+    measure = AgainstCheckpoint(expected=held, actual=written)
+    return compare(structure(held), structure(written), policy, measure, stage="save")
+
+
+def frozen_of(module: nn.Module) -> frozenset[str]:
+    """The keys of the parameters that are not trained."""
+    named = module.named_parameters(remove_duplicate=False)
+    return frozenset(format_key((key,)) for key, one in named if not one.requires_grad)
 
 
 def copied(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -72,10 +106,18 @@ def copied(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
-def but_trained(
-    golden: Fingerprint, written: Checkpoint, policy: Policy, frozen: frozenset[str]
+def as_golden(
+    golden: Fingerprint,
+    written: Checkpoint,
+    held: Checkpoint,
+    policy: Policy,
+    frozen: frozenset[str],
 ) -> Comparison:
-    """Compare keys, shapes and dtypes of all tensors, but values of frozen parameters only."""
+    """Compare keys, shapes and dtypes of all tensors, but values of frozen parameters only.
+
+    Globs that fit only what is `held` in memory are no typing errors.
+    """
+    policy = policy.at_stage({*golden.tensors, *written.tensors}, held.tensors)
     digests = fingerprint(part(written, {*frozen}), details=nothing).tensors
     found = structure(written)
     tensors = {

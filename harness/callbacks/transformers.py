@@ -22,18 +22,16 @@ from torch import nn
 from harness.callbacks.saves import (
     OnMismatch,
     VerifiedSave,
-    but_trained,
-    check_choice,
-    check_every,
+    as_golden,
+    as_held,
+    check_asked,
+    frozen_of,
+    verified,
 )
 from harness.checkpoint import open_checkpoint
-from harness.checkpoint.keys import format_key
-from harness.comparison.compare import compare
-from harness.comparison.comparison import Comparison, headline, render
-from harness.comparison.measuring import AgainstCheckpoint
+from harness.comparison.comparison import Comparison
 from harness.comparison.policy import Policy
-from harness.errors import GoldenMismatch, HarnessError, UsageError
-from harness.fingerprints.fingerprint import structure
+from harness.errors import UsageError
 from harness.golden.file import read_golden
 from harness.model.pretrained import is_pretrained, load_pretrained
 from harness.model.state import as_checkpoint
@@ -78,8 +76,7 @@ class GoldenTrainerCallback(_TrainerCallback):
         on_mismatch: OnMismatch = "raise",
         policy: Policy | None = None,
     ) -> None:
-        check_choice("GoldenTrainerCallback", "on_mismatch", on_mismatch, OnMismatch)
-        check_every("GoldenTrainerCallback", every)
+        check_asked("GoldenTrainerCallback", every, on_mismatch=(on_mismatch, OnMismatch))
         self.saves: list[VerifiedSave] = []
         self._golden = None if golden is None else read_golden(Path(golden))
         self._every = every
@@ -103,67 +100,32 @@ class GoldenTrainerCallback(_TrainerCallback):
         if (self._num_saves - 1) % self._every:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        headlines: list[str] = []
-        error: HarnessError | None = None
-        try:
-            for comparison in self._comparisons(model, folder, state.global_step):
-                headlines.append(headline(comparison))
-                if not comparison.ok:
-                    raise GoldenMismatch(render(comparison), hint=_NEXT, comparison=comparison)
-        except HarnessError as problem:
-            error = problem
-        self.saves.append(
-            VerifiedSave(
-                path=str(folder),
-                global_step=state.global_step,
-                headlines=tuple(headlines),
-                error=error,
-            )
-        )
-        if error is not None and self._on_mismatch == "raise":
-            raise error
-        if error is not None:
-            warnings.warn(
-                f"GoldenTrainerCallback: {error}\n  next: {error.hint or _NEXT}", stacklevel=2
-            )
+        comparisons = self._comparisons(model, folder, state.global_step)
+        save = verified(folder, state.global_step, comparisons, lambda: _NEXT)
+        self.saves.append(save)
+        if save.error is not None and self._on_mismatch == "raise":
+            raise save.error
+        if save.error is not None:
+            hint = getattr(save.error, "hint", None) or _NEXT
+            warnings.warn(f"GoldenTrainerCallback: {save.error}\n  next: {hint}", stacklevel=2)
 
     def _comparisons(self, model: nn.Module, folder: Path, step: int) -> Iterator[Comparison]:
         name = f"{type(model).__name__} in memory at step {step}"
-        state = _state_of(model)
-        held = as_checkpoint(state, name)
-        expected = structure(held)
+        held = as_checkpoint(_state_of(model), name)
         with open_checkpoint(folder) as written:
-            saved = compare(
-                expected,
-                structure(written),
-                self._policy,
-                AgainstCheckpoint(expected=held, actual=written),
-                stage="save",
-            )
+            saved = as_held(held, written, self._policy)
         if _has_other_keys(saved) and is_pretrained(type(model)) and not _is_adapted(model):
             with user_code(f"{folder}: loading it", "load it by from_pretrained to see where"):
                 loaded = as_checkpoint(_state_of(load_pretrained(type(model), folder)), str(folder))
-            whole = compare(
-                expected,
-                structure(loaded),
-                self._policy,
-                AgainstCheckpoint(expected=held, actual=loaded),
-                stage="save",
-            )
+            whole = as_held(held, loaded, self._policy)
             # Of a key that was only left out, the file says more than what stands for it now.
             if whole.ok or saved.count("unexpected"):
                 saved = whole
         yield saved
         if self._golden is not None:
-            frozen = frozenset(
-                format_key((key,))
-                for key, parameter in model.named_parameters(remove_duplicate=False)
-                if not parameter.requires_grad
-            )
             with open_checkpoint(folder, section=self._golden.section) as written:
-                here = {*self._golden.fingerprint.tensors, *written.tensors}
-                policy = self._policy.at_stage(here, held.tensors)
-                yield but_trained(self._golden.fingerprint, written, policy, frozen)
+                golden = self._golden.fingerprint
+                yield as_golden(golden, written, held, self._policy, frozen_of(model))
 
 
 def _state_of(model: nn.Module) -> dict[str, Any]:
