@@ -14,7 +14,8 @@ def num_cores() -> int:
     """The cores that this process may use; the ranks on one machine share them."""
     has_some = hasattr(os, "sched_getaffinity")
     count = len(os.sched_getaffinity(0)) if has_some else os.cpu_count() or 1
-    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, count // max(1, int(ranks) if ranks.isdecimal() else 1))
 
 
 def parallel(

@@ -164,7 +164,7 @@ def test_kept_values_that_a_task_brings_along_have_a_limit(
 
 def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(9))
-    for ranks, cores in [("1", 9), ("2", 4), ("16", 1)]:
+    for ranks, cores in [("1", 9), ("2", 4), ("16", 1), ("0", 9), ("", 9), ("x", 9)]:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert num_cores() == cores
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
