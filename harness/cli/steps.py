@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.cli.options import flag_of
 from harness.comparison.comparison import Comparison
 from harness.report.steps import advice, converted, ways_past
 from harness.text.shell import command_line, quoted
@@ -32,10 +33,8 @@ def lines_past(comparison: Comparison | None, command: Sequence[str]) -> list[st
     if comparison is None or comparison.count("damaged"):
         return lines
     for what, policy in ways_past(comparison):
-        again = without(command, ["--strip-prefix"]) if "strip_prefix" in policy else command
-        again = without(again, ["--accept"]) if "accept" in policy else again
-        again = without(again, ["--ignore"]) if "ignore" in policy else again
-        again = without(again, ["--map", "--map-file"]) if "key_map" in policy else again
+        maps = {"key_map": ["--map", "--map-file"]}
+        again = without(command, [o for name in policy for o in maps.get(name, [flag_of(name)])])
         options = command_line(as_options(policy))
         lines.append(f"to {what}:  {with_options(again, options)}")
     return lines

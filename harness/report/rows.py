@@ -255,10 +255,8 @@ def _short(value: float, digits: int = _DIGITS) -> Json:
 def _stats(stats: Stats | None) -> tuple[Json, ...] | None:
     if stats is None:
         return None
-    return tuple(
-        value if isinstance(value, int) else _short(value, _STATS_DIGITS)
-        for value in (getattr(stats, name) for name in STATS)
-    )
+    values = (getattr(stats, name) for name in STATS)
+    return tuple(v if isinstance(v, int) else _short(v, _STATS_DIGITS) for v in values)
 
 
 def _strip(values: Sequence[float]) -> tuple[Json, ...] | None:
