@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.cli.options import flag_of
 from harness.comparison.comparison import Comparison
 from harness.report.steps import advice, converted, ways_past
 from harness.text.shell import command_line, quoted
@@ -33,8 +32,8 @@ def lines_past(comparison: Comparison | None, command: Sequence[str]) -> list[st
     if comparison is None or comparison.count("damaged"):
         return lines
     for what, policy in ways_past(comparison):
-        maps = {"key_map": ["--map", "--map-file"]}
-        again = without(command, [o for name in policy for o in maps.get(name, [flag_of(name)])])
+        flags = ["--map", "--map-file"] if "key_map" in policy else []
+        again = without(command, [*flags, *(f"--{name.replace('_', '-')}" for name in policy)])
         options = command_line(as_options(policy))
         lines.append(f"to {what}:  {with_options(again, options)}")
     return lines
