@@ -8,7 +8,7 @@ megabyte a thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,12 +17,14 @@ from harness.checkpoint.dtypes import Array
 from harness.checkpoint.tensors import Tensor
 from harness.comparison.cause import Cause
 from harness.comparison.causes.evidence import Evidence, Roundoff, begins_as
+from harness.comparison.causes.linear import ceiling
 from harness.comparison.causes.views import View, are_same, narrowed, reshaped, sample, wide_of
 from harness.fingerprints.fingerprint import TensorFingerprint, block_numel
 from harness.fingerprints.stats import Stats
 
 _SAMPLED, _RUNS = 512, 4
 _PASS_NUMEL, _MIN_WIDTH, _FIRST_ROWS = 1 << 17, 8, 16
+_RANK_ROWS, _MAX_PEAK = 128, 0.25
 _PROBE_NUMEL, _MAX_SHIFT = 16, 1 << 18
 
 # How many values a hypothesis says to be changed; None: it does not hold.
@@ -43,6 +45,8 @@ def in_place(
         cause = _factors(evidence, known, actual, expected.shape, axis)
         if cause is not None:
             return cause
+    if (cause := _of_low_rank(evidence, known, actual, expected)) is not None:
+        return cause
     for test, text in _tests(e, a):
         if test(e, a) is None:
             continue
@@ -106,17 +110,14 @@ def _factors(
         return None
     across = 1 - axis
 
-    def read(first: int, rows: int) -> list[Array]:
-        sides = (known, actual)
-        return [wide_of(side, first * width, rows * width).reshape(-1, width) for side in sides]
-
-    e, a = read(0, _FIRST_ROWS)
+    e, a = _rows((known, actual), 0, _FIRST_ROWS, width)
     fixed = _fit(e, a, across) if axis else None
     found, away, total, first = [], 0.0, 0.0, 0
     while first < count:
         evidence.check_time()
         if first:
-            e, a = read(first, max(_FIRST_ROWS, _PASS_NUMEL // width))
+            step = max(_FIRST_ROWS, _PASS_NUMEL // width)
+            e, a = _rows((known, actual), first, step, width)
         first += len(e)
         factors = _fit(e, a, across) if fixed is None else fixed
         rest = np.abs(a - factors * e)
@@ -136,6 +137,52 @@ def _factors(
         low, high = float(numbers.min()), float(numbers.max())
         text = f"each {name} of the golden × a factor of its own, {low:.3g} to {high:.3g}"
     return Cause(kind="scaled", text=text, proof="values", axis=axis, bound=bound)
+
+
+def _of_low_rank(
+    evidence: Evidence, known: View, actual: View, expected: TensorFingerprint
+) -> Cause | None:
+    """Find whether the golden and a matrix of few dimensions were added up, as a LoRA is merged.
+
+    The first rows of the difference say which dimensions; to within rounding all rows lie in them.
+    """
+    shape, roundoff = expected.shape, Roundoff.of(known.dtype, actual.dtype)
+    if len(shape) != 2 or min(shape) < 4 * _MIN_WIDTH or roundoff.is_coarse:
+        return None
+    width, step = shape[1], max(_RANK_ROWS, _PASS_NUMEL // shape[1])
+    basis: Array | None = None
+    away, total, effect = 0.0, 0.0, 0.0
+    for first in range(0, shape[0], step):
+        evidence.check_time()
+        e, a = _rows((known, actual), first, step, width)
+        added, size = a - e, float(np.linalg.norm(a))
+        if basis is None:
+            some = added[:_RANK_ROWS]
+            noise = roundoff.relative * float(np.linalg.norm(a[:_RANK_ROWS]))
+            sizes, turned = np.linalg.eigh(some @ some.T)
+            counted = sizes > (4 * noise) ** 2
+            if not 1 <= counted.sum() <= min(len(some), width) // 4:
+                return None
+            basis = (turned[:, counted] / np.sqrt(sizes[counted])).T @ some
+            own = np.linalg.eigvalsh(e[:_RANK_ROWS] @ e[:_RANK_ROWS].T) > (4 * noise) ** 2
+            if own.sum() <= 2 * len(basis) or np.power(basis, 4).sum(axis=1).max() > _MAX_PEAK:
+                return None  # of few dimensions itself, or of few columns
+        rest = float(np.linalg.norm(added - (added @ basis.T) @ basis))
+        if not rest <= 2 * roundoff.relative * size + roundoff.absolute * math.sqrt(a.size):
+            return None
+        away, total = math.hypot(away, rest), math.hypot(total, size)
+        effect = math.hypot(effect, float(np.linalg.norm(added)))
+    if basis is None or effect <= 16 * away:
+        return None
+    text = (
+        f"the golden + a matrix of rank {len(basis)}, as of a LoRA that was merged (to within "
+        f"{ceiling(away / total):.0e} of its norm; --adapter FILE says whether it is that one's)"
+    )
+    return Cause(kind="sum", text=text, proof="values", of=(expected.key,), bound=away / total)
+
+
+def _rows(sides: Sequence[View], first: int, count: int, width: int) -> list[Array]:
+    return [wide_of(side, first * width, count * width).reshape(-1, width) for side in sides]
 
 
 def _fit(e: Array, a: Array, across: int) -> Array:

@@ -150,3 +150,21 @@ def test_bits_that_were_cut_off_are_said(tmp_path: Path) -> None:
     assert cause.text.endswith("of 67,200 values cut to bfloat16, toward zero")
     after[350, 48] *= 2
     assert not causes(tmp_path, before, after, "both files")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 8])
+def test_a_merged_matrix_of_low_rank_is_said_with_both_files(
+    tmp_path: Path, dtype: torch.dtype, rank: int
+) -> None:
+    g = torch.Generator().manual_seed(1)
+    before = weight(dtype)
+    added = torch.randn(700, rank, generator=g) @ torch.randn(rank, 96, generator=g)
+    after = (before.float() + added).to(dtype)
+    [cause, *_] = causes(tmp_path, before, after, "both files")
+    assert (cause.kind, cause.accept) == ("sum", ())
+    assert cause.text.startswith(f"the first file + a matrix of rank {rank}, as of a LoRA")
+    after[350, 48] += 8  # of another rank
+    assert not causes(tmp_path, before, after, "both files")
+    noise = (before.float() + 0.1 * torch.randn(700, 96, generator=g)).to(dtype)
+    assert not causes(tmp_path, before, noise, "both files")
