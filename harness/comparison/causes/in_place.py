@@ -24,7 +24,7 @@ from harness.fingerprints.stats import Stats
 
 _SAMPLED, _RUNS = 512, 4
 _PASS_NUMEL, _MIN_WIDTH, _FIRST_ROWS = 1 << 17, 8, 16
-_RANK_ROWS, _MAX_PEAK = 128, 0.25
+_RANK_ROWS, _MAX_PEAK = 64, 0.25
 _PROBE_NUMEL, _MAX_SHIFT = 16, 1 << 18
 
 # How many values a hypothesis says to be changed; None: it does not hold.
@@ -149,22 +149,23 @@ def _of_low_rank(
     shape, roundoff = expected.shape, Roundoff.of(known.dtype, actual.dtype)
     if len(shape) != 2 or min(shape) < 4 * _MIN_WIDTH or roundoff.is_coarse:
         return None
-    width, step = shape[1], max(_RANK_ROWS, _PASS_NUMEL // shape[1])
+    width, first = shape[1], 0
     basis: Array | None = None
     away, total, effect = 0.0, 0.0, 0.0
-    for first in range(0, shape[0], step):
+    while first < shape[0]:
         evidence.check_time()
+        step = max(_RANK_ROWS, _PASS_NUMEL // width) if first else _RANK_ROWS
         e, a = _rows((known, actual), first, step, width)
+        first += len(e)
         added, size = a - e, float(np.linalg.norm(a))
         if basis is None:
-            some = added[:_RANK_ROWS]
-            noise = roundoff.relative * float(np.linalg.norm(a[:_RANK_ROWS]))
-            sizes, turned = np.linalg.eigh(some @ some.T)
+            noise = roundoff.relative * size
+            sizes, turned = np.linalg.eigh(added @ added.T)
             counted = sizes > (4 * noise) ** 2
-            if not 1 <= counted.sum() <= min(len(some), width) // 4:
+            if not 1 <= counted.sum() <= min(len(e), width) // 4:
                 return None
-            basis = (turned[:, counted] / np.sqrt(sizes[counted])).T @ some
-            own = np.linalg.eigvalsh(e[:_RANK_ROWS] @ e[:_RANK_ROWS].T) > (4 * noise) ** 2
+            basis = (turned[:, counted] / np.sqrt(sizes[counted])).T @ added
+            own = np.linalg.eigvalsh(e @ e.T) > (4 * noise) ** 2
             if own.sum() <= 2 * len(basis) or np.power(basis, 4).sum(axis=1).max() > _MAX_PEAK:
                 return None  # of few dimensions itself, or of few columns
         rest = float(np.linalg.norm(added - (added @ basis.T) @ basis))

@@ -34,7 +34,7 @@ _SHOWN, _CHANCE, _ALONE = 2.0, 3.0, 4.5
 _RELATED = math.atanh(0.6)
 # Of a sketch: the greatest square of an element, in mean squares, and as a share of all.
 _MAX_PEAK, _MAX_SHARE = 64.0, 0.5
-_SAMPLES, _SAMPLE_NUMEL, _BLOCKS = 16, 1024, 8
+_SAMPLES, _SAMPLE_NUMEL, _BLOCKS = 8, 1024, 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _distance(value: float) -> float:
 
 
 def sampled(expected: View, actual: View) -> Correlation | None:
-    """Correlate the ranks of values that can be read on both sides, in up to 16 places."""
+    """Correlate the ranks of values that can be read on both sides, in up to 8 places."""
     numel = expected.nbytes // expected.dtype.itemsize
     if numel < _MIN_NUMEL or {expected.dtype.kind, actual.dtype.kind} != {"float"}:
         return None
