@@ -94,9 +94,13 @@ def _inputs_of(divergence: Divergence) -> str:
 
 def finding_lines(findings: Sequence[Finding], style: Style) -> Iterator[str]:
     """Findings of one kind: those with a cause by what happened, the others by what they say."""
-    explained = [f for f in findings if f.causes and not _says_its_cause(f)]
+    explained: list[Finding] = []
+    plain: list[Finding] = []
+    for finding in findings:
+        is_explained = finding.causes and not _says_its_cause(finding)
+        (explained if is_explained else plain).append(finding)
     yield from _explained_lines(explained, style)
-    yield from _plain_lines([f for f in findings if f not in explained], style)
+    yield from _plain_lines(plain, style)
 
 
 def _says_its_cause(finding: Finding) -> bool:

@@ -232,7 +232,8 @@ def compare_activations(
     selected = {key for key in both if selection.takes(key)}
     findings = [f for f in compared.findings if f.key in selected]
     passed_over = [] if strict else [f for f in findings if _is_input(f.key) and f.fails]
-    findings = [f for f in findings if f not in passed_over]
+    left = {f.key for f in passed_over}
+    findings = [f for f in findings if f.key not in left or not f.fails]
     alone = [key for key in keys if key not in both and key not in ignored]
     notes = compared.notes
     if not strict and selection.activations != "final":

@@ -205,8 +205,10 @@ class _Live:
             section, now = self.checkpoint.section, found.actual.tensors
             other = self._print(self.loader.load(self.path, seed=_SECOND_SEED, section=section))
             drawn = {k for k, t in other.tensors.items() if k in now and t.digest != now[k].digest}
-            left = [f for f in suspects if (f.actual_key or f.key) in drawn]
-            findings = [replace(f, kind="unwritten") if f in left else f for f in found.findings]
+            left = {id(f) for f in suspects if (f.actual_key or f.key) in drawn}
+            findings = [
+                replace(f, kind="unwritten") if id(f) in left else f for f in found.findings
+            ]
             found = replace(found, findings=tuple(findings))
         if self.loader.is_strict(module):
             found = _restored(found)
@@ -325,7 +327,8 @@ def _noted(
     compared: Comparison, *notes: str, without: Sequence[Finding] = (), **changes: Any
 ) -> Comparison:
     """Add notes, which may stand in place of findings."""
-    left = tuple(finding for finding in compared.findings if finding not in without)
+    gone = set(map(id, without))  # of very many each is looked at once
+    left = tuple(finding for finding in compared.findings if id(finding) not in gone)
     return replace(compared, findings=left, notes=(*compared.notes, *notes), **changes)
 
 

@@ -19,6 +19,7 @@ from harness.comparison.comparison import headline, render
 from harness.comparison.difference import Difference
 from harness.comparison.findings import Finding
 from harness.comparison.policy import Tolerance
+from harness.comparison.words import finding_lines
 from harness.text.fitting import PLAIN, Style, cells
 from tests.conftest import Harness, on_terminal
 from tests.report.samples import HOSTILE, comparison, diverged, missing
@@ -260,3 +261,17 @@ def test_layers_that_moved_up_are_one_line_whatever_they_hold() -> None:
     assert "holds what layers.{2,3}.* holds in the golden  (6 tensors)" in said
     alone = render(comparison(*found[:1]), PLAIN)
     assert "holds what layers.2.norm.weight holds in the golden\n" in alone
+
+
+def test_of_very_many_findings_none_is_compared_with_all_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(one: Finding, other: object) -> bool:
+        raise AssertionError("compared")
+
+    cause = moved_from("b")
+    findings = [
+        Finding(kind="different", key=f"a.{n}", causes=(cause,) * (n % 2)) for n in range(4)
+    ]
+    monkeypatch.setattr(Finding, "__eq__", refuse)
+    assert "holds what b holds in the golden" in "\n".join(finding_lines(findings, PLAIN))
