@@ -9,6 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path, PurePath
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -332,3 +333,16 @@ def test_outputs_keep_as_much_as_there_is_room_for(tmp_path: Path) -> None:
         for key in ("0.2:out", "0.3:in.input"):
             assert (tensors[key].values is None) is (bits == 4)
             assert (tensors[key].residues is None) is (bits == 8)
+
+
+@pytest.mark.parametrize("max_size", [None, 10_000])
+def test_an_update_keeps_as_many_bits_of_outputs(golden: Golden, max_size: int | None) -> None:
+    path = Path(str(golden.path)).parent / "plain.pt"
+    live = LiveOptions(target="tests.model.variants:Plain")
+    options: dict[str, Any] = {"stage": "outputs", "live": live, "overwrite": True}
+    api.record(path, golden.path, max_size=max_size, **options)
+    torch.save({key: value + 1 for key, value in torch.load(path).items()}, path)
+    updated = api.update(path, golden.path).live
+    assert updated is not None
+    assert updated.outputs is not None
+    assert updated.outputs.bits == (8 if max_size is None else 4)
