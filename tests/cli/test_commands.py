@@ -450,6 +450,17 @@ def test_show_prints_a_stable_table_with_stats_on_request(recorded: Path, harnes
     assert len(harness("show", recorded, "--stats").out.splitlines()) == len(plain)
 
 
+def test_show_says_what_of_a_file_is_not_in_the_table(harness: Harness, data: Path) -> None:
+    shown = harness("show", data / "nest_tiny.ckpt", "--section", "optimizer_states.0").out
+    values = "epoch, global_step, loops, lr_schedulers, hparams_type"
+    assert shown.splitlines()[3:7] == [
+        "values     1 entries that are no tensors",
+        "not shown  state_dict (99 tensors): --section state_dict",
+        f"not shown  values: {values}: --all-sections",
+        "settings   1: cfg",
+    ]
+
+
 def test_a_new_key_moves_no_other_line_of_the_table(
     tmp_path: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -724,6 +735,14 @@ def test_an_update_shows_what_else_it_records_anew(
     golden = Path("golden/plain.safetensors")
     model = ("--model", "tests.model.variants:Plain")
     assert harness("record", "plain.pt", "--outputs", *model).code == 0
+    shown = harness("show", golden).out.splitlines()
+    assert shown[4:9] == [
+        "buffers    1 that are in no file",
+        "stages     file, load, reload, outputs",
+        "model      tests.model.variants:Plain",
+        "tolerance  atol 1e-05, rtol 1e-05",
+        "outputs    15, tolerance atol 0.0001, rtol 0.0001",
+    ]
     before = golden.read_bytes()
     run = harness("verify", "plain.pt", "--update-golden")
     assert run.code == 0
