@@ -163,7 +163,11 @@ class Grid(Allowance):
 
     def inverse(self, steps: Doubles) -> Doubles:
         """The value at so many steps."""
-        return np.asarray(np.copysign(self.A * self.growth(np.abs(steps)), steps))
+        if self.R == 0:
+            return np.asarray(steps * (self.A * self.step))
+        # Not by `growth`, which is out of range where the value is not.
+        grown = np.expm1(np.abs(steps) * (self.R * self.step)) * (self.A / self.R)
+        return np.asarray(np.copysign(grown, steps))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)

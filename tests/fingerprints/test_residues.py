@@ -307,6 +307,17 @@ def test_what_the_grid_cannot_reach_keeps_no_residues() -> None:
         assert told.verdict == "different"
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_bounds_are_finite_as_far_as_the_grid_reaches(bits: Bits) -> None:
+    y = torch.full((3,), 1e280, dtype=torch.float64)
+    grid = grid_of(torch.float64, 1e-30, 1e-7, bits)
+    kept = encode(floats(y), grid)
+    assert kept is not None
+    told = verdict(y * (1 + 3e-8), y, kept, grid, grid)
+    assert told.verdict == "close"
+    assert 0 < told.max_abs[0] < 3e272 < told.max_abs[1] < 1e273
+
+
 @pytest.mark.parametrize(
     ("rtol", "relative", "usable"),
     [
