@@ -101,7 +101,7 @@ def _numbers(wild: str) -> list[str]:
 
 
 def in_braces(numbers: Sequence[int]) -> str:
-    """Numbers in their order, as a map takes them: `{0..3,7}`; a single one as it is."""
+    """Numbers in their order, as a map takes them: `{0..3,7}`; a single one without braces."""
     runs: list[list[int]] = []
     for number in numbers:
         step = number - runs[-1][-1] if runs else 0

@@ -51,7 +51,7 @@ def renaming(comparison: Comparison) -> tuple[str, Mapping[str, Any]] | None:
         for key, there in alone.items()
         if there not in (key, policy.renamed(key)) and skeleton(key) == skeleton(there)
     }
-    # Of equal scales any may be any: what is told by weights that are one tensor's counts first.
+    # Equal scales may be those of any layer: weights that only one tensor has come first.
     sure = {key: there for key, there in pairs.items() if alone.get(key) == there} | shifted
     places = {skeleton(old) for old, _ in map(changed_prefix, sure, sure.values())}
     pairs = {

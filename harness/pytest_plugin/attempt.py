@@ -120,7 +120,7 @@ class Attempt:
         self.settings.written[self.golden] = self.node
 
     def _compare(self) -> None:
-        """Hold the subject against the golden as it is now."""
+        """Hold the subject against the current golden."""
         golden = read_golden(self.settings.folder.file(self.golden))
         shown = replace(golden.fingerprint, name=self.settings.folder.shown(self.golden))
         self.recorded = golden = replace(golden, fingerprint=shown)

@@ -30,7 +30,7 @@ _UNSAFE = re.compile(r"^\.|[^A-Za-z0-9_.-]")
 _MAX_PART = 120
 
 Verb = Literal["failed", "updated", "created", "verified"]
-# Of several tests that share a golden, what is told of it is the first of these.
+# Of several tests that share a golden, the first of these is what is said of it.
 _VERBS: tuple[Verb, ...] = ("failed", "updated", "created", "verified")
 
 

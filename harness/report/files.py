@@ -62,7 +62,7 @@ def check_report(path: Path, option: str = "--report ") -> None:
 
 
 def _may_be_replaced(path: Path) -> bool:
-    """Whether a file is a report, or empty, or cannot be read, which is told when it is written."""
+    """Whether a file is a report, or empty, or cannot be read, which writing it will show."""
     try:
         with path.open("rb") as file:
             start = file.read(_HEAD_NBYTES)
