@@ -75,7 +75,7 @@ _COMMAND = re.compile(r"(?s)(?:(.*?:)\s+)?(harness .*)")
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
-    """A stage as it is shown; `index` is that of its rows in the tables."""
+    """What is shown of a stage; `index` is that of its rows in the tables."""
 
     index: int
     comparison: Comparison
@@ -101,7 +101,7 @@ class _Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shown:
-    """An outcome as it is shown."""
+    """What is shown of an outcome."""
 
     outcome: Outcome
     stages: tuple[_Stage, ...]

@@ -60,7 +60,7 @@ def _within(parts: list[_Part], nbytes: int) -> str:
     kept: set[int] = set()
     for is_detail in (False, True):
         for place, part in enumerate(parts):
-            size = len(part.text.encode(errors="backslashreplace"))  # as it is written
+            size = len(part.text.encode(errors="backslashreplace"))  # in the file
             if part.is_detail is is_detail and size <= nbytes:
                 kept.add(place)
                 nbytes -= size

@@ -150,7 +150,7 @@ function drawMap(root, rows, tiles) {
       if (!tile.isConnected) root.append(tile);
       return;
     }
-    // A module of nothing but tensors is told by their labels.
+    // A module of nothing but tensors needs no name beside their labels.
     const isInnermost = node.children.every((child) => child.row);
     const headed = !isInnermost && box.width > 56 && box.height > 44;
     const edged = headed || (box.width > 24 && box.height > 24);

@@ -1,4 +1,4 @@
-// The outputs: every place a bar in the order of execution, as high as it is far off.
+// The outputs: every place a bar in the order of execution, its height how far it is off.
 
 const MIN_SEGMENT = 10;
 
