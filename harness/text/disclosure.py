@@ -2,7 +2,7 @@
 
 In: plain data, as a checkpoint has it. Out: the same without what tells of the machine (of a path
 only its last part) and without secrets, each of which becomes its digest: a change of one is seen,
-and no more. What has been through here stays as it is.
+and no more. What has been through here does not change a second time.
 """
 
 from __future__ import annotations
