@@ -136,7 +136,7 @@ def _near(
 def _related(
     ours: Mapping[str, Vector], theirs: Mapping[str, Vector]
 ) -> Iterator[tuple[str, str, Cause]]:
-    """Pair what correlates, as the cosines of blocks without their means, and with nothing else."""
+    """Pair what correlates, by the cosines of blocks without their means, and less with others."""
     keys, there = [*ours], [*theirs]
     e, a = (np.stack([*map(_directions, side.values())]) for side in (ours, theirs))
     num_blocks, size = e.shape[1:]

@@ -72,9 +72,8 @@ def replaced(
             if len(stand.way.keys) > 1:
                 yield stand.as_group((_related(stand),))
         cause = unrelated([stand.found for stand in stands])
-        for stand in stands if cause is not None and not related else ():
-            assert cause is not None
-            yield stand.as_group((_unrelated(stand, cause),))
+        if cause is not None and not related:
+            yield from (stand.as_group((_unrelated(stand, cause),)) for stand in stands)
 
 
 def _stands(
